@@ -1,0 +1,156 @@
+"""The job file: one YAML is one complete run. Unknown keys are errors that name the nearest known one.
+
+Each room owns its settings (`inference.config`, `inference.sampling`, `storage.object_store`); this
+module composes them, and is the only place where YAML and pydantic meet.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from inference.config import Auto, Backend, Dtype, Quantization
+from storage.object_store import StorageConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which weights, and how they are held."""
+
+    source: str
+    """A folder, `s3://bucket/prefix/`, or `hf://org/repo@revision`."""
+
+    dtype: Dtype = "auto"
+    quantization: Quantization = "none"
+    trust_remote_code: bool = False
+    """Only `false` is accepted: Python code from model folders is never run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputConfig:
+    """Which rows, and how a row becomes a prompt."""
+
+    uri: str | list[str]
+    """File, folder, glob or list of them; local, `s3://` or `hf://datasets/...`."""
+
+    format: Literal["auto", "parquet", "jsonl", "csv", "openai-batch", "dataset"] = "auto"
+    prompt: str | None = None
+    """A template over columns, such as `Summarise: {text}`."""
+
+    prompt_column: str | None = None
+    messages_column: str | None = None
+    tools_column: str | None = None
+    """Column of tool definitions given to the chat template beside messages."""
+
+    id_column: str | None = None
+    """Unique per row; when given, a row's random draws follow its id instead of its position."""
+
+    chat_template: str = "auto"
+    """auto (the model's own), none (prompts go in raw), or a Jinja file."""
+
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    on_overlong: Literal["error", "truncate_left", "truncate_right"] = "error"
+    on_bad_file: Literal["fail", "skip_with_error_rows"] = "fail"
+    on_duplicate_id: Literal["fail", "allow"] = "fail"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """Run-wide sampling; columns named like these fields override them per row."""
+
+    max_tokens: int = 512
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
+    seed: int = 0
+    n: int = 1
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputConfig:
+    """Where results go, and which columns they carry."""
+
+    uri: str
+    columns: Literal["all"] | list[str] = "all"
+    """Input columns to copy through."""
+
+    rename: dict[str, str] = field(default_factory=dict)
+    """Input column -> name in the output, for names that clash with result columns."""
+
+    token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardConfig:
+    """How the input is cut."""
+
+    target_tokens: int = 2_000_000
+    max_rows: int = 50_000
+    max_attempts: int = 3
+    """Tries per shard and invocation before it is reported as failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineKnobs:
+    """The engine's knobs, under vLLM's names."""
+
+    backend: Backend = "auto"
+    max_num_seqs: int | Auto = "auto"
+    max_num_batched_tokens: int | Auto = "auto"
+    max_model_len: int | Auto = "auto"
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
+    tensor_parallel_size: int | Auto = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareConfig:
+    """Where it runs."""
+
+    provider: Literal["local", "process", "kubernetes", "ecs", "command"] = "local"
+    tier: str = "auto"
+    replicas: int | Auto = "auto"
+    stage_to: str = "auto"
+    """auto, none (read weights in place), or a folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetConfig:
+    """What a run may cost."""
+
+    usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run, spelled out."""
+
+    model: ModelConfig
+    input: InputConfig
+    output: OutputConfig
+    name: str = "run"
+    run_id: str | None = None
+    """Default: the name and a digest of the fingerprint and of the inputs' ETags."""
+
+    timezone: str = "UTC"
+    """Decides which day `{date}` means."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling_columns: Literal["auto"] | list[str] = "auto"
+    """Columns that override sampling per row; auto: those named like a sampling field."""
+
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    shards: ShardConfig = field(default_factory=ShardConfig)
+    engine: EngineKnobs = field(default_factory=EngineKnobs)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    max_failed_rows: int | None = None
+    """More failed rows than this end the run with exit code 5; null: any number."""
+
+    deadline: str | None = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)

@@ -1,0 +1,39 @@
+"""Backends: implementations of one protocol (`base.Backend`), chosen by name and imported lazily."""
+
+from inference.backends.base import Backend, BackendInfo, EngineStats
+from inference.config import EngineConfig
+from inference.errors import EngineConfigError
+
+__all__ = ["Backend", "BackendInfo", "EngineStats", "create_backend", "resolve_backend"]
+
+
+def resolve_backend(name: str) -> str:
+    """Return the backend that `auto` means on this machine; any other name is returned as it is."""
+    if name != "auto":
+        return name
+    import torch  # heavy; only to ask for a device
+
+    return "paged" if torch.cuda.is_available() else "transformers"
+
+
+def create_backend(config: EngineConfig) -> Backend:
+    """Load the model and build the backend the config names.
+
+    Raises:
+        ModelError: the model folder is unusable.
+        EngineConfigError: the settings cannot work on this model or machine.
+    """
+    name = resolve_backend(config.backend)
+    if name == "dummy":
+        from inference.backends.dummy import DummyBackend
+
+        return DummyBackend(config)
+    if name == "transformers":
+        from inference.backends.transformers import TransformersBackend
+
+        return TransformersBackend(config)
+    if name == "paged":
+        from inference.backends.paged import PagedBackend
+
+        return PagedBackend(config)
+    raise EngineConfigError(f"engine.backend is {name!r}: not available; use transformers or paged")

@@ -1,0 +1,45 @@
+"""What can go wrong in the engine, and whether another attempt can help.
+
+InferenceError
+|-- ModelError            the model folder is wrong: missing file, bad config        (fatal)
+|-- EngineConfigError     the settings cannot work on this model or machine          (fatal)
+|-- PromptError           one prompt cannot be run; carries the row state it becomes (per row)
+|-- OutOfMemory           the device is full even after shrinking                    (retryable)
+`-- EngineFault           the engine broke: a dead rank, a CUDA error                (retryable)
+"""
+
+from typing import ClassVar
+
+
+class InferenceError(Exception):
+    """Anything the inference room raises on purpose."""
+
+    retryable: ClassVar[bool] = False
+
+
+class ModelError(InferenceError):
+    """The model folder cannot be used: a file is missing, unreadable or of a refused kind."""
+
+
+class EngineConfigError(InferenceError):
+    """The engine settings cannot work on this model or machine; the message carries the arithmetic."""
+
+
+class PromptError(InferenceError):
+    """One prompt cannot be run; the row gets `state` and this message, the others go on."""
+
+    def __init__(self, state: str, message: str) -> None:
+        super().__init__(message)
+        self.state = state
+
+
+class OutOfMemory(InferenceError):
+    """The device is out of memory even after the engine shrank what it could."""
+
+    retryable: ClassVar[bool] = True
+
+
+class EngineFault(InferenceError):
+    """The engine itself broke; a fresh one may succeed."""
+
+    retryable: ClassVar[bool] = True
