@@ -1,7 +1,7 @@
-"""The job file: one YAML is one complete run. Unknown keys are errors that name the nearest known one.
+"""RunConfig: one run, spelled out, as frozen dataclasses without pydantic or YAML.
 
 Each room owns its settings (`inference.config`, `inference.sampling`, `storage.object_store`); this
-module composes them, and is the only place where YAML and pydantic meet.
+module composes them. `flows.config` turns a job file into a `RunConfig`.
 """
 
 from dataclasses import dataclass, field
