@@ -42,9 +42,16 @@ class Progress:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def expect(self, *, num_rows: int, num_shards: int) -> None:
-        """Say how much there is in all."""
+        """Say how much there is in all, and start counting what is done anew."""
         with self._lock:
             self.num_rows, self.num_shards = num_rows, num_shards
+            self._states.clear()
+            self._shards.clear()
+            self._rows_at_start = 0
+
+    def planned(self, rows_done: int, num_rows: int) -> None:
+        """Say how far planning has come."""
+        self.phase = f"planning, {rows_done:,} of {num_rows:,} rows"
 
     def note(self, text: str) -> None:
         """Tell the user one line; shown once by whoever renders progress."""
