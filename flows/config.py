@@ -6,6 +6,7 @@ the run's day in the job's timezone.
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from storage.errors import NotFound
+from storage.object_store import StorageConfig, open_store
 from tasks.job import RunConfig
 
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
@@ -34,7 +37,7 @@ def load_job(
     Raises:
         JobError: unreadable YAML, an unknown key, a missing or ill-typed value.
     """
-    values = source if isinstance(source, dict) else _read_yaml(Path(source))
+    values = source if isinstance(source, dict) else _read_yaml(source)
     for override in overrides:
         values = _with_override(values, override)
     _refuse_unknown_keys(values, RunConfig, path="")
@@ -48,23 +51,31 @@ def dump_job(job: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(job)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(source: Path | str) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise JobError(f"job file {path}: not found; give the path of a YAML file") from None
+        values = yaml.safe_load(_job_text(str(source)))
+    except (FileNotFoundError, NotFound):
+        raise JobError(f"job file {source}: not found; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"job file {path}: unreadable: {error}") from error
+        raise JobError(f"job file {source}: unreadable: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
-        raise JobError(f"job file {path}{place}: {problem}") from error
+        raise JobError(f"job file {source}{place}: {problem}") from error
     if not isinstance(values, dict):
-        raise JobError(f"job file {path}: expected a mapping of settings, found {_kind(values)}")
+        raise JobError(f"job file {source}: expected a mapping of settings, found {_kind(values)}")
     return values
+
+
+def _job_text(source: str) -> str:
+    if not source.startswith("s3://"):
+        return Path(source).read_text(encoding="utf-8-sig")
+    folder, _, name = source.rpartition("/")
+    config = StorageConfig(endpoint_url=os.environ.get("AWS_ENDPOINT_URL"))
+    return open_store(folder, config).get(name).decode("utf-8-sig")
 
 
 def _with_override(values: dict[str, Any], override: str) -> dict[str, Any]:
