@@ -158,15 +158,15 @@ def verify(args: argparse.Namespace) -> int:
 
 def gc(args: argparse.Namespace) -> int:
     """Delete what lost attempts left behind."""
-    from storage.commits import collect_garbage
+    from storage.garbage import collect_garbage
     from tasks.run import read_record
 
     store = _store(args)
     read_record(store)
     removed = collect_garbage(store, dry_run=args.dry_run)
     verb = "would delete" if args.dry_run else "deleted"
-    text = f"{verb} {len(removed)} objects, {sum(i.size for i in removed):,} bytes"
-    _print(args, {"dry_run": args.dry_run, "keys": [info.key for info in removed]}, text)
+    text = f"{verb} {len(removed.keys)} objects, {removed.num_bytes:,} bytes"
+    _print(args, {"dry_run": args.dry_run, "keys": list(removed.keys)}, text)
     return EXIT_OK
 
 

@@ -37,9 +37,7 @@ def generate_shards(
     store = open_store(run_uri, StorageConfig(endpoint_url=endpoint_url))
     record = read_record(store)
     with scratch_folder() as work_dir:
-        run = attach(
-            load_job(record.job), record, store, work_dir=work_dir, progress=Progress()
-        )
+        run = attach(load_job(record.job), record, store, work_dir=work_dir, progress=Progress())
         try:
             report = drain(
                 run,

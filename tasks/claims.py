@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from storage import keys
-from storage.commits import attempts_of, claim_attempt, record_failure
+from storage.attempts import attempts_of, claim_attempt, record_failure
+from storage.commits import Commits
 from storage.errors import LeaseLost, NotFound, StorageError
-from storage.lease import Lease, LeaseKeeper
+from storage.lease import Lease, Leases
 from storage.manifest import CommitRecord, Shard
 from storage.object_store import ObjectStore
 
@@ -43,11 +44,15 @@ class Claims:
     shards: Sequence[Shard]
     """What is left to do, in the order wanted."""
 
-    keeper: LeaseKeeper
+    leases: Leases
     invocation: str
     """Identifies one start of the run over all its replicas: tries are bounded within it."""
 
     max_attempts: int
+    commits: Commits
+    """What was committed when this drain began; decides the revision an attempt is for."""
+
+    holder: str
     bases: Mapping[int, CommitRecord] = field(default_factory=dict)
     """For a retry of failed rows: the commits to improve on."""
 
@@ -95,13 +100,7 @@ class Claims:
     def failed(self, shard_id: int, error: Exception, *, retryable: bool) -> None:
         """Count a failed attempt; give the shard up when trying again is useless or used up."""
         attempt = self._attempts[shard_id]
-        record_failure(
-            self.store,
-            shard_id,
-            attempt,
-            error=f"{type(error).__name__}: {error}",
-            retryable=retryable,
-        )
+        record_failure(self.store, shard_id, attempt, error)
         tries = self._tries(shard_id)
         if not retryable or tries >= self.max_attempts:
             self.exhausted[shard_id] = str(error)
@@ -119,9 +118,8 @@ class Claims:
         shard_id = shard.shard_id
         if time.monotonic() < self._not_before.get(shard_id, 0.0):
             return None
-        base = self.bases.get(shard_id)
-        revision = base.revision + 1 if base else 1
-        lease = self.keeper.acquire(shard_id)
+        revision = self.commits.next_revision(shard_id)
+        lease = self.leases.acquire(shard_id)
         if lease is None:
             if self._exists(keys.commit(shard_id, revision)):
                 del self._pending[shard_id]
@@ -132,14 +130,14 @@ class Claims:
             self._release_lease(lease)
             return None
         attempt = claim_attempt(
-            self.store, shard_id, invocation=self.invocation, holder=self.keeper.holder
+            self.store, shard_id, self.invocation, self.holder, revision=revision
         )
         with self._lock:
             self._held[shard_id] = lease
         self._attempts[shard_id] = attempt
         del self._pending[shard_id]
         self._keep_alive()
-        return Claim(shard, attempt, revision, base)
+        return Claim(shard, attempt, revision, self.bases.get(shard_id))
 
     def _is_exhausted(self, shard_id: int) -> bool:
         if self._tries(shard_id) < self.max_attempts:
@@ -172,7 +170,7 @@ class Claims:
                 held = dict(self._held)
             for shard_id, lease in held.items():
                 try:
-                    renewed = self.keeper.renew(lease)
+                    renewed = self.leases.renew(lease)
                 except LeaseLost as error:
                     # The commit decides who wins; going on wastes at most one shard of GPU time.
                     log.warning("shard=%05d %s", shard_id, error)
@@ -186,6 +184,6 @@ class Claims:
 
     def _release_lease(self, lease: Lease) -> None:
         try:
-            self.keeper.release(lease)
+            self.leases.release(lease)
         except StorageError as error:
             log.warning("lease not released, it will expire: %s", error)

@@ -5,7 +5,6 @@ part on local disk -> _attempts/00042/003/completions.parquet -> commits/00042.j
 
 import logging
 import resource
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -16,11 +15,13 @@ from typing import NamedTuple, TypeVar
 
 from inference.backends.base import Backend, BackendInfo, EngineStats
 from storage import keys
-from storage.commits import commit_attempt, reveal
+from storage.attempts import PART
+from storage.commits import commit_attempt, new_nonce
 from storage.errors import CorruptObject, StorageError
 from storage.failpoints import failpoint
 from storage.manifest import CommitRecord, Json, PartFile
 from storage.object_store import ObjectStore
+from storage.reveal import reveal
 from storage.shard_writer import WrittenPart, file_digest
 from tasks.claims import Claim
 from tasks.receipt import EngineMark, shard_receipt
@@ -93,15 +94,14 @@ class ShardCommitter:
             stage_s=self.stage_s,
             host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        failpoint("part_written")
-        key = keys.attempt(work.shard.shard_id, work.attempt, "completions.parquet")
+                key = keys.attempt(work.shard.shard_id, work.attempt, PART)
         self._patiently(lambda: self.store.upload(part.path, key))
-        failpoint("part_uploaded")
+        failpoint("after_data")
         record = self._record(work, claim, part, key, dict(states), receipt)
         outcome = self._patiently(lambda: commit_attempt(self.store, record))
-        failpoint("committed")
+        if outcome.record.tombstone is not None:
+            return CommitResult("lost", None)
         self._patiently(lambda: reveal(self.store, outcome.record))
-        failpoint("revealed")
         log.info(
             "shard=%05d attempt=%d %s rows=%d num_completion_tokens=%d",
             record.shard_id,
@@ -124,7 +124,7 @@ class ShardCommitter:
         return CommitRecord(
             shard_id=work.shard.shard_id,
             revision=claim.revision,
-            nonce=secrets.token_hex(16),
+            nonce=new_nonce(),
             attempt=work.attempt,
             plan_digest=self.plan_digest,
             row_start=work.shard.row_start,

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from storage import keys, records
-from storage.commits import publish, read_manifest, reveal
-from storage.manifest import CommitRecord, PlanManifest, RunManifest, digest
+from storage import records
+from storage.manifest import CommitRecord, PlanManifest, RunManifest
 from storage.object_store import ObjectStore
+from storage.reveal import manifest_part, publish, read_manifest, reveal, unrevealed
 
 
 def reveal_all(store: ObjectStore, commits: Mapping[int, CommitRecord]) -> list[int]:
@@ -17,14 +17,7 @@ def reveal_all(store: ObjectStore, commits: Mapping[int, CommitRecord]) -> list[
     Returns:
         Shards whose part was copied; usually none.
     """
-    sizes = {info.key: info.size for info in store.list(keys.COMPLETIONS)}
-    receipts = {info.key for info in store.list(keys.METRICS)}
-    behind = [
-        record
-        for shard_id, record in sorted(commits.items())
-        if sizes.get(keys.completions(shard_id)) != record.part.size
-        or keys.metrics(shard_id) not in receipts
-    ]
+    behind = unrevealed(store, commits.values())
     for record in behind:
         reveal(store, record)
     return [record.shard_id for record in behind]
@@ -41,7 +34,7 @@ def publish_run(
     if len(commits) != plan.num_shards:
         return None
     standing = read_manifest(store)
-    parts = [_part(commits[shard_id]) for shard_id in sorted(commits)]
+    parts = [manifest_part(commits[shard_id]) for shard_id in sorted(commits)]
     if standing is not None and standing.parts == parts:
         return standing
     counts: Counter[str] = Counter()
@@ -61,24 +54,12 @@ def publish_run(
         totals=_totals(commits),
         published_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return publish(store, manifest)
+    return publish(store, manifest).manifest
 
 
 def num_failed(manifest: RunManifest) -> int:
     """Count output rows without an answer."""
     return sum(n for state, n in manifest.counts.items() if state not in records.ANSWERED)
-
-
-def _part(record: CommitRecord) -> dict[str, Any]:
-    return {
-        "shard_id": record.shard_id,
-        "revision": record.revision,
-        "key": keys.completions(record.shard_id),
-        "size": record.part.size,
-        "sha256": record.part.sha256,
-        "num_rows": record.part.num_rows,
-        "commit_digest": digest(record.to_json()),
-    }
 
 
 def _total(commits: Mapping[int, CommitRecord], name: str) -> int:

@@ -22,10 +22,10 @@ from inference.backends import create_backend, resolve_backend
 from inference.config import EngineConfig
 from inference.errors import ModelError
 from storage import keys
-from storage.commits import current_commits
+from storage.commits import current_commits, read_commits
 from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
 from storage.inputs import list_inputs
-from storage.lease import LeaseKeeper
+from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
@@ -193,7 +193,8 @@ def drain(
         failed_rows: Redo rows without an answer, in new revisions of their shards.
         build_backend: Loads the engine; replaced by tests only to break it.
     """
-    commits = run.commits()
+    standing = read_commits(run.store, run.plan_digest)
+    commits = standing.current
     todo, bases = _work_left(run.shards, commits, failed_rows)
     progress.expect(num_rows=run.plan.num_rows * run.plan.num_samples, num_shards=len(run.shards))
     for shard_id, record in commits.items():
@@ -207,7 +208,9 @@ def drain(
     claims = Claims(
         store=run.store,
         shards=todo,
-        keeper=LeaseKeeper(run.store, holder, is_dead=is_dead),
+        leases=Leases(run.store, holder=holder, is_dead=is_dead),
+        commits=standing,
+        holder=holder,
         invocation=invocation,
         max_attempts=run.job.shards.max_attempts,
         bases=bases,

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from storage import keys, records
-from storage.commits import attempts_of, current_commits, read_manifest
+from storage.attempts import attempts_of
+from storage.commits import current_commits
 from storage.manifest import RunManifest, digest
 from storage.object_store import ObjectStore
+from storage.reveal import read_manifest
 from tasks.plan import load_plan
 from tasks.run import read_record
 
@@ -94,6 +96,7 @@ def _failed(store: ObjectStore, missing: list[int]) -> dict[int, str]:
     found = {}
     for shard_id in missing:
         attempts = attempts_of(store, shard_id)
-        if attempts and attempts[-1].error is not None:
-            found[shard_id] = attempts[-1].error
+        failure = attempts[-1].failure if attempts else None
+        if failure is not None:
+            found[shard_id] = f"{failure.error}: {failure.message}"
     return found

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import keys, records
-from storage.commits import current_commits, read_manifest
+from storage.commits import current_commits
 from storage.errors import CorruptObject, NotFound
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, Shard, digest
 from storage.object_store import ObjectStore
+from storage.reveal import read_manifest
 from storage.shard_writer import file_digest
 from tasks.plan import load_plan, load_shards
 
