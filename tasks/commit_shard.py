@@ -94,7 +94,7 @@ class ShardCommitter:
             stage_s=self.stage_s,
             host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-                key = keys.attempt(work.shard.shard_id, work.attempt, PART)
+        key = keys.attempt(work.shard.shard_id, work.attempt, PART)
         self._patiently(lambda: self.store.upload(part.path, key))
         failpoint("after_data")
         record = self._record(work, claim, part, key, dict(states), receipt)
