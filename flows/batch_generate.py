@@ -8,9 +8,11 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.config import load_job
 from flows.generate_shards import generate_shards
+from storage.object_store import StorageConfig, open_store
 from tasks.progress import Progress
-from tasks.run import finish, new_invocation, open_planned, prepare
+from tasks.run import finish, new_invocation, prepare
 from tasks.scratch import scratch_folder
+from tasks.status import run_status
 
 
 class RunIncomplete(Exception):
@@ -56,6 +58,8 @@ def plan_run(job: str, overrides: list[str]) -> str:
 @task(name="publish", cache_policy=NO_CACHE, persist_result=False)
 def publish_run(run_uri: str, endpoint_url: str | None) -> int:
     """Publish if every shard is committed; return how many are not."""
-    planned = open_planned(run_uri, endpoint_url)
-    finish(planned, Progress())
-    return planned.plan.num_shards - len(planned.commits())
+    store = open_store(run_uri, StorageConfig(endpoint_url=endpoint_url))
+    if finish(store, Progress()) is not None:
+        return 0
+    found = run_status(store)
+    return found.num_shards - found.num_committed

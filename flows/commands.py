@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
     with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
         this_run = prepare(job, work_dir=work_dir, progress=progress)
         try:
-            finish(this_run, progress)
+            finish(this_run.store, progress)
             report = run_replicas(this_run, progress=progress, should_stop=_stop)
-            manifest = finish(this_run, progress)
+            manifest = finish(this_run.store, progress)
         finally:
             this_run.model.close()
     return _conclude(args, job, this_run.uri, report.exhausted, manifest)
@@ -85,7 +85,7 @@ def retry(args: argparse.Namespace) -> int:
                 should_stop=_stop,
                 failed_rows=True,
             )
-            manifest = finish(this_run, progress)
+            manifest = finish(this_run.store, progress)
         finally:
             this_run.model.close()
     return _conclude(args, job, this_run.uri, report.exhausted, manifest)

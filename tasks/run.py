@@ -42,7 +42,7 @@ from tasks.fingerprint import (
 from tasks.holder import holder_name, is_dead
 from tasks.job import RunConfig
 from tasks.model import RunModel, open_model
-from tasks.plan import load_shards, make_plan
+from tasks.plan import load_plan, load_shards, make_plan
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
 from tasks.replica import Replica, ShardOutcome, StopSignal
@@ -146,18 +146,14 @@ def attach(
         BadInput: the folder has no plan.
         ModelError: the model found here is not the one the run was planned with.
     """
-    from tasks.plan import load_plan
-
-    plan = load_plan(store)
-    if plan is None:
-        raise BadInput(f"{store.uri}: no plan.json; start the run with `nightjar run JOB` first")
+    plan = planned(store)
     model = open_model(job, progress=progress)
-    planned = record.fingerprint_fields["model.content_id"]
-    if model.content_id != planned:
+    wanted = record.fingerprint_fields["model.content_id"]
+    if model.content_id != wanted:
         model.close()
         raise ModelError(
             f"model {job.model.source}: content {model.content_id[:12]}, this run was planned with "
-            f"{planned[:12]}; restore the weights or start a new run"
+            f"{wanted[:12]}; restore the weights or start a new run"
         )
     return _run(job, record, store, plan, model, work_dir)
 
@@ -197,9 +193,9 @@ def drain(
     commits = standing.current
     todo, bases = _work_left(run.shards, commits, failed_rows)
     progress.expect(num_rows=run.plan.num_rows * run.plan.num_samples, num_shards=len(run.shards))
-    for shard_id, record in commits.items():
+    for shard_id, commit in commits.items():
         if shard_id not in bases:
-            progress.already_done(Counter(record.counts))
+            progress.already_done(Counter(commit.counts))
     report = DrainReport()
     if not todo:
         return report
@@ -242,8 +238,8 @@ def drain(
             should_stop=should_stop,
         )
         try:
-            while (shard_id := replica.next_shard()) is not None:
-                report.outcomes[run_shard(replica, shard_id).outcome] += 1
+            while (next_id := replica.next_shard()) is not None:
+                report.outcomes[run_shard(replica, next_id).outcome] += 1
         finally:
             stopping.set()
             replica.close()
@@ -254,14 +250,24 @@ def drain(
     return report
 
 
-def finish(run: Run, progress: Progress) -> RunManifest | None:
+def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:
     """Reveal what is committed and publish when every shard is; None while shards are missing."""
     progress.phase = "publishing"
-    commits = run.commits()
-    healed = reveal_all(run.store, commits)
+    plan = planned(store)
+    plan_digest = digest(store.get(keys.PLAN))
+    commits = current_commits(store, plan_digest)
+    healed = reveal_all(store, commits)
     if healed:
         log.info("completions brought in line for %d shards", len(healed))
-    return publish_run(run.store, run.plan, run.plan_digest, commits)
+    return publish_run(store, plan, plan_digest, commits)
+
+
+def planned(store: ObjectStore) -> PlanManifest:
+    """Read the plan. Raises BadInput when the folder has none."""
+    plan = load_plan(store)
+    if plan is None:
+        raise BadInput(f"{store.uri}: no plan.json; start the run with `nightjar run JOB` first")
+    return plan
 
 
 def engine_config(run: Run) -> EngineConfig:
