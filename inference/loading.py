@@ -4,7 +4,8 @@ Every parameter comes from the folder: a weight that is missing there is an erro
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,15 +58,16 @@ def load_model(
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     try:
-        model, report = loader.from_pretrained(
-            str(folder.path),
-            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        with _no_progress_bar():
+            model, report = loader.from_pretrained(
+                str(folder.path),
+                dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
     except torch.OutOfMemoryError as error:
         raise EngineConfigError(
             f"{folder.path}: {folder.num_weight_bytes / 1e9:.1f} GB of weights do not fit the device; "
@@ -86,6 +88,21 @@ def load_model(
 def dtype_name(dtype: torch.dtype) -> str:
     """Return `bfloat16` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bars out of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _default_device_map(folder: ModelFolder) -> dict[str, Any] | str | None:
