@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from flows.yaml_text import YamlError, parse_yaml
 from storage.errors import NotFound
 from storage.object_store import StorageConfig, open_store
 from tasks.job import RunConfig
@@ -52,19 +53,14 @@ def dump_job(job: RunConfig) -> dict[str, Any]:
 
 
 def _read_yaml(source: Path | str) -> dict[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(_job_text(str(source)))
+        values = parse_yaml(_job_text(str(source)))
     except (FileNotFoundError, NotFound):
         raise JobError(f"job file {source}: not found; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"job file {source}: unreadable: {error}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise JobError(f"job file {source}{place}: {problem}") from error
+    except YamlError as error:
+        raise JobError(f"job file {source}{error}") from error
     if not isinstance(values, dict):
         raise JobError(f"job file {source}: expected a mapping of settings, found {_kind(values)}")
     return values
@@ -79,15 +75,13 @@ def _job_text(source: str) -> str:
 
 
 def _with_override(values: dict[str, Any], override: str) -> dict[str, Any]:
-    import yaml
-
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise JobError(f"--set {override}: write it as key=value, such as --set sampling.seed=7")
     try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise JobError(f"--set {key}: the value is not YAML: {error}") from error
+        value = parse_yaml(text) if text else ""
+    except YamlError as error:
+        raise JobError(f"--set {key}: the value is not YAML{error}") from error
     return _replaced(values, key.split("."), value, key)
 
 
