@@ -35,7 +35,9 @@ def test_it_needs_no_torch():
 
 
 def test_most_completions_end_by_themselves_and_some_do_not():
-    reasons = Counter(completion.finish_reason for completion in run(SamplingParams(max_tokens=100)))
+    reasons = Counter(
+        completion.finish_reason for completion in run(SamplingParams(max_tokens=100))
+    )
     assert set(reasons) == {"stop", "length"}
     assert 1 < reasons["length"] < 50
 
