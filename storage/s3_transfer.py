@@ -52,6 +52,8 @@ class S3Transfer:
     copy_limit_bytes = 5 * 1024 * MiB
     """S3 copies no more than this in one request."""
 
+    copy_part_bytes = 512 * MiB
+
     num_threads = 4
 
     def __init__(self, client: "S3Client", bucket: str, call: Caller) -> None:
@@ -142,8 +144,7 @@ class S3Transfer:
                 ),
             )
             return
-        num_parts = math.ceil(size / self.copy_limit_bytes * 8)
-        part_bytes = math.ceil(size / num_parts)
+        part_bytes = max(self.copy_part_bytes, math.ceil(size / _MAX_PARTS))
 
         def send(upload_id: str, number: int) -> Any:
             start = (number - 1) * part_bytes
@@ -157,7 +158,7 @@ class S3Transfer:
             )
             return reply["CopyPartResult"]
 
-        self._multipart(target, num_parts, send)
+        self._multipart(target, math.ceil(size / part_bytes), send)
 
     def _fill(self, name: str, descriptor: int, size: int, etag: str) -> int:
         """Write every range in its place; return the CRC of the whole."""

@@ -162,38 +162,45 @@ def test_greedy_ignores_the_draw_seed(make):
     assert one == run(make(), sequences(range(6), draw_seed=2))
 
 
+def endless(**fields: object) -> SamplingParams:
+    return SamplingParams(max_tokens=12, ignore_eos=True, **fields)
+
+
 def test_text_is_cut_before_a_stop_string_and_nothing_is_lost(make):
-    whole = run(make(), sequences(range(12), SamplingParams(max_tokens=12, ignore_eos=True)))
-    for i, completion in whole.items():
-        stop = completion.text[3:6]
-        sampling = SamplingParams(max_tokens=12, ignore_eos=True, stop=("\0never", stop))
-        stopped = run(make(), sequences([i], sampling))[i]
+    backend = make(max_num_seqs=5)
+    whole = run(backend, sequences(range(12), endless()))
+    stops = {i: completion.text[3:6] for i, completion in whole.items()}
+    given = [Sequence(i, prompt(i), endless(stop=("\0never", stops[i]))) for i in whole]
+    for i, stopped in run(backend, given).items():
         assert stopped.finish_reason == "stop"
-        assert stopped.text == completion.text[: completion.text.find(stop)]
-        assert stopped.token_ids == completion.token_ids[: len(stopped.token_ids)]
+        assert stopped.text == whole[i].text[: whole[i].text.find(stops[i])]
+        assert stopped.token_ids == whole[i].token_ids[: len(stopped.token_ids)]
 
 
 def test_a_stop_token_ends_the_completion_and_is_not_part_of_it(make):
-    whole = run(make(), sequences(range(12), SamplingParams(max_tokens=12, ignore_eos=True)))
-    for i, completion in whole.items():
-        token_id = completion.token_ids[5]
-        sampling = SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=(token_id,))
-        stopped = run(make(), sequences([i], sampling))[i]
+    backend = make(max_num_seqs=5)
+    whole = run(backend, sequences(range(12), endless()))
+    stops = {i: completion.token_ids[5] for i, completion in whole.items()}
+    given = [Sequence(i, prompt(i), endless(stop_token_ids=(stops[i],))) for i in whole]
+    for i, stopped in run(backend, given).items():
         assert stopped.finish_reason == "stop"
-        assert stopped.token_ids == completion.token_ids[: completion.token_ids.index(token_id)]
-        assert completion.text.startswith(stopped.text)
+        assert stopped.token_ids == whole[i].token_ids[: whole[i].token_ids.index(stops[i])]
+        assert whole[i].text.startswith(stopped.text)
 
 
 def test_min_tokens_holds_every_kind_of_stop_back(make):
-    whole = run(make(), sequences(range(12), SamplingParams(max_tokens=12, ignore_eos=True)))
-    for i, completion in whole.items():
+    backend = make(max_num_seqs=5)
+    given = []
+    for i, completion in run(backend, sequences(range(12), endless())).items():
         sampling = SamplingParams(
             max_tokens=12,
             min_tokens=9,
             stop=(completion.text[0],),
             stop_token_ids=(completion.token_ids[0],),
         )
-        assert 9 <= len(run(make(), sequences([i], sampling))[i].token_ids) <= 12
+        given.append(Sequence(i, prompt(i), sampling))
+    for completion in run(backend, given).values():
+        assert 9 <= len(completion.token_ids) <= 12
 
 
 def test_logprobs_come_for_every_token_when_asked_for(make):
