@@ -38,8 +38,18 @@ def build_parser() -> argparse.ArgumentParser:
     drain.add_argument("--invocation", help="name of the start this replica belongs to")
     gc = _command(commands, "gc", "delete files of attempts that were not committed")
     gc.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
+    tiers = _command(
+        commands, "tiers", "say on which GPUs a model fits, how fast and at what price"
+    )
+    tiers.add_argument("model", help="model folder; only its config.json is read")
+    tiers.add_argument(
+        "--for", dest="job", metavar="RUN", help="planned run whose token counts to use"
+    )
+    tiers.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
+    tiers.add_argument("--all", action="store_true", help="every GPU count, not only the smallest")
     for command in (status, retry, verify, drain, gc):
         command.add_argument("run", help=_RUN_HELP)
+    for command in (status, retry, verify, drain, gc, tiers):
         command.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
     return parser
 

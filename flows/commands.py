@@ -170,6 +170,23 @@ def gc(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def tiers(args: argparse.Namespace) -> int:
+    """Size a model from its config alone, on every GPU type known."""
+    from inference.tiers import tiers_table
+    from tasks.sizing import size
+
+    store = None
+    if args.job is not None:
+        store = open_store(args.job, _storage(args))
+    sizing = size(args.model, hardware=args.hardware, run=store)
+    rows = tiers_table(sizing, detail="all" if args.all else "smallest")
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        console.print_tiers(rows)
+    return EXIT_OK if sizing.best is not None else EXIT_REFUSED
+
+
 def refuse(args: argparse.Namespace, error: BaseException) -> int:
     """One line on what is wrong and what to change."""
     if getattr(args, "json", False):
@@ -218,8 +235,11 @@ def _conclude(
 
 
 def _store(args: argparse.Namespace) -> ObjectStore:
-    config = StorageConfig(endpoint_url=args.endpoint_url or os.environ.get("AWS_ENDPOINT_URL"))
-    return open_store(args.run, config)
+    return open_store(args.run, _storage(args))
+
+
+def _storage(args: argparse.Namespace) -> StorageConfig:
+    return StorageConfig(endpoint_url=args.endpoint_url or os.environ.get("AWS_ENDPOINT_URL"))
 
 
 def _print(args: argparse.Namespace, document: dict[str, Any], text: str) -> None:

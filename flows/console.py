@@ -75,6 +75,50 @@ def print_status(status: RunStatus) -> None:
     _print_places(console, status)
 
 
+def print_tiers(rows: list[dict[str, Any]]) -> None:
+    """Print what fits where, the best marked, then what does not fit and why."""
+    console = Console()
+    table = Table(show_header=True, header_style="bold")
+    names = (
+        "",
+        "GPU",
+        "count",
+        "TP",
+        "replicas",
+        "weights",
+        "KV tokens",
+        "tokens/s",
+        "hours",
+        "$/M",
+    )
+    for name in names:
+        table.add_column(name, justify="left" if name in ("", "GPU", "weights") else "right")
+    for row in (row for row in rows if row["fits"]):
+        price = row["usd_per_million_tokens"]
+        held = row["dtype"] if row["quantization"] == "none" else row["quantization"]
+        table.add_row(
+            "*" if row["best"] else "",
+            row["gpu"] + (f" ({row['offload']})" if row["offload"] else ""),
+            str(row["num_gpus"]),
+            str(row["tensor_parallel_size"]),
+            str(row["replicas"]),
+            held,
+            f"{row['kv_tokens']:,}",
+            f"{row['completion_tokens_per_s']:,.0f}",
+            f"{row['hours']:.2f}",
+            "-" if price is None else f"{price:.3f}",
+        )
+    console.print(table)
+    for row in rows:
+        if row["fits"] and row["best"]:
+            console.print(Text(f"* {row['reason']}"))
+        if not row["fits"]:
+            nearest = f"; {row['nearest']}" if row["nearest"] else ""
+            console.print(
+                Text(f"{row['gpu']} {row['quantization']}: {row['reason']}{nearest}", style="dim")
+            )
+
+
 def print_verification(uri: str, found: Verification) -> None:
     """Print what `verify` found."""
     console = Console()
