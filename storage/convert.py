@@ -82,7 +82,9 @@ def convert(source: TextSource, target: Path) -> Converted:
     """
     columns = _infer(source)
     writer = _Writer(source, columns)
-    with pq.ParquetWriter(target, writer.schema, compression="zstd", write_page_checksum=True) as out:
+    with pq.ParquetWriter(
+        target, writer.schema, compression="zstd", write_page_checksum=True
+    ) as out:
         for rows in _groups(source.rows()):
             out.write_batch(writer.records(rows))
     return Converted(writer.num_rows, writer.num_bad_rows, writer.num_replaced)
@@ -99,7 +101,9 @@ def convert_arrow(path: Path, target: Path, *, name: str) -> Converted:
         with pa.memory_map(str(path)) as file:
             batches = _arrow_batches(file)
             schema = next(batches)
-            with pq.ParquetWriter(target, schema, compression="zstd", write_page_checksum=True) as out:
+            with pq.ParquetWriter(
+                target, schema, compression="zstd", write_page_checksum=True
+            ) as out:
                 for batch in batches:
                     num_rows += batch.num_rows
                     for start in range(0, batch.num_rows, _GROUP_ROWS):
@@ -235,7 +239,9 @@ class _Writer:
             if not _equal(value, cleaned[index]):
                 self.num_replaced += 1
                 if name in self._source.used and errors[index] is None:
-                    errors[index] = f"column {name!r} is not valid text: half a surrogate pair or bytes that are not UTF-8"
+                    errors[index] = (
+                        f"column {name!r} is not valid text: half a surrogate pair or bytes that are not UTF-8"
+                    )
         return pa.array(self._to_arrow(cleaned, kind), kind or pa.string())
 
     def _to_arrow(self, values: list[Any], kind: pa.DataType | None) -> list[Any]:

@@ -82,12 +82,12 @@ class JsonType:
         return {bool: pa.bool_(), float: pa.float64(), str: pa.string()}[kind]
 
     def _integer(self) -> pa.DataType | None:
-        if -(2**63) <= self.low and self.high < 2**63:
+        if self.low >= -(2**63) and self.high < 2**63:
             return pa.int64()
         return pa.uint64() if self.low == 0 and self.high < 2**64 else None
 
     def _number(self) -> pa.DataType | None:
-        is_exact = -_EXACT_FLOAT <= self.low and self.high <= _EXACT_FLOAT
+        is_exact = self.low >= -_EXACT_FLOAT and self.high <= _EXACT_FLOAT
         return pa.float64() if is_exact else None
 
     def _struct(self) -> pa.DataType | None:

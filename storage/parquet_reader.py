@@ -68,7 +68,9 @@ class ParquetInput:
         for group in range(self._file.num_row_groups):
             end = first + self._file.metadata.row_group(group).num_rows
             if end > row_start and first < row_end:
-                yield from self._group(group, first, max(row_start, first), min(row_end, end), columns)
+                yield from self._group(
+                    group, first, max(row_start, first), min(row_end, end), columns
+                )
             first = end
         if row_end > first:
             raise BadInput(f"{self.name}: has {first} rows, {row_end} were planned")
@@ -92,7 +94,9 @@ class ParquetInput:
                         return
                 else:
                     if start < end:
-                        raise BadInput(f"{self.name}: row group {group} ends at row {start}, not {end}")
+                        raise BadInput(
+                            f"{self.name}: row group {group} ends at row {start}, not {end}"
+                        )
             except (pa.ArrowNotImplementedError, MemoryError) as error:
                 # ArrowMemoryError is a MemoryError; nested columns above 2 GiB are not implemented.
                 if batch_rows == 1:
