@@ -52,6 +52,7 @@ _stop = Stop()
 def run(args: argparse.Namespace) -> int:
     """Plan, drain and publish one job in this process."""
     from tasks.launch import run_replicas
+    from tasks.publish import reveal_all
     from tasks.run import finish, prepare
 
     job = load_job(args.job, overrides=args.overrides)
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
         this_run = prepare(job, work_dir=work_dir, progress=progress)
         try:
-            finish(this_run.store, progress)
+            progress.phase = "looking for what is committed"
+            reveal_all(this_run.store, this_run.commits())
             report = run_replicas(this_run, progress=progress, should_stop=_stop)
             manifest = finish(this_run.store, progress)
         finally:

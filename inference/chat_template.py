@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR, DummyTokenizer
 from inference.errors import EngineConfigError, ModelError
 
 # Arguments of the template call that are not the job's to set.
@@ -126,6 +127,8 @@ def load_tokenizer(model_dir: Path) -> Any:
     Raises:
         ModelError: there is none, it is broken, or it wants its own Python code.
     """
+    if model_dir == DUMMY_MODEL_DIR:
+        return DummyTokenizer()
     if not model_dir.is_dir():
         raise ModelError(f"model folder {model_dir} does not exist")
     settings = model_dir / "tokenizer_config.json"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.backends import resolve_backend
+from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR
 from inference.errors import EngineConfigError, ModelError
 from inference.weights import check_model_folder
 from tasks.job import RunConfig
@@ -40,7 +41,7 @@ def open_model(job: RunConfig, *, progress: Progress) -> RunModel:
     if resolve_backend(job.engine.backend) == "dummy":
         limit = job.engine.max_model_len
         return RunModel(
-            path=Path(job.model.source),
+            path=DUMMY_MODEL_DIR,
             content_id="dummy",
             max_model_len=_DUMMY_MAX_MODEL_LEN if limit == "auto" else limit,
         )

@@ -24,7 +24,7 @@ from inference.errors import ModelError
 from storage import keys
 from storage.commits import current_commits, read_commits
 from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
-from storage.inputs import list_inputs
+from storage.inputs import InputFiles
 from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore, open_store
@@ -107,7 +107,8 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
     model = open_model(job, progress=progress)
     try:
         progress.phase = "listing inputs"
-        files = list_inputs(job.input.uri, job.input.format, job.storage)
+        inputs = InputFiles(work_dir, job.storage)
+        files = inputs.expand(job.input.uri)
         backend = resolve_backend(job.engine.backend)
         fields = fingerprint_fields(
             job,
@@ -128,7 +129,8 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
             model_dir=model.path,
             work_dir=work_dir,
             max_model_len=model.max_model_len,
-            on_progress=lambda done, total: progress.planned(done, total),
+            on_progress=progress.planned,
+            files=inputs,
         )
         _check_inputs(plan, [(file.uri, file.etag) for file in files])
         return _run(job, record, store, plan, model, work_dir)

@@ -44,7 +44,7 @@ class SampleKey(NamedTuple):
 
 class _Runnable(NamedTuple):
     offset: int
-    token_ids: array[int]
+    token_ids: "array[int]"  # array.array is not subscriptable before Python 3.12
     sampling: SamplingParams
     row_key: int | str
 
