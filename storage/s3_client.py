@@ -65,7 +65,7 @@ _DENIED_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "Invali
 class RetryPolicy:
     """How long a passing fault is waited out: about 30 s by default, a store's restart."""
 
-    max_attempts: int = 12
+    max_attempts: int = 14
     base_s: float = 0.1
     cap_s: float = 5.0
 

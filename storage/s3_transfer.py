@@ -36,6 +36,14 @@ def crc64(data: bytes) -> str:
     return _spell(crc64nvme(data))
 
 
+def full_checksum(reply: Any) -> str | None:
+    """Return the CRC64NVME of the whole object, where a GET or HEAD tells it."""
+    value: str | None = reply.get("ChecksumCRC64NVME")
+    if not value or "-" in value or reply.get("ChecksumType") == "COMPOSITE":
+        return None
+    return value
+
+
 def _spell(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(8, "big")).decode()
 
@@ -81,9 +89,7 @@ class S3Transfer:
             NoSpace: there is no room for it.
         """
         hidden = path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.partial")
-        wanted = found.get("ChecksumCRC64NVME")
-        if found.get("ChecksumType") != "FULL_OBJECT":
-            wanted = None
+        wanted = full_checksum(found)
         size = found["ContentLength"]
         try:
             with translate(path, size), hidden.open("xb") as file:
@@ -221,10 +227,8 @@ class S3Transfer:
             f"HEAD {what}",
             lambda: self._client.head_object(Bucket=self._bucket, Key=name, ChecksumMode="ENABLED"),
         )
-        stored = found.get("ChecksumCRC64NVME") if found.get("ChecksumType") else None
-        if found["ContentLength"] != size or (
-            found.get("ChecksumType") == "FULL_OBJECT" and stored not in {None, _spell(crc)}
-        ):
+        stored = full_checksum(found)
+        if found["ContentLength"] != size or stored not in {None, _spell(crc)}:
             raise CorruptObject(
                 f"{what}: uploaded {size} bytes with CRC64NVME {_spell(crc)}, the store has "
                 f"{found['ContentLength']} with {stored}; upload it again"

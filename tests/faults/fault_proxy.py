@@ -14,6 +14,7 @@ stall        half of the body, then silence for `seconds`, then close
 import asyncio
 import re
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -73,6 +74,7 @@ class FaultProxy:
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
+        self._writers: set[asyncio.StreamWriter] = set()
         ready = threading.Event()
 
         async def listen() -> None:
@@ -99,12 +101,16 @@ class FaultProxy:
 
     async def _close(self) -> None:
         self._server.close()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self._writers:
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
         try:
             while await self._exchange(reader, writer):
                 pass
@@ -158,6 +164,7 @@ class FaultProxy:
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", self.upstream_port, limit=_LIMIT
         )
+        self._writers.add(writer)
         try:
             writer.write(re.sub(rb"(?i)\r\nexpect:[^\r]*", b"", request.head) + request.body)
             await writer.drain()
