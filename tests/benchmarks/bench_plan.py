@@ -26,13 +26,7 @@ from tasks.plan import make_plan
 
 TINY = Path(__file__).parent.parent / "data" / "models" / "chain-a"
 INSTRUCTION = "Summarise the following note in one plain sentence for a busy reader.\n\n"
-WORDS = (
-    "the a of and to in that it was for on are as with his they at be this from have or by one had "
-    "not but what all were when we there can an your which their said if do will each about how up "
-    "out them then she many some so these would other into has more her two like him see time could "
-    "no make than first been its who now people my made over did down only way find use may water "
-    "long little very after words called just where most know river granite orchard delta engine"
-).split()
+WORDS = ["the", "a", "of", "and", "to", "in", "that", "it", "was", "for", "on", "are", "as", "with", "his", "they", "at", "be", "this", "from", "have", "or", "by", "one", "had", "not", "but", "what", "all", "were", "when", "we", "there", "can", "an", "your", "which", "their", "said", "if", "do", "will", "each", "about", "how", "up", "out", "them", "then", "she", "many", "some", "so", "these", "would", "other", "into", "has", "more", "her", "two", "like", "him", "see", "time", "could", "no", "make", "than", "first", "been", "its", "who", "now", "people", "my", "made", "over", "did", "down", "only", "way", "find", "use", "may", "water", "long", "little", "very", "after", "words", "called", "just", "where", "most", "know", "river", "granite", "orchard", "delta", "engine"]
 
 
 def write_rows(path: Path, num_rows: int) -> None:

