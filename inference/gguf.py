@@ -51,7 +51,8 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path, dtype: Dtype = "bfl
     try:
         _write_folder(source, scratch, "bfloat16" if dtype == "auto" else dtype)
         (scratch / RECEIPT_NAME).write_text(json.dumps(receipt) + "\n")
-        check_model_folder(scratch)
+        for weight_file in check_model_folder(scratch).weight_files:
+            weight_file.path.chmod(0o644)  # written as 0600; a model folder is for everyone
         if target.exists():
             target.rmdir()  # empty, or the rename fails and says so
         scratch.rename(target)
