@@ -25,6 +25,7 @@ _MAX_SMALL_FILE_BYTES = 100_000_000
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Files besides the weights that can change a token.
 _SMALL_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")  # fmt: skip
 _ELEMENT_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -75,6 +76,11 @@ def check_model_folder(path: str | Path) -> ModelFolder:
         raise ModelError(f"{folder}: no such model folder; give a folder that holds config.json")
     config = _read_json(folder / "config.json")
     _refuse_remote_code(folder, config)
+    if not any((folder / name).is_file() for name in _TOKENIZER_NAMES):
+        # transformers would make up an empty one.
+        raise ModelError(
+            f"{folder}: no tokenizer file; add {_TOKENIZER_NAMES[0]} of the same model"
+        )
     weight_files = tuple(check_weight_file(folder / name) for name in _weight_file_names(folder))
     _check_index(folder, weight_files)
     return ModelFolder(folder, config, weight_files, content_id_of(folder, weight_files))

@@ -63,6 +63,11 @@ def test_no_folder_and_no_config_are_named(tmp_path, folder):
     assert "config.json is missing" in refusal(folder)
 
 
+def test_a_folder_without_tokenizer_is_refused(folder):
+    (folder / "tokenizer.json").unlink()
+    assert "no tokenizer file" in refusal(folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
 def test_a_config_that_is_no_json_object_is_named(folder, content):
     (folder / "config.json").write_bytes(content)
