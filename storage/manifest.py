@@ -183,6 +183,8 @@ class CommitRecord(_Document):
     receipt: Json
     holder: str
     committed_at: str
+    tombstone: str | None = None
+    """Why nothing will come: uses up the revision of a cancelled shard. It has no part."""
 
     @classmethod
     def _build(cls, value: Json) -> Self:
