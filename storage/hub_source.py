@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -130,14 +131,12 @@ class HubSource:
 
 def _silent_bar() -> Any:
     """A progress bar class for huggingface_hub that draws nothing: progress is reported by file."""
-    from tqdm import tqdm
+    bar: Any = import_module("tqdm").tqdm
 
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)  # the Hub's own, for switching groups of bars off
-            super().__init__(*args, **{**kwargs, "disable": True})
+    def make_silent(self: Any, *args: Any, name: str = "", **kwargs: Any) -> None:
+        bar.__init__(self, *args, **{**kwargs, "disable": True})
 
-    return Silent
+    return type("Silent", (bar,), {"__init__": make_silent})
 
 
 def open_hub(source: str, pins: Path, *, ttl_s: float = PIN_TTL_S) -> HubSource:

@@ -15,7 +15,7 @@ from storage.destinations import (
     find_destinations,
     host_memory,
 )
-from storage.errors import AccessDenied, BadInput, NotFound, NoSpace
+from storage.errors import AccessDenied, BadInput, NoSpace, NotFound
 from storage.model_cache import CacheEntry, Eviction, ModelCache
 
 

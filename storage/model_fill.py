@@ -17,7 +17,8 @@ from storage.hub_source import WORK_FOLDER, HubSource
 from storage.model_cache import NO_SPACE, ModelCache, disk_bytes, no_space
 from storage.model_listing import Listing, with_promises
 from storage.model_manifest import ModelManifest, StagedFile
-from storage.ranged_copy import JOURNAL_SUFFIX, RangedCopy, RetryPolicy, sync_folder
+from storage.ranged_copy import JOURNAL_SUFFIX, RangedCopy, sync_folder
+from storage.s3_client import RetryPolicy
 from storage.stage_report import PhaseTimer
 from storage.stage_sources import SourceFile
 from storage.weight_files import MANIFEST, check_small_files, is_weights

@@ -12,7 +12,6 @@ import errno
 import json
 import mmap
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from storage.checksums import (
     file_checksum,
 )
 from storage.errors import CorruptObject, NoSpace, StoreUnavailable
+from storage.s3_client import RetryPolicy
 from storage.stage_sources import RangeBody, RangedSource, SourceFile
 
 RANGE_BYTES = 16 << 20
@@ -40,19 +40,6 @@ Task = TypeVar("Task")
 
 PARTIAL_SUFFIX = ".partial"
 JOURNAL_SUFFIX = ".journal"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryPolicy:
-    """How often one range is asked for again, and how long to wait in between."""
-
-    attempts: int = 8
-    base_s: float = 0.25
-    cap_s: float = 15.0
-
-    def pause_s(self, failures: int) -> float:
-        """Exponential, with jitter so that many readers do not come back at once."""
-        return random.uniform(0.5, 1.0) * min(self.cap_s, self.base_s * 2.0 ** (failures - 1))
 
 
 @dataclass(slots=True)
@@ -306,10 +293,10 @@ class RangedCopy:
                 self._stream(copied, progress, end)
             except StoreUnavailable as error:
                 failures += 1
-                if failures >= self._retry.attempts:
+                if failures >= self._retry.max_attempts:
                     raise StoreUnavailable(f"{error}; gave up after {failures} attempts") from error
                 self.stats.add(num_retries=1)
-                self._stop.wait(self._retry.pause_s(failures))
+                self._stop.wait(self._retry.delay_s(failures - 1))
         if self._stop.is_set():
             raise InterruptedError
         self.stats.add(num_ranges=1)

@@ -15,19 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import urllib3.exceptions
 from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
 
 from storage.checksums import RANGE_ALGORITHMS, Checksum
-from storage.errors import (
-    AccessDenied,
-    BadInput,
-    InputChanged,
-    NotFound,
-    StorageError,
-    StoreUnavailable,
-)
+from storage.errors import BadInput, InputChanged, NotFound, PreconditionFailed, StoreUnavailable
 from storage.object_store import StorageConfig
+from storage.s3_client import Caller, as_storage_error, make_client
 
 _HEAD_THREADS = 16
 _NUM_SAMPLES = 16
@@ -103,18 +97,19 @@ class S3Source:
         self._prefix += "/" if self._prefix else ""
         self._key = key
         self._client = client
+        self._caller = Caller()
         self.uri = f"s3://{self._bucket}/{key if self._is_object else self._prefix}"
         self.identity = f"{endpoint}|{self.uri}"
 
     def list_files(self) -> list[SourceFile]:
-        pages = self._client.get_paginator("list_objects_v2")
         start = self._key if self._is_object else self._prefix
-        with _translated(self.uri):
-            objects = [
-                item
-                for page in pages.paginate(Bucket=self._bucket, Prefix=start)
-                for item in page.get("Contents", [])
-            ]
+
+        def list_all() -> list[Any]:
+            pages = self._client.get_paginator("list_objects_v2")
+            replies = pages.paginate(Bucket=self._bucket, Prefix=start)
+            return [item for reply in replies for item in reply.get("Contents", [])]
+
+        objects = self._caller(self.uri, list_all)
         files = [
             SourceFile(
                 name=item["Key"].removeprefix(self._prefix),
@@ -133,21 +128,22 @@ class S3Source:
             return list(pool.map(self._head, files))
 
     def read(self, file: SourceFile) -> bytes:
-        with _translated(f"{self.uri} {file.name}"):
-            reply = self._client.get_object(
-                Bucket=self._bucket, Key=self._prefix + file.name, IfMatch=f'"{file.etag}"'
-            )
+        def get() -> bytes:
+            reply = self._client.get_object(**self._pinned(file))
             return bytes(reply["Body"].read())
 
+        with _changed_meanwhile():
+            return self._caller(self._where(file), get)
+
     def open_range(self, file: SourceFile, start: int, end: int) -> "_HttpBody":
-        where = f"{self.uri} {file.name}"
-        with _translated(where):
-            reply = self._client.get_object(
-                Bucket=self._bucket,
-                Key=self._prefix + file.name,
-                Range=f"bytes={start}-{end - 1}",
-                IfMatch=f'"{file.etag}"',
-            )
+        where = self._where(file)
+        with _changed_meanwhile():
+            try:
+                reply = self._client.get_object(
+                    **self._pinned(file), Range=f"bytes={start}-{end - 1}"
+                )
+            except (ClientError, BotoCoreError, HTTPError) as error:
+                raise as_storage_error(error, where) from error
         body = _HttpBody(reply["Body"], end - start, where)
         expected, found = f"bytes {start}-{end - 1}/{file.size}", reply.get("ContentRange")
         if found != expected:
@@ -155,11 +151,20 @@ class S3Source:
             raise StoreUnavailable(f"{where}: asked for {expected}, was given {found}")
         return body
 
+    def _where(self, file: SourceFile) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{file.name}"
+
+    def _pinned(self, file: SourceFile) -> dict[str, str]:
+        """Name the object, and refuse any other bytes under its name."""
+        key = self._prefix + file.name
+        return {"Bucket": self._bucket, "Key": key, "IfMatch": f'"{file.etag}"'}
+
     def _head(self, file: SourceFile) -> SourceFile:
-        where = f"{self.uri} {file.name}"
-        with _translated(where):
-            reply = self._client.head_object(
-                Bucket=self._bucket, Key=self._prefix + file.name, ChecksumMode="ENABLED"
+        where = self._where(file)
+        with _changed_meanwhile():
+            reply = self._caller(
+                where,
+                lambda: self._client.head_object(**self._pinned(file), ChecksumMode="ENABLED"),
             )
         etag = reply["ETag"].strip('"')
         if (etag, reply["ContentLength"]) != (file.etag, file.size):
@@ -214,7 +219,7 @@ class LocalSource:
     def _sample(self, name: str) -> str:
         """Digest of a file's beginning, end and blocks in between: all of it when it is small."""
         digest = hashlib.sha256()
-        with _translated(name), (self._folder / name).open("rb", buffering=0) as file:
+        with (self._folder / name).open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             step = max(_SAMPLE_BYTES, size // _NUM_SAMPLES)
             for offset in (*range(0, size, step), max(0, size - _SAMPLE_BYTES)):
@@ -234,9 +239,8 @@ class _HttpBody:
 
     def readinto(self, view: memoryview, /) -> int:
         try:
-            with _translated(self._where):
-                count = int(self._reader.readinto(view))
-        except http.client.HTTPException as error:
+            count = int(self._reader.readinto(view))
+        except (http.client.HTTPException, HTTPError, OSError) as error:
             raise StoreUnavailable(f"{self._where}: {error!r}") from error
         self._left -= count
         return count
@@ -254,13 +258,14 @@ class _FileBody:
     def __init__(self, path: Path, start: int, end: int) -> None:
         self._path = path
         self._left = end - start
-        with _translated(str(path)):
-            self._stream = path.open("rb", buffering=0)
-            self._stream.seek(start)
+        self._stream = path.open("rb", buffering=0)
+        self._stream.seek(start)
 
     def readinto(self, view: memoryview, /) -> int:
-        with _translated(str(self._path)):
+        try:
             count = self._stream.readinto(view[: self._left]) or 0
+        except OSError as error:  # a network file system's hiccup, or a disk's: tried again
+            raise StoreUnavailable(f"{self._path}: {error.strerror}") from error
         self._left -= count
         return count
 
@@ -276,8 +281,6 @@ def open_ranged(source: str, config: StorageConfig) -> S3Source | LocalSource:
         NotFound: there is no such folder.
     """
     if source.startswith("s3://"):
-        from storage.s3_store import make_client
-
         return S3Source(source, make_client(config), endpoint=config.endpoint_url or "")
     scheme, separator, rest = source.partition("://")
     if separator and scheme != "file":
@@ -293,27 +296,11 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Turn the client's exceptions into ours: fatal, changed, or worth another try."""
+def _changed_meanwhile() -> Iterator[None]:
+    """A pin that no longer holds means that the source was replaced."""
     try:
         yield
-    except StorageError:
-        raise
-    except ClientError as error:
-        raise _from_reply(error, what) from error
-    except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
-        raise StoreUnavailable(f"{what}: {type(error).__name__}: {error}") from error
-
-
-def _from_reply(error: ClientError, what: str) -> StorageError:
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    code = error.response.get("Error", {}).get("Code", "")
-    if status == 404:
-        return NotFound(f"{what}: no such object or bucket ({code})")
-    if status in (401, 403):
-        return AccessDenied(f"{what}: {code}; check the credentials and the bucket policy")
-    if status in (412, 416):
-        return InputChanged(f"{what}: replaced while it was staged ({code}); stage it again")
-    if 400 <= status < 500 and status not in (408, 409, 429):
-        return BadInput(f"{what}: the store refuses the request: {status} {code}")
-    return StoreUnavailable(f"{what}: {status} {code}")
+    except PreconditionFailed as error:
+        raise InputChanged(
+            f"{error}; it was replaced while it was staged; stage it again"
+        ) from error

@@ -23,7 +23,7 @@ from storage.model_fill import Fill, Filled, FillOptions
 from storage.model_listing import Listing, Source, list_model
 from storage.model_manifest import ModelManifest
 from storage.object_store import StorageConfig
-from storage.ranged_copy import RetryPolicy
+from storage.s3_client import RetryPolicy
 from storage.stage_report import PhaseTimer, StageReport, wire_gb_per_s
 from storage.stage_sources import LocalSource, open_ranged
 
