@@ -110,7 +110,7 @@ class S3Store:
     def put(self, key: str, data: bytes) -> ObjectInfo:
         name = self._name(key)
         reply = self._call(f"PUT {self.uri}/{key}", lambda: self._transfer.put(name, data))
-        return _written(key, len(data), reply)
+        return self._written(key, len(data), reply)
 
     def upload(self, path: Path, key: str) -> ObjectInfo:
         self._transfer.upload(path, self._name(key))
@@ -133,7 +133,7 @@ class S3Store:
                 raise Again(
                     StoreUnavailable(f"PUT {self.uri}/{key}: 412, but no object")
                 ) from error
-            return _written(key, len(data), reply)
+            return self._written(key, len(data), reply)
 
         return self._call(f"PUT {self.uri}/{key}", request)
 
@@ -158,7 +158,7 @@ class S3Store:
                 raise Again(
                     StoreUnavailable(f"PUT {self.uri}/{key}: 412 for its own ETag")
                 ) from error
-            return _written(key, len(data), reply)
+            return self._written(key, len(data), reply)
 
         return self._call(f"PUT {self.uri}/{key}", request)
 
@@ -230,6 +230,12 @@ class S3Store:
             key, reply["ContentLength"], _bare(reply["ETag"]), modified_at.timestamp()
         )
 
+    def _written(self, key: str, size: int, reply: Any) -> ObjectInfo:
+        date = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
+        if date is None:
+            return self.head(key)
+        return ObjectInfo(key, size, _bare(reply["ETag"]), parsedate_to_datetime(date).timestamp())
+
     def _require(self, info: ObjectInfo, etag: str | None) -> None:
         if etag is not None and info.etag != etag:
             raise PreconditionFailed(f"{self.uri}/{info.key}: ETag is {info.etag}, not {etag}")
@@ -276,12 +282,6 @@ def _whole_body(reply: Any, what: str) -> bytes:
     if len(data) != reply["ContentLength"]:
         raise Again(StoreUnavailable(f"{what}: {len(data)} of {reply['ContentLength']} bytes came"))
     return data
-
-
-def _written(key: str, size: int, reply: Any) -> ObjectInfo:
-    date = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
-    modified_at = parsedate_to_datetime(date).timestamp() if date else 0.0
-    return ObjectInfo(key, size, _bare(reply["ETag"]), modified_at)
 
 
 def _bare(etag: str) -> str:
