@@ -146,9 +146,10 @@ class _Staging:
         with self._timer("resolve"):
             places = open_places(self._stage_to)
             opened = _open(source, config, places)
+            reason = self._why_in_place(opened)
         with self._timer("list"):
             listing = list_model(opened)
-        if reason := self._why_in_place(opened):
+        if reason:
             return self._in_place(listing, reason)
         return self._find(places, listing) or self._stage(places, listing)
 
