@@ -29,6 +29,7 @@ from storage.errors import (
     StorageError,
     StoreUnavailable,
 )
+from storage.model_cache import NO_SPACE, no_space
 from storage.stage_sources import SourceFile
 
 PIN_TTL_S = 3600.0
@@ -90,25 +91,14 @@ class HubSource:
             return dict(pool.map(one, files))
 
     def _download(self, file: SourceFile, folder: Path) -> Checksum:
-        from huggingface_hub import hf_hub_download
-
         assert file.checksum is not None, f"{file.name} was listed without a digest"
         target = folder / file.name
         if target.exists() and file_checksum(target, file.checksum.algorithm) == file.checksum:
             return file.checksum
-
-        path = Path(
-            _bounded(
-                lambda: hf_hub_download(
-                    self.repo_id,
-                    file.name,
-                    revision=self.commit,
-                    local_dir=folder / WORK_FOLDER,
-                    tqdm_class=_silent_bar(),
-                ),
-                f"{self.uri} {file.name}",
-            )
-        )
+        try:
+            path = self._fetch(file, folder / WORK_FOLDER)
+        except OSError as error:
+            raise no_space(folder, file.size) from error
         found = file_checksum(path, file.checksum.algorithm)
         try:
             if path.stat().st_size != file.size or found != file.checksum:
@@ -127,6 +117,30 @@ class HubSource:
             os.fsync(written.fileno())
         path.rename(target)
         return found
+
+    def _fetch(self, file: SourceFile, work: Path) -> Path:
+        """Let huggingface_hub download a file below `work`. Raises OSError when the disk is full."""
+        from huggingface_hub import hf_hub_download
+
+        def request() -> str:
+            path: str = hf_hub_download(
+                self.repo_id,
+                file.name,
+                revision=self.commit,
+                local_dir=work,
+                # Not the user's cache: what is damaged there would be copied again and again.
+                cache_dir=work / "cache",
+                endpoint=_endpoint(),
+                tqdm_class=_silent_bar(),
+            )
+            return path
+
+        return Path(_bounded(request, f"{self.uri} {file.name}"))
+
+
+def _endpoint() -> str | None:
+    """A mirror of the Hub, as huggingface_hub's own variable names it."""
+    return os.environ.get("HF_ENDPOINT") or None
 
 
 def _silent_bar() -> Any:
@@ -154,8 +168,7 @@ def open_hub(source: str, pins: Path, *, ttl_s: float = PIN_TTL_S) -> HubSource:
         raise BadInput(f"{source}: not of the form hf://org/repo@revision")
     revision = revision or "main"
     began_at = time.time()
-    endpoint = os.environ.get("HF_ENDPOINT", "")
-    name = hashlib.sha256(f"{endpoint}|{repo_id}|{revision}".encode()).hexdigest()[:32]
+    name = hashlib.sha256(f"{_endpoint()}|{repo_id}|{revision}".encode()).hexdigest()[:32]
     pin = pins / f"{name}.json"
     with pin.open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -179,8 +192,9 @@ def _resolve(repo_id: str, revision: str) -> dict[str, Any]:
     from huggingface_hub import HfApi
 
     what = f"hf://{repo_id}@{revision}"
+    api = HfApi(endpoint=_endpoint())
     info = _bounded(
-        lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=30),
+        lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=30),
         what,
     )
     files = []
@@ -226,7 +240,7 @@ def _read_pin(file: TextIO) -> dict[str, Any]:
 
 def _bounded(request: Callable[[], Reply], what: str) -> Reply:
     """Ask a bounded number of times, waiting as long as the Hub says."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     waited_s = 0.0
     for attempt in range(1, _MAX_ATTEMPTS + 1):
@@ -235,7 +249,9 @@ def _bounded(request: Callable[[], Reply], what: str) -> Reply:
         except HfHubHTTPError as error:
             fault = _from_reply(error, what)
             wait_s = _retry_after_s(error, attempt)
-        except OSError as error:
+        except (OSError, HTTPError) as error:
+            if getattr(error, "errno", None) in NO_SPACE:
+                raise
             fault = StoreUnavailable(f"{what}: {type(error).__name__}: {error}")
             wait_s = _backoff_s(attempt)
         waited_s += wait_s
