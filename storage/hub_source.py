@@ -240,16 +240,16 @@ def _read_pin(file: TextIO) -> dict[str, Any]:
 
 def _bounded(request: Callable[[], Reply], what: str) -> Reply:
     """Ask a bounded number of times, waiting as long as the Hub says."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    errors: Any = import_module("huggingface_hub.errors")
 
     waited_s = 0.0
     for attempt in range(1, _MAX_ATTEMPTS + 1):
         try:
             return request()
-        except HfHubHTTPError as error:
+        except errors.HfHubHTTPError as error:
             fault = _from_reply(error, what)
             wait_s = _retry_after_s(error, attempt)
-        except (OSError, HTTPError) as error:
+        except (OSError, errors.HTTPError) as error:  # HTTPError: no answer at all
             if getattr(error, "errno", None) in NO_SPACE:
                 raise
             fault = StoreUnavailable(f"{what}: {type(error).__name__}: {error}")

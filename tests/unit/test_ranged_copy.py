@@ -72,8 +72,9 @@ def copy(
     *,
     files: list[SourceFile] | None = None,
     direct: bool = False,
+    num_threads: int = 3,
 ) -> RangedCopy:
-    copier = RangedCopy(source, folder, direct=direct, num_threads=3, retry=FAST)
+    copier = RangedCopy(source, folder, direct=direct, num_threads=num_threads, retry=FAST)
     try:
         copier.resume(files or source.list_files())
         copier.allocate()
@@ -173,12 +174,8 @@ def test_one_flipped_bit_is_refused_and_the_next_copy_is_right(tmp_path: Path, d
 def _broken_off(source: ScriptedSource, folder: Path, num_ranges: int) -> None:
     """Copy so many ranges, then fail for good."""
     source.faults = [bytes] * num_ranges + [_refuse] * 20
-    copier = RangedCopy(source, folder, direct=False, num_threads=1, retry=FAST)
     with pytest.raises(StoreUnavailable):
-        copier.resume(source.list_files())
-        copier.allocate()
-        copier.run()
-    copier.close()
+        copy(source, folder, num_threads=1)
     source.faults, source.opened = [], []
 
 
