@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from storage.disk_space import free_bytes
+
 Kind = Literal["memory", "nvme", "ssd", "disk", "network"]
 
 CACHE_VARIABLE = "NIGHTJAR_CACHE"
@@ -125,10 +127,7 @@ def describe(root: Path) -> Destination:
     existing = root
     while not existing.exists():
         existing = existing.parent
-    room = os.statvfs(existing)
-    return Destination(
-        root=root, kind=disk_kind(existing), free_bytes=room.f_bavail * room.f_frsize
-    )
+    return Destination(root=root, kind=disk_kind(existing), free_bytes=free_bytes(root))
 
 
 def disk_kind(path: Path) -> Kind:

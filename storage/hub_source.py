@@ -21,6 +21,7 @@ from typing import Any, TextIO, TypeVar
 
 from storage import weight_files
 from storage.checksums import GIT_BLOB, SHA256, Checksum, file_checksum
+from storage.disk_space import NO_SPACE, no_space
 from storage.errors import (
     AccessDenied,
     BadInput,
@@ -29,14 +30,13 @@ from storage.errors import (
     StorageError,
     StoreUnavailable,
 )
-from storage.model_cache import NO_SPACE, no_space
 from storage.stage_sources import SourceFile
 
 PIN_TTL_S = 3600.0
 """A branch or tag is looked up again after this long; a commit never is."""
 
-WORK_FOLDER = ".hub"
-"""Where huggingface_hub keeps partial files, inside the model's folder."""
+WORK_FOLDER = ".work"
+"""Inside the model's folder while it is staged: what huggingface_hub and converters leave behind."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PASSING = {408, 409, 429, 500, 502, 503, 504}

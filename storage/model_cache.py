@@ -11,7 +11,6 @@
 Locks are flocks: the kernel drops them when their process dies, however it dies. Lock files stay.
 """
 
-import errno
 import fcntl
 import os
 import secrets
@@ -21,12 +20,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.errors import AccessDenied, CorruptObject, NoSpace
+from storage.disk_space import NO_SPACE, free_bytes, no_space, used_bytes
+from storage.errors import AccessDenied, CorruptObject
 from storage.model_manifest import ModelManifest
 from storage.weight_files import MANIFEST
 
 _TRASH_PREFIX = ".trash-"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CacheEntry(NamedTuple):
@@ -149,9 +148,9 @@ class ModelCache:
         folders = [path for path in self.models.iterdir() if not path.name.startswith(".")]
         return sorted(map(self._entry, folders), key=lambda entry: entry.last_used_at)
 
-    def used_bytes(self) -> int:
+    def bytes_on_disk(self) -> int:
         """Bytes that all models take on disk."""
-        return disk_bytes(self.models)
+        return used_bytes(self.models)
 
     def evictable_bytes(self) -> int:
         """Bytes of models that nobody uses and that are not pinned."""
@@ -171,7 +170,7 @@ class ModelCache:
         if lock is None:
             return Eviction(content_id, 0, "a process is using it")
         with lock:
-            num_bytes = disk_bytes(self.path(content_id))
+            num_bytes = used_bytes(self.path(content_id))
             # Renamed first: whoever dies here leaves trash, never a model with files missing.
             trash = self.models / f"{_TRASH_PREFIX}{content_id}-{secrets.token_hex(4)}"
             try:
@@ -205,7 +204,8 @@ class ModelCache:
             used -= eviction.freed_bytes
             gone += [entry.content_id] if not eviction.kept_because else []
         if not self._fits(num_bytes, used, budget_bytes):
-            raise no_space(self.root, num_bytes, budget_bytes=budget_bytes, used_bytes=used)
+            limit = f", budget {budget_bytes} of which {used} are pinned or in use"
+            raise no_space(self.root, num_bytes, limit=limit if budget_bytes is not None else "")
         return gone
 
     def gc(self, *, min_age_s: float = 3600.0) -> list[Eviction]:
@@ -213,7 +213,7 @@ class ModelCache:
         gone = []
         if self.models.is_dir():
             for trash in self.models.glob(f"{_TRASH_PREFIX}*"):
-                gone.append(Eviction(trash.name, disk_bytes(trash), ""))
+                gone.append(Eviction(trash.name, used_bytes(trash), ""))
                 shutil.rmtree(trash, ignore_errors=True)
         for entry in self.entries():
             if not entry.is_whole and time.time() - entry.last_used_at >= min_age_s:
@@ -239,7 +239,7 @@ class ModelCache:
             path=folder,
             content_id=folder.name,
             source=manifest.source if manifest else "",
-            num_bytes=disk_bytes(folder),
+            num_bytes=used_bytes(folder),
             last_used_at=last_used_at,
             is_whole=manifest is not None,
             is_pinned=self.is_pinned(folder.name),
@@ -261,32 +261,3 @@ class ModelCache:
             os.close(fd)
             raise
         return FileLock(fd)
-
-
-def free_bytes(folder: Path) -> int:
-    """What an ordinary user may still write on the folder's disk."""
-    room = os.statvfs(folder)
-    return room.f_bavail * room.f_frsize
-
-
-def no_space(
-    folder: Path, needed_bytes: int, *, budget_bytes: int | None = None, used_bytes: int = 0
-) -> NoSpace:
-    """The error for a folder that cannot take so many bytes more."""
-    limits = f"{free_bytes(folder) if folder.exists() else 0} free"
-    if budget_bytes is not None:
-        limits += f", budget {budget_bytes} of which {used_bytes} are pinned or in use"
-    return NoSpace(
-        f"{folder}: {needed_bytes} bytes needed, {limits}; make room or stage to another folder"
-    )
-
-
-def disk_bytes(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(root, name)).st_blocks * 512
-            except FileNotFoundError:
-                continue  # renamed or deleted while we looked
-    return total

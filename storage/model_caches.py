@@ -147,7 +147,7 @@ def _best(
         evictable = cache.evictable_bytes()
         room = destination.free_bytes + evictable
         if budget_bytes is not None:
-            room = min(room, budget_bytes - cache.used_bytes() + evictable)
+            room = min(room, budget_bytes - cache.bytes_on_disk() + evictable)
         destinations.append(replace(destination, free_bytes=room))
         if destination.kind == "memory":
             memory = memory._replace(available_bytes=memory.available_bytes + evictable)

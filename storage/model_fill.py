@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from storage.checksums import Checksum
+from storage.checksums import CRC64NVME, Checksum, file_checksum
+from storage.disk_space import NO_SPACE, no_space, used_bytes
+from storage.errors import BadInput
 from storage.hub_source import WORK_FOLDER, HubSource
-from storage.model_cache import NO_SPACE, ModelCache, disk_bytes, no_space
+from storage.model_cache import ModelCache
 from storage.model_listing import Listing, with_promises
 from storage.model_manifest import ModelManifest, StagedFile
-from storage.ranged_copy import JOURNAL_SUFFIX, RangedCopy, sync_folder
+from storage.partial_file import JOURNAL_SUFFIX
+from storage.ranged_copy import RangedCopy, sync_folder
 from storage.s3_client import RetryPolicy
 from storage.stage_report import PhaseTimer
-from storage.stage_sources import SourceFile
-from storage.weight_files import MANIFEST, check_small_files, is_weights
+from storage.stage_sources import LocalSource, SourceFile
+from storage.weight_files import MANIFEST, check_safetensors, check_small_files, is_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,9 @@ class FillOptions:
 
     allowed_code: frozenset[str] = frozenset()
     """SHA-256 of config files that may name Python classes."""
+
+    convert_gguf: Callable[[Path, Path], object] | None = None
+    """(GGUF file, folder to create) -> a model folder with safetensors."""
 
     num_threads: int = 8
     retry: RetryPolicy = field(default_factory=RetryPolicy)
@@ -78,11 +84,17 @@ class Fill:
         self._start()
         with self._timer("describe"):
             files = with_promises(self._listing)
-        weights = [file for file in files if is_weights(file.name)]
-        small = [file for file in files if not is_weights(file.name)]
         with self._timer("allocate"), self._cache.reserve():
             self._make_room()
-        self._copy(small)
+        staged = self._convert(*files) if self._listing.is_gguf else self._copy_model(files)
+        with self._timer("publish"):
+            self._publish(staged)
+        return self.filled
+
+    def _copy_model(self, files: list[SourceFile]) -> list[StagedFile]:
+        weights = [file for file in files if is_weights(file.name)]
+        small = [file for file in files if not is_weights(file.name)]
+        self._copy(self._folder, small)
         needed = check_small_files(
             self._folder,
             [file.name for file in files],
@@ -90,10 +102,43 @@ class Fill:
             allowed_code=self._options.allowed_code,
         )
         wanted = [file for file in weights if file.name in needed]
-        self._copy(wanted)
-        with self._timer("publish"):
-            self._publish([*small, *wanted])
-        return self.filled
+        self._copy(self._folder, wanted)
+        return [self._describe(file) for file in (*small, *wanted)]
+
+    def _convert(self, file: SourceFile) -> list[StagedFile]:
+        """Unpack a GGUF file into a model folder, next to the copy of it where it is not local."""
+        convert, source = self._options.convert_gguf, self._listing.source
+        if convert is None:
+            raise BadInput(
+                f"{source.uri}: a GGUF file must be converted, and no converter was given"
+            )
+        if isinstance(source, LocalSource):
+            path = source.path
+        else:
+            self._copy(self._folder / WORK_FOLDER, [file])
+            path = self._folder / WORK_FOLDER / file.name
+        unpacked = self._folder / WORK_FOLDER / "unpacked"
+        shutil.rmtree(unpacked, ignore_errors=True)  # of a conversion that died
+        with self._timer("convert"):
+            try:
+                convert(path, unpacked)
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                raise no_space(self._folder, self._listing.staged_bytes) from error
+        return [self._adopt(found, file) for found in sorted(unpacked.iterdir())]
+
+    def _adopt(self, unpacked: Path, origin: SourceFile) -> StagedFile:
+        """Take over one file that the converter wrote."""
+        if is_weights(unpacked.name):
+            check_safetensors(unpacked, name=unpacked.name)
+        self._checksums[unpacked.name] = file_checksum(unpacked, CRC64NVME.name)
+        with unpacked.open("rb") as written:
+            os.fsync(written.fileno())
+        unpacked.rename(self._folder / unpacked.name)
+        self._options.on_file(self._folder / unpacked.name)
+        size = (self._folder / unpacked.name).stat().st_size
+        return self._describe(SourceFile(name=unpacked.name, size=size, etag=origin.etag))
 
     def _start(self) -> None:
         """Begin where an earlier try ended; begin anew if the model was whole and touched since."""
@@ -102,18 +147,18 @@ class Fill:
             shutil.rmtree(self._folder)
         self._folder.mkdir(mode=0o700, exist_ok=True)
 
-    def _copy(self, files: list[SourceFile]) -> None:
+    def _copy(self, folder: Path, files: list[SourceFile]) -> None:
         source = self._listing.source
         if isinstance(source, HubSource):
             with self._timer("transfer"):
                 self._checksums |= source.download(
-                    files, self._folder, on_bytes=self._count, on_file=self._options.on_file
+                    files, folder, on_bytes=self._count, on_file=self._options.on_file
                 )
             self.filled.bytes_moved += sum(file.size for file in files)
             return
         copy = RangedCopy(
             source,
-            self._folder,
+            folder,
             direct=self._is_direct,
             num_threads=self._options.num_threads,
             retry=self._options.retry,
@@ -142,7 +187,7 @@ class Fill:
             filled.thread_s[name.removesuffix("_s")] = round(seconds + getattr(stats, name), 4)
 
     def _make_room(self) -> None:
-        missing = max(0, self._listing.num_bytes - disk_bytes(self._folder))
+        missing = max(0, self._listing.staged_bytes - used_bytes(self._folder))
         self.filled.evicted += self._cache.make_room(
             missing, budget_bytes=self._budget_bytes, keep=self._listing.content_id
         )
@@ -152,19 +197,17 @@ class Fill:
             self._done_bytes += num_bytes
             self._options.on_progress(self._done_bytes, self._listing.num_bytes)
 
-    def _publish(self, files: list[SourceFile]) -> None:
+    def _publish(self, files: list[StagedFile]) -> None:
         for folder in {(self._folder / file.name).parent for file in files} | {self._folder}:
             sync_folder(folder)
         staged = {file.name for file in files}
+        left = [file.name for file in self._listing.files if file.name not in staged]
         manifest = ModelManifest(
             content_id=self._listing.content_id,
             source=self._listing.source.uri,
             num_bytes=sum(file.size for file in files),
-            files=[self._describe(file) for file in files],
-            skipped=sorted(
-                [*self._listing.skipped]
-                + [file.name for file in self._listing.files if file.name not in staged]
-            ),
+            files=files,
+            skipped=sorted([*self._listing.skipped, *left]),
             staged_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         )
         self._write_last(manifest.to_json())

@@ -9,6 +9,9 @@ from storage.model_manifest import ModelManifest, content_id
 from storage.stage_sources import LocalSource, S3Source, SourceFile
 from storage.weight_files import MANIFEST, RECORDS, SHA256_SUMS, read_sha256_sums, select
 
+GGUF_SUFFIX = ".gguf"
+_GGUF_EXPANSION = 4  # 4-bit blocks to bfloat16; fewer bits per weight are rare
+
 Source = S3Source | LocalSource | HubSource
 
 
@@ -29,6 +32,16 @@ class Listing(NamedTuple):
     def num_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is one GGUF file, to be converted while it is staged."""
+        return [file.name.endswith(GGUF_SUFFIX) for file in self.files] == [True]
+
+    @property
+    def staged_bytes(self) -> int:
+        """What it will take on disk; for GGUF an estimate: the file beside its unpacked weights."""
+        return self.num_bytes * (1 + _GGUF_EXPANSION) if self.is_gguf else self.num_bytes
+
 
 def list_model(source: Source) -> Listing:
     """List a model and sort its files; one request.
@@ -37,6 +50,10 @@ def list_model(source: Source) -> Listing:
         BadInput: it has no weights, no config, only refused formats, or a file name that leads outside.
     """
     by_name = {file.name: file for file in source.list_files()}
+    if source.uri.endswith(GGUF_SUFFIX):
+        (file,) = by_name.values()
+        name = content_id([file], identity=source.identity)
+        return Listing(source=source, files=[file], records=[], skipped=[], content_id=name)
     names, skipped = select(by_name, source=source.uri)
     files = [by_name[name] for name in names]
     return Listing(

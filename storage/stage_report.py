@@ -44,8 +44,11 @@ class StageReport:
     wire_gb_per_s: float | None
     """What the fastest network link can do; None for local sources or when unknown."""
 
-    disk_gb_per_s: float | None
+    disk_write_gb_per_s: float | None
     """What the disk was measured to write; None for memory or when not measured."""
+
+    disk_read_gb_per_s: float | None
+    """What the disk was measured to read; None for memory or when not measured."""
 
     verified_by: dict[str, int]
     """Files by who vouched for their bytes; "" counts those that nobody vouched for."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from storage.destinations import disk_kind
+from storage.disk_speed import disk_speed
 from storage.errors import BadInput, NoSpace
 from storage.hub_source import open_hub
 from storage.in_place import good_disk, read_in_place
@@ -28,6 +29,7 @@ from storage.stage_report import PhaseTimer, StageReport, wire_gb_per_s
 from storage.stage_sources import LocalSource, open_ranged
 
 DEFAULT_ENGINE_BYTES = 4 << 30
+_WORTH_MEASURING_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,7 @@ def stage_model(
     reserve_bytes: int = DEFAULT_ENGINE_BYTES,
     budget_bytes: int | None = None,
     allowed_code: Collection[str] = (),
+    convert_gguf: Callable[[Path, Path], object] | None = None,
     num_threads: int = 8,
     retry: RetryPolicy | None = None,
     on_file: Callable[[Path], None] | None = None,
@@ -85,11 +88,13 @@ def stage_model(
     """Return the model on a local disk, staging it if it is not there yet.
 
     Args:
-        source: `s3://bucket/prefix/`, `hf://org/repo@revision`, or a folder.
+        source: `s3://bucket/prefix/`, `hf://org/repo@revision`, a folder, or one .gguf file (local
+            or on S3).
         stage_to: auto (the fastest disk it fits), none (read in place), or a folder.
         reserve_bytes: host memory that the engine will need beside weights in /dev/shm.
         budget_bytes: most bytes that staged models may take in the chosen cache.
         allowed_code: SHA-256 of config files that may name Python classes (`auto_map`).
+        convert_gguf: makes a model folder (second argument, to be created) from a GGUF file (first).
         on_file: told of each file as soon as it is verified, small files first, so that loading can
             begin before the model is whole; called by several threads.
         on_progress: told (bytes done, bytes in all).
@@ -107,6 +112,7 @@ def stage_model(
         budget_bytes=budget_bytes,
         options=FillOptions(
             allowed_code=frozenset(allowed_code),
+            convert_gguf=convert_gguf,
             num_threads=num_threads,
             retry=retry or RetryPolicy(),
             on_file=on_file or (lambda path: None),
@@ -154,12 +160,14 @@ class _Staging:
         return self._find(places, listing) or self._stage(places, listing)
 
     def _why_in_place(self, source: Source) -> str:
-        if self._stage_to == "none" and not isinstance(source, LocalSource):
+        is_folder = isinstance(source, LocalSource) and source.path.is_dir()
+        if self._stage_to == "none" and not is_folder:
             raise BadInput(f"{source.uri}: cannot be read in place; use stage_to auto or a folder")
         if self._stage_to == "none":
             return "read in place, as asked"
-        is_local = self._stage_to == "auto" and isinstance(source, LocalSource)
-        return good_disk(source) if is_local and isinstance(source, LocalSource) else ""
+        if self._stage_to == "auto" and is_folder and isinstance(source, LocalSource):
+            return good_disk(source)
+        return ""
 
     def _in_place(self, listing: Listing, reason: str) -> StagedModel:
         assert isinstance(listing.source, LocalSource), "only folders are read in place"
@@ -187,7 +195,7 @@ class _Staging:
             place, reason = place_model(
                 places,
                 listing.content_id,
-                num_bytes=listing.num_bytes,
+                num_bytes=listing.staged_bytes,
                 engine_bytes=self._engine_bytes,
                 budget_bytes=self._budget_bytes,
                 is_named=self._stage_to != "auto",
@@ -249,14 +257,17 @@ class _Staging:
         outcome: Literal["staged", "hit", "in place"],
         reason: str,
     ) -> StageReport:
-        filled = self._filled
+        filled, kind = self._filled, disk_kind(path)
+        totals = self._timer.totals()
+        is_worth_it = kind != "memory" and filled.bytes_moved >= _WORTH_MEASURING_BYTES
+        speed = disk_speed(path.parents[1]) if is_worth_it else None
         return StageReport(
             source=listing.source.uri,
             content_id=listing.content_id,
             path=str(path),
             outcome=outcome,
             reason=reason,
-            disk=disk_kind(path),
+            disk=kind,
             num_files=len(manifest.files),
             num_bytes=manifest.num_bytes,
             bytes_moved=filled.bytes_moved,
@@ -264,9 +275,10 @@ class _Staging:
             thread_s=filled.thread_s,
             num_retries=filled.num_retries,
             wire_gb_per_s=None if isinstance(listing.source, LocalSource) else wire_gb_per_s(),
-            disk_gb_per_s=None,
+            disk_write_gb_per_s=speed.write_gb_per_s if speed else None,
+            disk_read_gb_per_s=speed.read_gb_per_s if speed else None,
             verified_by=dict(Counter(file.verified_by for file in manifest.files)),
             skipped=manifest.skipped,
             evicted=filled.evicted,
-            **self._timer.totals(),
+            **totals,
         )

@@ -7,7 +7,8 @@ import pytest
 
 from storage.checksums import CRC64NVME, RANGE_ALGORITHMS, Checksum, file_checksum
 from storage.errors import CorruptObject, InputChanged, StoreUnavailable
-from storage.ranged_copy import BUFFER_BYTES, RANGE_BYTES, RangedCopy
+from storage.partial_file import RANGE_BYTES
+from storage.ranged_copy import BUFFER_BYTES, RangedCopy
 from storage.s3_client import RetryPolicy
 from storage.stage_sources import SourceFile
 
