@@ -28,7 +28,7 @@ from storage.errors import (
 )
 from storage.object_store import DEFAULT_STORAGE, ObjectInfo, StorageConfig
 from storage.s3_client import Again, Caller, RetryPolicy, make_client, status_of
-from storage.s3_transfer import S3Transfer, crc64
+from storage.s3_transfer import S3Transfer, crc64, full_checksum
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -197,8 +197,7 @@ class S3Store:
 
     def keeps_full_checksum(self, key: str) -> bool:
         """Whether the store tells the CRC64NVME of a whole object, which downloads are checked by."""
-        found = self._head(key, checksum=True)
-        return "ChecksumCRC64NVME" in found and found.get("ChecksumType") == "FULL_OBJECT"
+        return full_checksum(self._head(key, checksum=True)) is not None
 
     def _name(self, key: str) -> str:
         return self._prefix + keys.check(key)
@@ -209,8 +208,8 @@ class S3Store:
         def request() -> tuple[bytes, ObjectInfo]:
             reply = self._client.get_object(Bucket=self._bucket, Key=name, ChecksumMode="ENABLED")
             data = _whole_body(reply, f"{self.uri}/{key}")
-            wanted = reply.get("ChecksumCRC64NVME")
-            if wanted and reply.get("ChecksumType") == "FULL_OBJECT" and crc64(data) != wanted:
+            wanted = full_checksum(reply)
+            if wanted is not None and crc64(data) != wanted:
                 raise Again(CorruptObject(f"{self.uri}/{key}: CRC64NVME is not {wanted}"))
             return data, self._info(key, reply)
 

@@ -36,6 +36,14 @@ def crc64(data: bytes) -> str:
     return _spell(crc64nvme(data))
 
 
+def full_checksum(reply: Any) -> str | None:
+    """Return the CRC64NVME of the whole object, where a GET or HEAD tells it."""
+    value: str | None = reply.get("ChecksumCRC64NVME")
+    if not value or "-" in value or reply.get("ChecksumType") == "COMPOSITE":
+        return None
+    return value
+
+
 def _spell(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(8, "big")).decode()
 
@@ -51,6 +59,8 @@ class S3Transfer:
 
     copy_limit_bytes = 5 * 1024 * MiB
     """S3 copies no more than this in one request."""
+
+    copy_part_bytes = 512 * MiB
 
     num_threads = 4
 
@@ -79,9 +89,7 @@ class S3Transfer:
             NoSpace: there is no room for it.
         """
         hidden = path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.partial")
-        wanted = found.get("ChecksumCRC64NVME")
-        if found.get("ChecksumType") != "FULL_OBJECT":
-            wanted = None
+        wanted = full_checksum(found)
         size = found["ContentLength"]
         try:
             with translate(path, size), hidden.open("xb") as file:
@@ -142,8 +150,7 @@ class S3Transfer:
                 ),
             )
             return
-        num_parts = math.ceil(size / self.copy_limit_bytes * 8)
-        part_bytes = math.ceil(size / num_parts)
+        part_bytes = max(self.copy_part_bytes, math.ceil(size / _MAX_PARTS))
 
         def send(upload_id: str, number: int) -> Any:
             start = (number - 1) * part_bytes
@@ -157,7 +164,7 @@ class S3Transfer:
             )
             return reply["CopyPartResult"]
 
-        self._multipart(target, num_parts, send)
+        self._multipart(target, math.ceil(size / part_bytes), send)
 
     def _fill(self, name: str, descriptor: int, size: int, etag: str) -> int:
         """Write every range in its place; return the CRC of the whole."""
@@ -220,10 +227,8 @@ class S3Transfer:
             f"HEAD {what}",
             lambda: self._client.head_object(Bucket=self._bucket, Key=name, ChecksumMode="ENABLED"),
         )
-        stored = found.get("ChecksumCRC64NVME") if found.get("ChecksumType") else None
-        if found["ContentLength"] != size or (
-            found.get("ChecksumType") == "FULL_OBJECT" and stored not in {None, _spell(crc)}
-        ):
+        stored = full_checksum(found)
+        if found["ContentLength"] != size or stored not in {None, _spell(crc)}:
             raise CorruptObject(
                 f"{what}: uploaded {size} bytes with CRC64NVME {_spell(crc)}, the store has "
                 f"{found['ContentLength']} with {stored}; upload it again"

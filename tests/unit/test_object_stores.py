@@ -1,6 +1,8 @@
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -12,17 +14,22 @@ from storage.local_store import LocalStore
 from storage.memory_store import MemoryStore
 from storage.object_store import StorageConfig, open_store
 from storage.s3_client import RetryPolicy
-from storage.s3_store import S3Store
+from storage.s3_store import S3Store, make_client
 from tests.object_store_contract import ObjectStoreContract
 
 
-@pytest.fixture
-def moto_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    with mock_aws():
+@pytest.fixture(scope="module")
+def moto_bucket() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, mock_aws():
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="unit")
         yield "unit"
+
+
+@pytest.fixture(scope="module")
+def moto_client(moto_bucket: str) -> Any:
+    return make_client()
 
 
 class TestMemoryStore(ObjectStoreContract):
@@ -39,9 +46,9 @@ class TestLocalStore(ObjectStoreContract):
 
 class TestS3StoreOnMoto(ObjectStoreContract):
     @pytest.fixture
-    def store(self, moto_bucket: str) -> S3Store:
-        retry = RetryPolicy(max_attempts=40, base_s=0.001, cap_s=0.01)
-        return S3Store(f"s3://{moto_bucket}/día 1/run", retry=retry)
+    def store(self, moto_bucket: str, moto_client: Any) -> S3Store:
+        uri = f"s3://{moto_bucket}/día 1/{secrets.token_hex(4)}"
+        return S3Store(uri, client=moto_client, retry=RetryPolicy(base_s=0.001, cap_s=0.01))
 
 
 def test_a_uri_opens_the_store_it_names(tmp_path: Path, moto_bucket: str) -> None:
