@@ -12,6 +12,7 @@ whose clock is wrong neither steals nor keeps a shard.
 
 import json
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from storage import keys
@@ -45,13 +46,28 @@ class Leases:
     """One holder's leases in one run folder. May be used by several threads."""
 
     def __init__(
-        self, store: ObjectStore, *, holder: str, ttl_s: float = 90.0, clock: Clock | None = None
+        self,
+        store: ObjectStore,
+        *,
+        holder: str,
+        ttl_s: float = 90.0,
+        clock: Clock | None = None,
+        is_dead: Callable[[str], bool] = lambda holder: False,
     ) -> None:
-        """`holder` must be unlike every other process's; `ttl_s` is how long a lease lasts unrenewed."""
+        """Hold leases as `holder`, which must be unlike every other process's.
+
+        Args:
+            store: The run folder.
+            holder: Our name.
+            ttl_s: How long a lease lasts unrenewed, in seconds.
+            clock: Ours; only differences are used.
+            is_dead: Says of a holder's name whether it surely no longer lives; its lease is free.
+        """
         self._store = store
         self._holder = holder
         self._ttl_s = ttl_s
         self._clock = clock or SystemClock()
+        self._is_dead = is_dead
         self._reference: tuple[float, float] | None = None  # store's time, monotonic time
 
     def acquire(self, shard_id: int) -> Lease | None:
@@ -59,7 +75,7 @@ class Leases:
         found = self.find(shard_id)
         if found is None:
             return self._create(shard_id)
-        if found.holder not in {"", self._holder} and self._store_now() < found.expires_at:
+        if self._is_taken(found):
             return None
         try:
             return self._swap(found, holder=self._holder, fencing_token=found.fencing_token + 1)
@@ -108,6 +124,11 @@ class Leases:
             return Lease(
                 shard_id=shard_id, holder="", fencing_token=0, expires_at=0.0, etag=info.etag
             )
+
+    def _is_taken(self, lease: Lease) -> bool:
+        if lease.holder in {"", self._holder} or self._is_dead(lease.holder):
+            return False
+        return self._store_now() < lease.expires_at
 
     def _create(self, shard_id: int) -> Lease | None:
         value = self._value(holder=self._holder, fencing_token=1)

@@ -143,6 +143,9 @@ class PlanManifest(_Document):
     """Base64 of the Arrow IPC schema of the input columns that are copied through."""
 
     inputs: list[InputFile]
+    prompt_columns: Json = field(default_factory=dict)
+    """Which columns make a row's prompt, id and parameters, as settled at planning."""
+
     stats: Json = field(default_factory=dict)
     """Token histogram, shared-prefix saving, seconds taken: for people and forecasts."""
 
