@@ -26,18 +26,27 @@ class Place(NamedTuple):
     cache: ModelCache
 
 
+ANYWHERE = {"auto", "none", "shm", "nvme"}
+"""Words for `stage_to` that leave the folder to us."""
+
+
 def open_places(stage_to: str) -> list[Place]:
-    """The caches that models may be staged to, prepared: one named folder, or whatever the node offers.
+    """The caches that models may be staged to, prepared.
+
+    `stage_to`: a folder; or auto (whatever the node offers), shm (in memory only), nvme (local disks
+    only), none (as auto: for what must be remembered even when models are read in place).
 
     Raises:
         AccessDenied, NoSpace: the named folder cannot be used.
     """
-    if stage_to not in ("auto", "none"):
+    if stage_to not in ANYWHERE:
         root = Path(stage_to).expanduser().absolute()
         ModelCache(root).prepare()
         return [Place(describe(root), ModelCache(root))]
     places = []
     for destination in find_destinations():
+        if stage_to in ("shm", "nvme") and (destination.kind == "memory") != (stage_to == "shm"):
+            continue
         cache = ModelCache(destination.root)
         try:
             cache.prepare()

@@ -19,7 +19,7 @@ from storage.errors import BadInput, NoSpace
 from storage.hub_source import open_hub
 from storage.in_place import good_disk, read_in_place
 from storage.model_cache import FileLock, ModelCache
-from storage.model_caches import Place, open_places, place_model
+from storage.model_caches import ANYWHERE, Place, open_places, place_model
 from storage.model_fill import Fill, Filled, FillOptions
 from storage.model_listing import Listing, Source, list_model
 from storage.model_manifest import ModelManifest
@@ -90,7 +90,8 @@ def stage_model(
     Args:
         source: `s3://bucket/prefix/`, `hf://org/repo@revision`, a folder, or one .gguf file (local
             or on S3).
-        stage_to: auto (the fastest disk it fits), none (read in place), or a folder.
+        stage_to: auto (the fastest disk it fits), shm (memory only), nvme (local disks only), none
+            (read in place), or a folder.
         reserve_bytes: host memory that the engine will need beside weights in /dev/shm.
         budget_bytes: most bytes that staged models may take in the chosen cache.
         allowed_code: SHA-256 of config files that may name Python classes (`auto_map`).
@@ -198,7 +199,7 @@ class _Staging:
                 num_bytes=listing.staged_bytes,
                 engine_bytes=self._engine_bytes,
                 budget_bytes=self._budget_bytes,
-                is_named=self._stage_to != "auto",
+                is_named=self._stage_to not in ANYWHERE,
             )
             try:
                 return self._stage_at(place, listing, "; ".join([*refusals, reason]))

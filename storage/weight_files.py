@@ -55,6 +55,11 @@ def select(names: Iterable[str], *, source: str) -> Selection:
         raise BadInput(f"{source}: no .safetensors file among {len(present)} files")
     if "config.json" not in files:
         raise BadInput(f"{source}: no config.json among {len(present)} files")
+    if INDEX not in files and "model.safetensors" not in files:
+        raise BadInput(
+            f"{source}: {len(weights)} .safetensors files but neither model.safetensors nor {INDEX}; "
+            "upload the whole model"
+        )
     if extra := _second_copies(files, weights):
         files, skipped = [name for name in files if name not in extra], sorted([*skipped, *extra])
     return Selection(sorted(files, key=is_weights), skipped)
