@@ -169,15 +169,16 @@ class CommitMachine(RuleBasedStateMachine):
         other=st.integers(0, MAX_WORKERS - 1),
         countdown=st.integers(1, 6),
         accident=st.sampled_from(
-            ["", "die before", "die after", "lose the request", "lose the reply", "overtake"]
+            ["", "die before", "die after", "lose the request", "lose the reply", "overtake", ""]
         ),
     )
     def step(self, index: int, other: int, countdown: int, accident: str) -> None:
         worker = self.workers[index % len(self.workers)]
         rival = self.workers[other % len(self.workers)]
-        worker.store.arm(
-            countdown, (lambda: self.advance(rival)) if accident == "overtake" else accident
-        )
+        if accident == "overtake":
+            worker.store.arm(countdown, lambda: self.advance(rival))
+        elif accident:
+            worker.store.arm(countdown, accident)
         self.advance(worker)
 
     @rule(countdown=st.integers(0, 8))
@@ -308,7 +309,7 @@ class CommitMachine(RuleBasedStateMachine):
 
 TestCommitMachine = CommitMachine.TestCase
 TestCommitMachine.settings = settings(
-    max_examples=120,
+    max_examples=250,
     stateful_step_count=40,
     deadline=None,
     database=None,
@@ -403,7 +404,7 @@ def test_a_planted_bug_is_caught(bug: type[Protocol]) -> None:
         run_state_machine_as_test(
             Planted,
             settings=settings(
-                max_examples=500,
+                max_examples=2_000,  # it stops at the first that fails
                 stateful_step_count=40,
                 deadline=None,
                 database=None,
