@@ -1,0 +1,284 @@
+"""One replica: an engine that drains shards until none is left.
+
+    claim -> read (feed thread) -> engine -> write and commit (commit thread) -> next
+
+The next shard's rows are read and submitted before this one's tail has drained, so the engine does
+not idle between shards. Everything outside arrives as a parameter; Prefect is not known here.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from inference.backends.base import Backend
+from inference.errors import InferenceError
+from storage.errors import StorageError
+from storage.manifest import PlanManifest
+from tasks.claims import Claim, Claims
+from tasks.commit_shard import CommitResult, ShardCommitter
+from tasks.feed import PromptFeed
+from tasks.progress import Progress
+from tasks.receipt import EngineMark
+from tasks.results import ResultColumns, count_states
+from tasks.retry import is_retryable
+from tasks.shard_work import SampleKey, ShardWork
+
+log = logging.getLogger("nightjar.replica")
+
+_MAX_ACTIVE = 3  # one draining, one running, one being read
+_IDLE_WAIT_S = 0.05
+
+
+class Stopped(Exception):
+    """The replica was asked to stop; leases are released and every shard is resumable."""
+
+
+class Outcome(StrEnum):
+    """How one attempt at one shard ended."""
+
+    COMMITTED = "committed"
+    LOST = "lost"  # another attempt committed first; its result stands
+    UNCHANGED = "unchanged"  # a retry improved nothing; the old revision stands
+    FAILED = "failed"
+
+
+class ShardOutcome(NamedTuple):
+    """What `finish_shard` reports."""
+
+    shard_id: int
+    outcome: Outcome
+    error: str | None = None
+
+
+class StopSignal(Protocol):
+    """Asks a replica to stop; `threading.Event` is one."""
+
+    def is_set(self) -> bool:
+        """Whether to stop now."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Replica:
+    """An engine and the shards it has in hand. One thread drives it; `close` releases everything."""
+
+    plan: PlanManifest
+    claims: Claims
+    feed: PromptFeed
+    committer: ShardCommitter
+    build_backend: Callable[[], Backend]
+    columns: ResultColumns
+    input_schema: Any
+    work_dir: Path
+    progress: Progress
+    should_stop: StopSignal
+
+    _backend: Backend | None = None
+    _works: dict[int, ShardWork] = field(default_factory=dict)
+    _claims_of: dict[int, Claim] = field(default_factory=dict)
+    _owners: dict[int, tuple[int, SampleKey]] = field(default_factory=dict)
+    _reading: tuple[int, Future[None]] | None = None
+    _committing: dict[int, Future[CommitResult]] = field(default_factory=dict)
+    _outcomes: dict[int, ShardOutcome] = field(default_factory=dict)
+    _next_seq_id: int = 0
+    _starved_s: float = 0.0
+    _mark: EngineMark | None = None
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(2, "nightjar-replica")
+    )
+
+    def next_shard(self) -> int | None:
+        """Return the oldest shard in hand, claiming one if there is none; None when all are taken."""
+        if not self._works:
+            self._claim_next()
+        return next(iter(self._works), None)
+
+    def finish_shard(self, shard_id: int) -> ShardOutcome:
+        """Run until this shard's attempt ends; later shards progress meanwhile.
+
+        Raises:
+            Stopped: `should_stop` was set.
+            InferenceError: fatal for the whole run, such as a model that cannot be loaded.
+        """
+        while shard_id not in self._outcomes:
+            if self.should_stop.is_set():
+                raise Stopped
+            self._turn()
+        return self._outcomes.pop(shard_id)
+
+    def close(self) -> None:
+        """Release leases and the engine. Safe to repeat; unfinished shards stay resumable."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self.claims.close()
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+    def _turn(self) -> None:
+        self._poll_reading()
+        self._poll_commits()
+        if self._reading is None and len(self._works) < _MAX_ACTIVE and self._is_running_low():
+            self._claim_next()
+        backend = self._backend
+        if backend is not None and backend.num_unfinished:
+            self._step(backend)
+        else:
+            self._wait()
+
+    def _is_running_low(self) -> bool:
+        if self._backend is None or not self._backend.num_unfinished:
+            return True
+        return self._backend.num_waiting <= self._backend.info.max_num_seqs
+
+    def _claim_next(self) -> None:
+        claim = self.claims.next()
+        if claim is None:
+            return
+        shard_id = claim.shard.shard_id
+        work = ShardWork(
+            shard=claim.shard,
+            attempt=claim.attempt,
+            folder=self.work_dir / f"shard-{shard_id:05d}-{claim.attempt:03d}",
+            columns=self.columns,
+            input_schema=self.input_schema,
+            num_samples=self.plan.num_samples,
+            started_at=time.monotonic(),
+        )
+        self._works[shard_id], self._claims_of[shard_id] = work, claim
+        self.progress.shard("running")
+        log.info(
+            "shard=%05d attempt=%d rows=%d claimed", shard_id, work.attempt, work.shard.num_rows
+        )
+        self._reading = shard_id, self._threads.submit(self._read, work, claim)
+
+    def _read(self, work: ShardWork, claim: Claim) -> None:
+        started = time.monotonic()
+        work.base = self.committer.fetch_base(claim, work.folder)
+        work.read(self.feed.read(self.plan, work.shard.row_start, work.shard.row_end))
+        work.read_s = time.monotonic() - started
+
+    def _poll_reading(self) -> None:
+        if self._reading is None or not self._reading[1].done():
+            return
+        shard_id, future = self._reading
+        self._reading = None
+        try:
+            future.result()
+        except (StorageError, InferenceError, OSError) as error:
+            self._fail(shard_id, error)
+            return
+        work = self._works[shard_id]
+        for result in work.refused:
+            self.progress.row_done(result.state, 0)
+        sequences = work.sequences(lambda key: self._register(shard_id, key))
+        if sequences:
+            self._engine().submit(sequences)
+        if work.is_complete:
+            self._commit(shard_id)
+
+    def _register(self, shard_id: int, key: SampleKey) -> int:
+        seq_id = self._next_seq_id
+        self._next_seq_id += 1
+        self._owners[seq_id] = shard_id, key
+        return seq_id
+
+    def _engine(self) -> Backend:
+        if self._backend is None:
+            self.progress.phase = "loading the model"
+            self._backend = self.build_backend()
+            self.progress.phase = "generating"
+        if self._mark is None:
+            self._mark = self._take_mark(self._backend)
+        return self._backend
+
+    def _take_mark(self, backend: Backend) -> EngineMark:
+        return EngineMark.take(backend.stats, at=time.monotonic(), starved_s=self._starved_s)
+
+    def _step(self, backend: Backend) -> None:
+        try:
+            completions = backend.step()
+        except InferenceError as error:
+            self._engine_failed(error)
+            return
+        for completion in completions:
+            shard_id, key = self._owners.pop(completion.seq_id)
+            work = self._works.get(shard_id)
+            if work is None:
+                continue  # its attempt failed while it ran
+            result = work.accept(key, completion)
+            self.progress.row_done(result.state, result.num_completion_tokens)
+            if work.is_complete:
+                self._commit(shard_id)
+
+    def _engine_failed(self, error: InferenceError) -> None:
+        """Fail every shard in the engine; go on with a fresh one if that can help."""
+        for shard_id in {owner[0] for owner in self._owners.values()} & self._works.keys():
+            self._fail(shard_id, error)
+        self._owners.clear()
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+        self._mark = None
+        if not error.retryable:
+            raise error
+
+    def _commit(self, shard_id: int) -> None:
+        work = self._works[shard_id]
+        backend = self._engine_if_used(work)
+        before = self._mark
+        after = self._take_mark(backend) if backend else None
+        self._mark = after
+        self._committing[shard_id] = self._threads.submit(
+            self.committer.commit, work, self._claims_of[shard_id], backend, before, after
+        )
+
+    def _engine_if_used(self, work: ShardWork) -> Backend | None:
+        return self._backend if work.num_sequences else None
+
+    def _poll_commits(self) -> None:
+        for shard_id in [s for s, future in self._committing.items() if future.done()]:
+            future = self._committing.pop(shard_id)
+            try:
+                result = future.result()
+            except (StorageError, OSError) as error:
+                self._fail(shard_id, error)
+                continue
+            self._done(shard_id, Outcome(result.outcome))
+
+    def _fail(self, shard_id: int, error: Exception) -> None:
+        work = self._works[shard_id]
+        log.warning("shard=%05d attempt=%d failed: %s", shard_id, work.attempt, error)
+        self.progress.note(f"shard {shard_id:05d}, attempt {work.attempt}: {error}")
+        self.progress.rows_undone(count_states(list(work.results.values())))
+        self.claims.failed(shard_id, error, retryable=is_retryable(error))
+        self._done(shard_id, Outcome.FAILED, str(error))
+
+    def _done(self, shard_id: int, outcome: Outcome, error: str | None = None) -> None:
+        work = self._works.pop(shard_id)
+        del self._claims_of[shard_id]
+        work.discard()
+        state = "failed" if outcome is Outcome.FAILED else "committed"
+        self.progress.shard(state, was="running")
+        self.claims.release(shard_id, committed=outcome is not Outcome.FAILED)
+        self._outcomes[shard_id] = ShardOutcome(shard_id, outcome, error)
+
+    def _wait(self) -> None:
+        """Nothing to run: wait briefly for rows or for a commit."""
+        started = time.monotonic()
+        pending = [self._reading[1]] if self._reading else list(self._committing.values())
+        if pending:
+            _wait_any(pending)
+        else:
+            time.sleep(_IDLE_WAIT_S)
+        if self._reading:
+            self._starved_s += time.monotonic() - started
+
+
+def _wait_any(futures: list[Any]) -> None:
+    from concurrent.futures import FIRST_COMPLETED, wait
+
+    wait(futures, timeout=_IDLE_WAIT_S, return_when=FIRST_COMPLETED)
