@@ -1,0 +1,144 @@
+"""Loading: a checked model folder becomes a transformers model in evaluation mode.
+
+Every parameter comes from the folder: a weight that is missing there is an error, never a random number.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from inference.config import EngineConfig
+from inference.errors import EngineConfigError, ModelError
+from inference.weights import ModelFolder
+
+# Share of a device's free memory that weights may take before they are spread over devices.
+_MAX_WEIGHT_SHARE = 0.85
+
+
+def load_tokenizer(folder: ModelFolder) -> Any:
+    """Return the folder's tokenizer.
+
+    Raises:
+        ModelError: there is none, or it needs code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder.path), trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder.path}: no usable tokenizer: {_one_line(error)}") from error
+
+
+def load_model(
+    folder: ModelFolder, config: EngineConfig, device_map: Mapping[str, Any] | str | None = None
+) -> Any:
+    """Return the folder's causal language model, on its device or devices, in evaluation mode.
+
+    Args:
+        folder: from `check_model_folder`.
+        config: dtype and quantization are read.
+        device_map: accelerate's; default: one CUDA device if there is one, several if the weights need it.
+
+    Raises:
+        EngineConfigError: the quantization cannot work here.
+        ModelError: transformers has no class for the model, or weights are missing or of another shape.
+    """
+    import transformers
+
+    loader: Any = transformers.AutoModelForCausalLM
+    if device_map is None:
+        device_map = _default_device_map(folder)
+    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    quantization_config = _quantization_config(folder, config)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    try:
+        with _no_progress_bar():
+            model, report = loader.from_pretrained(
+                str(folder.path),
+                dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except torch.OutOfMemoryError as error:
+        raise EngineConfigError(
+            f"{folder.path}: {folder.num_weight_bytes / 1e9:.1f} GB of weights do not fit the device; "
+            f"use a larger one or model.quantization"
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"{folder.path}: cannot be loaded: {_one_line(error)}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            names = sorted(str(key) for key in report[kind])
+            raise ModelError(
+                f"{folder.path}: {len(names)} weights with {kind.replace('_', ' ')}, first {names[0]}; "
+                f"the files do not belong to this config.json"
+            )
+    return model.eval()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bars out of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+def _default_device_map(folder: ModelFolder) -> dict[str, Any] | str | None:
+    if not torch.cuda.is_available():
+        return None
+    free_bytes, _ = torch.cuda.mem_get_info(0)
+    return {"": 0} if folder.num_weight_bytes < _MAX_WEIGHT_SHARE * free_bytes else "auto"
+
+
+def _quantization_config(folder: ModelFolder, config: EngineConfig) -> Any:
+    """Return the bitsandbytes config for int8 or nf4, or None."""
+    kind = config.quantization
+    if kind == "none":
+        return None
+    if kind == "fp8":
+        raise EngineConfigError(
+            "model.quantization is fp8: needs engine.backend paged on a CUDA device"
+        )
+    if folder.config.get("quantization_config"):
+        raise EngineConfigError(
+            f"model.quantization is {kind}, but {folder.path} is quantised already; use none"
+        )
+    if kind == "nf4" and not torch.cuda.is_available():
+        raise EngineConfigError("model.quantization is nf4: needs a CUDA device; use int8 or none")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EngineConfigError(
+            f"model.quantization is {kind}: needs bitsandbytes; pip install 'nightjar[gpu]'"
+        )
+    import transformers
+
+    make: Any = transformers.BitsAndBytesConfig
+    if kind == "int8":
+        return make(load_in_8bit=True)
+    return make(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"

@@ -1,0 +1,279 @@
+"""Weights: is this folder a model we can load, and which one is it? Standard library only.
+
+A folder is used only if it holds `config.json` and whole `.safetensors` files. Pickled weights and models
+that bring their own Python code are refused: loading either runs code from the folder.
+
+Layout of a safetensors file: 8 bytes N (little endian), N bytes of JSON header, then the tensors' bytes,
+each at the `data_offsets` its header entry gives, without gaps.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inference.errors import ModelError
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+SAMPLE_BLOCK_BYTES = 64 * 1024
+NUM_SAMPLE_BLOCKS = 64
+_MAX_SMALL_FILE_BYTES = 100_000_000
+_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# Files besides the weights that can change a token.
+_SMALL_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+_ELEMENT_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One checked `.safetensors` file."""
+
+    path: Path
+    num_bytes: int
+    header: bytes = field(repr=False)
+    """The JSON header as it is in the file."""
+
+    tensor_names: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A folder that passed every check."""
+
+    path: Path
+    config: dict[str, Any] = field(repr=False)
+    weight_files: tuple[WeightFile, ...]
+    content_id: str
+    """64 hex digits that change when the model does; see `content_id_of`."""
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Size of all weight files together."""
+        return sum(file.num_bytes for file in self.weight_files)
+
+
+def check_model_folder(path: str | Path) -> ModelFolder:
+    """Return what the folder holds, having read every header and no weights but a sample.
+
+    Raises:
+        ModelError: it is not a whole, safe model; the message names the file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such model folder; give a folder that holds config.json")
+    config = _read_json(folder / "config.json")
+    _refuse_remote_code(folder, config)
+    weight_files = tuple(check_weight_file(folder / name) for name in _weight_file_names(folder))
+    _check_index(folder, weight_files)
+    return ModelFolder(folder, config, weight_files, content_id_of(folder, weight_files))
+
+
+def check_weight_file(path: Path) -> WeightFile:
+    """Return the file's header, having checked that the file is exactly as long as the header says.
+
+    Raises:
+        ModelError: it is missing, empty, truncated, too long, or its header is not one.
+    """
+    try:
+        num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise ModelError(
+                    f"{path}: {num_bytes} bytes are no safetensors file; fetch it again"
+                )
+            (num_header_bytes,) = struct.unpack("<Q", prefix)
+            if num_header_bytes > MAX_HEADER_BYTES or 8 + num_header_bytes > num_bytes:
+                raise ModelError(
+                    f"{path}: header of {num_header_bytes} bytes in a file of {num_bytes}: "
+                    f"truncated or not safetensors; fetch it again"
+                )
+            header = file.read(num_header_bytes)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: weight file is missing; fetch the whole model again") from error
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    tensor_names, num_data_bytes = _check_header(path, header)
+    expected = 8 + num_header_bytes + num_data_bytes
+    if num_bytes != expected:
+        raise ModelError(
+            f"{path}: {num_bytes} bytes, its header says {expected}: truncated or changed; fetch it again"
+        )
+    return WeightFile(path, num_bytes, header, tensor_names)
+
+
+def content_id_of(folder: Path, weight_files: tuple[WeightFile, ...]) -> str:
+    """Return a digest of the model that costs at most 4 MiB of reading per weight file.
+
+    SHA-256 over, in order of file name, with each part's length before it:
+
+    - name and bytes of every small file (.json, .jinja, .txt, .model) at the top of the folder;
+    - name, size, header bytes, and 64 blocks of 64 KiB spread evenly over the tensors' bytes (all of them
+      when there are no more) of every weight file.
+
+    Equal models give equal ids wherever they lie. A weight file changed only between the sampled blocks
+    keeps its id: this names a model, it does not prove that each byte arrived.
+    """
+    digest = hashlib.sha256()
+
+    def add(part: bytes) -> None:
+        digest.update(struct.pack("<Q", len(part)))
+        digest.update(part)
+
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _SMALL_FILE_SUFFIXES and path.is_file():
+            add(path.name.encode("utf-8", "surrogateescape"))
+            add(_read_small_file(path))
+    for weight_file in weight_files:
+        add(weight_file.path.name.encode("utf-8", "surrogateescape"))
+        add(str(weight_file.num_bytes).encode())
+        add(weight_file.header)
+        for block in _sample_blocks(weight_file):
+            add(block)
+    return digest.hexdigest()
+
+
+def _sample_blocks(weight_file: WeightFile) -> list[bytes]:
+    begin = 8 + len(weight_file.header)
+    num_data_bytes = weight_file.num_bytes - begin
+    num_blocks = math.ceil(num_data_bytes / SAMPLE_BLOCK_BYTES)
+    if num_blocks <= NUM_SAMPLE_BLOCKS:
+        offsets = [i * SAMPLE_BLOCK_BYTES for i in range(num_blocks)]
+    else:
+        last = num_data_bytes - SAMPLE_BLOCK_BYTES
+        offsets = [i * last // (NUM_SAMPLE_BLOCKS - 1) for i in range(NUM_SAMPLE_BLOCKS)]
+    blocks = []
+    with weight_file.path.open("rb") as file:
+        for offset in offsets:
+            file.seek(begin + offset)
+            blocks.append(file.read(SAMPLE_BLOCK_BYTES))
+    return blocks
+
+
+def _weight_file_names(folder: Path) -> list[str]:
+    """Return the names of the files to load, in order: the index's, else the one, else all there are."""
+    index_path = folder / INDEX_NAME
+    if index_path.exists():
+        weight_map = _read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{index_path}: has no weight_map; fetch it again")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ModelError(f"{index_path}: names {name!r}, not a .safetensors file beside it")
+            if not (folder / name).is_file():
+                raise ModelError(
+                    f"{folder}: weight file {name} named by {INDEX_NAME} is missing; fetch it"
+                )
+        return names
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if found:
+        raise ModelError(
+            f"{folder}: {len(found)} .safetensors files but neither model.safetensors nor {INDEX_NAME}; "
+            f"fetch the whole model"
+        )
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED_SUFFIXES)
+    if pickled:
+        raise ModelError(
+            f"{folder}: weights are pickled ({pickled[0]}), and loading them can run code; "
+            f"convert the model to safetensors"
+        )
+    raise ModelError(f"{folder}: no .safetensors files; give a folder that holds the weights")
+
+
+def _check_index(folder: Path, weight_files: tuple[WeightFile, ...]) -> None:
+    """Every tensor the index places in a file must be in it."""
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        return
+    names_of = {file.path.name: set(file.tensor_names) for file in weight_files}
+    for tensor_name, file_name in _read_json(index_path)["weight_map"].items():
+        if tensor_name not in names_of[file_name]:
+            raise ModelError(
+                f"{folder / file_name}: tensor {tensor_name} named by {INDEX_NAME} is not in it; "
+                f"fetch the whole model again"
+            )
+
+
+def _check_header(path: Path, header: bytes) -> tuple[tuple[str, ...], int]:
+    """Return (tensor names, bytes of all tensors); tensors must lie one after the other."""
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        spans = sorted(
+            (*(int(offset) for offset in entry["data_offsets"]), _num_tensor_bytes(entry), name)
+            for name, entry in entries.items()
+        )
+        position = 0
+        for begin, end, num_tensor_bytes, name in spans:
+            if begin != position or end - begin != num_tensor_bytes:
+                raise ModelError(
+                    f"{path}: tensor {name} lies at {begin} to {end}, expected {position} to "
+                    f"{position + num_tensor_bytes}: not a whole safetensors file; fetch it again"
+                )
+            position = end
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path}: unreadable safetensors header; fetch it again") from error
+    return tuple(entries), position
+
+
+def _num_tensor_bytes(entry: dict[str, Any]) -> int:
+    num_elements = math.prod(int(size) for size in entry["shape"])
+    return math.ceil(num_elements * _ELEMENT_BITS[entry["dtype"]] / 8)
+
+
+def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
+    tokenizer_config = folder / "tokenizer_config.json"
+    for name, found in (
+        ("config.json", config),
+        (
+            "tokenizer_config.json",
+            _read_json(tokenizer_config) if tokenizer_config.exists() else {},
+        ),
+    ):
+        if found.get("auto_map"):
+            raise ModelError(
+                f"{folder}: {name} has auto_map, code of the model's own, which is never run; "
+                f"use a model whose class transformers ships"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_read_small_file(path))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{path}: not valid JSON ({type(error).__name__}); fetch it again"
+        ) from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: holds {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def _read_small_file(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_SMALL_FILE_BYTES:
+            raise ModelError(
+                f"{path}: {path.stat().st_size} bytes, at most {_MAX_SMALL_FILE_BYTES}"
+            )
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path.parent}: {path.name} is missing; give a whole model folder"
+        ) from error
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
