@@ -36,6 +36,9 @@ class Running:
     token_ids: list[int]
     """What prefill computes: the prompt, after a preemption with the completion so far."""
 
+    max_tokens: int
+    """Most completion tokens, with max_model_len taken into account."""
+
     num_sampled: int = 0
     """Completion tokens already in `token_ids`."""
 
@@ -63,7 +66,7 @@ class Running:
     @property
     def num_tokens_left(self) -> int:
         """Completion tokens still to sample once prefill is through."""
-        return self.sequence.sampling.max_tokens - self.num_sampled
+        return self.max_tokens - self.num_sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,13 @@ class Step:
 
     chunks: list[Chunk]
     admitted: list[Running]
+    """Sequences that got their slot and blocks in this step."""
+
     grown: list[Running]
+    """Sequences that got more blocks in this step."""
+
+    finishing: list[Running]
+    """Sequences whose last allowed token this step samples; their blocks are free after it."""
 
     @property
     def sampled(self) -> list[Running]:
@@ -126,6 +135,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_model_len: int,
         min_step_tokens: int | None = None,
         completion_of: Callable[[Running], list[int]] = lambda running: [],
     ) -> None:
@@ -136,6 +146,7 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._max_model_len = max_model_len
         self._min_step_tokens = min_step_tokens or max_num_batched_tokens
         self._completion_of = completion_of
         self.lengths = LengthEstimate()
@@ -171,8 +182,10 @@ class Scheduler:
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue sequences. The caller has checked that each fits the cache alone."""
         for sequence in sequences:
-            running = Running(sequence, list(sequence.prompt_token_ids))
-            running.num_expected_tokens = self.lengths.of(sequence)
+            prompt = list(sequence.prompt_token_ids)
+            max_tokens = min(sequence.sampling.max_tokens, self._max_model_len - len(prompt))
+            running = Running(sequence, prompt, max_tokens)
+            running.num_expected_tokens = min(max_tokens, self.lengths.of(sequence))
             self._waiting.append(running)
             self._num_work_tokens += len(running.token_ids) + running.num_expected_tokens
         self._is_sorted = False
@@ -194,16 +207,24 @@ class Scheduler:
         chunks, admitted = self._prefill(budget)
         assert decodes or chunks, "a step without tokens: a waiting sequence does not fit the cache"
         self._num_work_tokens -= len(decodes) + sum(chunk.num_tokens for chunk in chunks)
-        for running in self._finish_at.pop(self._step, ()):
-            if not running.is_finished:
-                self._leave(running)
-        return Step(self._step, decodes, has_new_rows, chunks, admitted, grown)
+        finishing = [r for r in self._finish_at.pop(self._step, ()) if not r.is_finished]
+        for running in finishing:
+            self._leave(running)
+        return Step(self._step, decodes, has_new_rows, chunks, admitted, grown, finishing)
 
     def finish(self, running: Running, num_completion_tokens: int) -> None:
         """Take out a sequence that ended before its last allowed token. Safe if it has left already."""
         self._num_work_tokens -= max(0, running.num_expected_tokens - num_completion_tokens)
         if not running.is_finished:
             self._leave(running)
+
+    def restart(self, step: Step) -> None:
+        """Take back a step that could not be run: everything running waits again, to be recomputed."""
+        for running in step.finishing:
+            running.is_finished = False
+            self._requeue(running)
+        for running in self.running:
+            self._preempt(running)
 
     def release_slot(self, running: Running) -> None:
         """Give the slot of a finished sequence back, once nothing of its last step is needed any more."""
@@ -354,17 +375,20 @@ class Scheduler:
         self._hold_back_until = self._step + HOLD_BACK_STEPS
         if running.row >= 0:
             self._drop_row(running)
-            tokens = self._completion_of(running)
-            self._num_work_tokens += len(running.token_ids) + len(tokens)
-            running.token_ids = running.token_ids + tokens
-            running.num_sampled += len(tokens)
             self._finish_at[running.last_step].remove(running)
         else:
             self._prefilling.remove(running)
-            self._num_work_tokens += running.num_computed_tokens
         self.blocks.release(running.block_table)
+        running.block_table = []
+        self._requeue(running)
+
+    def _requeue(self, running: Running) -> None:
+        tokens = self._completion_of(running)
+        self._num_work_tokens += running.num_computed_tokens + len(tokens)
+        running.token_ids = running.token_ids + tokens
+        running.num_sampled += len(tokens)
         self._free_slots.append(running.slot)
-        running.block_table, running.slot, running.num_computed_tokens = [], -1, 0
+        running.slot, running.num_computed_tokens = -1, 0
         self._waiting.append(running)
 
     def _leave(self, running: Running) -> None:
@@ -373,8 +397,8 @@ class Scheduler:
             self._drop_row(running)
         elif running in self._prefilling:
             self._prefilling.remove(running)
+        # The table itself stays: the step being made may still have to write it to the device.
         self.blocks.release(running.block_table)
-        running.block_table = []
 
     def _drop_row(self, running: Running) -> None:
         last = self._decoding.pop()

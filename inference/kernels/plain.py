@@ -127,7 +127,8 @@ def _attend(
     if window:
         mask &= at_L > last_BQ[..., None] - window
     # What is past a row's end may be anything, NaN included, and 0 * NaN is NaN.
-    v = v.masked_fill((at_L >= lens_B[:, None])[:, None, :, None], 0.0)
+    is_past = (at_L >= lens_B[:, None])[:, None, :, None]
+    k, v = k.masked_fill(is_past, 0.0), v.masked_fill(is_past, 0.0)
     result: Tensor = F.scaled_dot_product_attention(
         q_BQNH.transpose(1, 2), k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=True
     )

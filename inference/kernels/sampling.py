@@ -5,14 +5,11 @@
     draws     rows with a temperature: best of (logit - max) / temperature + Gumbel noise in each part
     commit    merge the parts, look for end tokens, leave the token for the next step and for the host
 
-    R rows that sample   V vocabulary   C parts of the vocabulary
+    R rows that sample   V vocabulary   C parts of the vocabulary   P fields of a slot (`inference.slot_params`)
 """
 
 import triton
 import triton.language as tl
-
-STOPPED = 1 << 30
-"""Set in a result whose token ends its sequence; a negative result is a row without a usable token."""
 
 
 @triton.jit
@@ -78,10 +75,7 @@ def floors_kernel(
     logits_ptr,
     value_ptr,
     slots_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
+    params_ptr,
     floor_ptr,
     V,
     C: tl.constexpr,
@@ -92,10 +86,11 @@ def floors_kernel(
     """Write floor [R] as ordered bits; logits have `LOW_BITS` low bits that are always zero."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
-    temperature = tl.load(temperature_ptr + slot)
-    top_k = tl.load(top_k_ptr + slot)
-    top_p = tl.load(top_p_ptr + slot)
-    min_p = tl.load(min_p_ptr + slot)
+    params = params_ptr + slot * 32
+    temperature = tl.load(params).to(tl.float32, bitcast=True)
+    top_k = tl.load(params + 1)
+    top_p = tl.load(params + 2).to(tl.float32, bitcast=True)
+    min_p = tl.load(params + 3).to(tl.float32, bitcast=True)
     top = _row_max(value_ptr, row, C, C_PAD)
     floor = tl.zeros([], tl.uint32)
     if temperature > 0.0:
@@ -140,8 +135,7 @@ def draws_kernel(
     value_ptr,
     slots_ptr,
     positions_ptr,
-    temperature_ptr,
-    seed_ptr,
+    params_ptr,
     floor_ptr,
     draw_value_ptr,
     draw_index_ptr,
@@ -152,15 +146,16 @@ def draws_kernel(
     HAS_FLOORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """seed [slots,2]: low and high half of the draw seed -> draw value, index [R,C] of the rows that draw."""
+    """logits [R,V], params [slots,P] -> draw value, index [R,C] of the rows that draw."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     slot = tl.load(slots_ptr + row)
-    temperature = tl.load(temperature_ptr + slot)
+    params = params_ptr + slot * 32
+    temperature = tl.load(params).to(tl.float32, bitcast=True)
     if temperature == 0.0:
         return
-    low = tl.load(seed_ptr + slot * 2).to(tl.uint32, bitcast=True)
-    high = tl.load(seed_ptr + slot * 2 + 1).to(tl.uint32, bitcast=True)
+    low = tl.load(params + 4).to(tl.uint32, bitcast=True)
+    high = tl.load(params + 5).to(tl.uint32, bitcast=True)
     position = tl.load(positions_ptr + row).to(tl.uint32, bitcast=True)
     a = _mix(low + 0x9E3779B9)
     key_0 = _mix(position + _mix(high + a))
@@ -201,16 +196,14 @@ def commit_kernel(
     draw_index_ptr,
     slots_ptr,
     num_samples_ptr,
-    temperature_ptr,
-    stop_ids_ptr,
+    params_ptr,
     last_token_ptr,
     result_ptr,
     C: tl.constexpr,
     C_PAD: tl.constexpr,
-    E: tl.constexpr,
     HAS_DRAWS: tl.constexpr,
 ):
-    """stop_ids [slots,E], -1 for none -> last_token [slots], result [R]."""
+    """Parts [R,C], params [slots,P] -> last_token [slots], result [R]."""
     row = tl.program_id(0).to(tl.int64)
     if row >= tl.load(num_samples_ptr):
         return
@@ -223,7 +216,7 @@ def commit_kernel(
     is_bad = tl.max((value != value).to(tl.int32), 0) > 0
     is_bad = is_bad | (tl.max(value, 0) == float("-inf"))
     if HAS_DRAWS:
-        draws = tl.load(temperature_ptr + slot) > 0.0
+        draws = tl.load(params_ptr + slot * 32) != 0
         draw_value = tl.load(draw_value_ptr + place, mask=in_parts & draws, other=float("-inf"))
         draw_index = tl.load(draw_index_ptr + place, mask=in_parts & draws, other=0)
         value = tl.where(draws, draw_value, value)
@@ -231,7 +224,7 @@ def commit_kernel(
     token = tl.min(tl.where(value == tl.max(value, 0), index, 0x7FFFFFFF), 0)
     token = tl.where(is_bad, 0, token)
     tl.store(last_token_ptr + slot, token)
-    stops = tl.load(stop_ids_ptr + slot * E + tl.arange(0, E))
+    stops = tl.load(params_ptr + slot * 32 + 16 + tl.arange(0, 16))
     is_stop = tl.max((stops == token).to(tl.int32), 0) > 0
     result = tl.where(is_bad, -1, tl.where(is_stop, token | (1 << 30), token))
     tl.store(result_ptr + row, result)
