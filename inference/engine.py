@@ -67,7 +67,7 @@ class PagedEngine:
         self._num_seen: Any = np.zeros(num_slots, np.int32)
         self._num_launched = 0
         self._num_shrinks = 0
-        self.stats = EngineStats()
+        self.stats = EngineStats(extra={"wait_s": 0.0})
 
     @property
     def num_unfinished(self) -> int:
@@ -142,8 +142,9 @@ class PagedEngine:
 
     def _take(self, flight: InFlight, finished: list[Completion]) -> None:
         """Take in one step's tokens; append what they finish."""
-        tokens, slots = flight.token_ids(), flight.slots
-        step = flight.step
+        started_at = time.perf_counter()
+        tokens, slots, step = flight.token_ids(), flight.slots, flight.step
+        self.stats.extra["wait_s"] += time.perf_counter() - started_at
         sampled = step.sampled
         seen = self._num_seen[slots]
         self._history[slots, seen] = tokens & (STOPPED - 1)

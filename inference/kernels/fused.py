@@ -276,7 +276,7 @@ def sample(
     block = 2048
     part = triton.cdiv(triton.cdiv(vocab, _SAMPLING_PARTS), block) * block
     num_parts = triton.cdiv(vocab, part)
-    pad = triton.next_power_of_2(num_parts)
+    pad = max(2, triton.next_power_of_2(num_parts))
     value = logits_RV.new_empty(num_rows, num_parts, dtype=torch.float32)
     index = logits_RV.new_empty(num_rows, num_parts, dtype=torch.int32)
     grid = (num_rows, num_parts)

@@ -50,7 +50,7 @@ def _row_max(value_ptr, row, C: tl.constexpr, C_PAD: tl.constexpr):
 def _ordered(x):
     """Map fp32 to uint32 so that order is kept."""
     bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
