@@ -20,6 +20,11 @@ from inference.scheduler import MIN_SHARING_ROWS, Step
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 ITEM_FIELDS = 6
 TILE_FIELDS = 7
+ITEMS_PER_PROGRAM = 6
+"""Attention work is cut so that each program gets about this many items, or more when rows are short."""
+
+MIN_ITEM_TOKENS = 256
+
 NUM_ITEMS, NUM_TILES, NUM_CASCADE_TILES, NUM_SAMPLES = range(4)
 """Places in `counts`."""
 
@@ -92,8 +97,9 @@ class Batch:
     """Padded."""
 
     num_decodes: int
-    has_chunks: bool
-    has_cascade: bool
+    is_mixed: bool
+    """Whether the step has prefill chunks or a shared prefix, and not only rows on their own."""
+
     counts: Tensor
     token_source: Tensor
     positions: Tensor
@@ -128,6 +134,11 @@ class Plan:
     num_samples: int
     num_tiles: int
     num_cascade_tiles: int
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether tiles are needed besides the decode items."""
+        return self.num_tiles + self.num_cascade_tiles > 0
 
 
 @dataclass(slots=True)
@@ -241,7 +252,7 @@ class Planner:
     ) -> int:
         """Append the tiles of one chunk whose `count` tokens begin at `first` in the batch."""
         size = self._limits.tile_queries
-        begins = np.arange(0, count, size, dtype=np.int32)
+        begins = np.arange(0, count, size, dtype=np.int32)[::-1]  # the longest first
         ends = np.minimum(begins + size, count)
         part = tiles[at : at + len(begins)]
         part[:, 0] = slot
@@ -259,8 +270,8 @@ class Planner:
         prefix, num_cascade_tiles, num_prefix_parts = self._fill_cascade(parts, rows)
         own = lens - prefix
         block = limits.block_size
-        target = int(own.sum()) // (4 * limits.num_programs) if num_rows else 0
-        target = max(target, 256, int(own.sum()) // max(1, limits.max_num_items - num_rows) + block)
+        target = int(own.sum()) // (ITEMS_PER_PROGRAM * limits.num_programs) if num_rows else 0
+        target = max(target, MIN_ITEM_TOKENS, int(own.sum()) // max(1, limits.max_num_items - num_rows) + block)
         count = -(-own // (-(-target // block) * block))
         size = -(-own // (count * block)) * block
         count = -(-own // size)
@@ -339,8 +350,7 @@ def make_batch(views: dict[str, Tensor], block_table: Tensor, scratch: Any = Non
     return Batch(
         num_tokens=views["token_source"].shape[0],
         num_decodes=0,
-        has_chunks=False,
-        has_cascade=False,
+        is_mixed=False,
         block_table=block_table,
         scratch=scratch,
         **{name: views[name] for name in names},
@@ -352,8 +362,7 @@ def cut(whole: Batch, plan: Plan, num_tokens: int) -> Batch:
     return Batch(
         num_tokens=num_tokens,
         num_decodes=plan.num_decodes,
-        has_chunks=plan.num_tiles > 0,
-        has_cascade=plan.num_cascade_tiles > 0,
+        is_mixed=plan.is_mixed,
         counts=whole.counts,
         token_source=whole.token_source[:num_tokens],
         positions=whole.positions[:num_tokens],

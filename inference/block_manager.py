@@ -129,6 +129,14 @@ class BlockManager:
                 else:
                     self._free.append(block)
 
+    def forget_prefixes(self) -> None:
+        """Make cached blocks plain free ones; held ones stay reusable."""
+        for block in self._cached:
+            del self._block_at[self._key_of.pop(block)]
+            del self._prefix_id_of[block]
+            self._free.append(block)
+        self._cached.clear()
+
     def check_integrity(self, block_tables: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless every block is in exactly one state and has the holders it counts."""
         holders = [0] * self.num_blocks

@@ -132,8 +132,7 @@ class ModelRunner:
         def body() -> None:
             self._hidden[:num_tokens] = self._model.hidden(batch, self._last_token)
 
-        key = ("body", num_tokens, batch.has_chunks, batch.has_cascade)
-        self._graphs.run(key, body)
+        self._graphs.run(("body", num_tokens, batch.is_mixed), body)
 
     def _logits(self, num_rows: int) -> Tensor:
         rows = self._views["sample_token"][:num_rows].long()

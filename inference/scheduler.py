@@ -14,6 +14,7 @@ What happens when is kept in calendars by step number, so a step costs its event
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from inference.block_manager import ROOT, BlockManager
 from inference.sequence import Sequence
@@ -23,6 +24,14 @@ MIN_SHARING_ROWS = 4
 
 GROWTH_BLOCKS = 4
 """Blocks a sequence gets at a time once it has outgrown what was expected of it."""
+
+DUE_PLACES = 64
+"""Places in the queue of waiting sequences where the prefill that is due is looked at."""
+
+DUE_SLACK_STEPS = 8
+"""Steps a sequence may start late: so many more at the end cost less than a rush at the start."""
+
+MAX_PLANNED_BLOCKS = 1_000_000
 
 HOLD_BACK_STEPS = 16
 """Steps without admissions after a preemption, so that what was taken is not asked for again at once."""
@@ -60,6 +69,9 @@ class Running:
 
     num_expected_tokens: int = 0
     """Completion tokens planned for, counted from the start."""
+
+    num_planned_cached: int = 0
+    """Prompt tokens that a sequence submitted before has in common, so that they should be cached."""
 
     is_finished: bool = False
 
@@ -105,6 +117,29 @@ class Step:
         return self.decodes + [chunk.running for chunk in self.chunks if chunk.is_last]
 
 
+class PlannedPrefixes:
+    """Which prompt blocks have been submitted before: what the prefix cache should save, known in advance."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._nodes: dict[tuple[int, tuple[int, ...]], int] = {}
+
+    def add(self, token_ids: list[int]) -> int:
+        """Remember a prompt's full blocks; return how many of its tokens an earlier prompt begins with."""
+        if len(self._nodes) > MAX_PLANNED_BLOCKS:
+            self._nodes.clear()
+        size, node, num_known = self._block_size, ROOT, 0
+        for start in range(0, len(token_ids) - size, size):
+            key = (node, tuple(token_ids[start : start + size]))
+            known = self._nodes.get(key)
+            if known is None:
+                known = self._nodes[key] = len(self._nodes) + 1
+            else:
+                num_known = start + size
+            node = known
+        return num_known
+
+
 class LengthEstimate:
     """Expected completion length: exact where end tokens are ignored, else learnt from what has finished."""
 
@@ -138,10 +173,11 @@ class Scheduler:
         max_model_len: int,
         min_step_tokens: int | None = None,
         completion_of: Callable[[Running], list[int]] = lambda running: [],
+        padded: Callable[[int], int] = lambda num_tokens: num_tokens,
     ) -> None:
         """`min_step_tokens` is the least target of a step; None: every step is as full as it can be.
 
-        `completion_of` gives the tokens sampled since `running.token_ids` was set; asked on preemption.
+        `padded` gives the size a step is computed at anyway, which prefill may fill up. `completion_of` gives the tokens sampled since `running.token_ids` was set; asked on preemption.
         """
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
@@ -149,9 +185,12 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._min_step_tokens = min_step_tokens or max_num_batched_tokens
         self._completion_of = completion_of
+        self._padded = padded
         self.lengths = LengthEstimate()
         self._waiting: list[Running] = []  # the next one last
         self._is_sorted = True
+        self._num_prefill_tokens: list[int] = []  # of waiting[:i + 1], shared prefixes not counted
+        self._planned = PlannedPrefixes(blocks.block_size)
         self._prefilling: deque[Running] = deque()
         self._decoding: list[Running] = []
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -186,8 +225,10 @@ class Scheduler:
             max_tokens = min(sequence.sampling.max_tokens, self._max_model_len - len(prompt))
             running = Running(sequence, prompt, max_tokens)
             running.num_expected_tokens = min(max_tokens, self.lengths.of(sequence))
+            running.num_planned_cached = self._planned.add(prompt)
             self._waiting.append(running)
-            self._num_work_tokens += len(running.token_ids) + running.num_expected_tokens
+            self._num_work_tokens += len(prompt) - running.num_planned_cached
+            self._num_work_tokens += running.num_expected_tokens
         self._is_sorted = False
 
     def is_short_of_blocks(self) -> bool:
@@ -233,25 +274,48 @@ class Scheduler:
     # ---- the even load
 
     def _token_target(self, num_decodes: int) -> int:
-        """Tokens for this step: what is left, over the steps that the longest completion needs anyway."""
+        """Tokens for this step: what is left, over the steps that the longest completion needs anyway.
+
+        More if a waiting sequence would otherwise start too late to end with the longest one.
+        """
         self._sort()
         num_steps = max(1, self._last_finish - self._step + 1)
         if self._waiting:
             num_steps = max(num_steps, self._waiting[-1].num_expected_tokens)
         even = -(-self._num_work_tokens // num_steps)
-        target = max(even, self._min_step_tokens, num_decodes)
+        due = num_decodes + self._prefill_due(num_steps)
+        target = max(even, due, self._min_step_tokens, num_decodes)
+        if self._waiting or self._prefilling:
+            target = self._padded(target)
         return min(target, self.max_num_batched_tokens)
+
+    def _prefill_due(self, num_steps: int) -> int:
+        """Prefill tokens a step that let every waiting sequence start in time, looked at in a few places."""
+        waiting, sums = self._waiting, self._num_prefill_tokens
+        if not waiting:
+            return 0
+        begun = sum(len(r.token_ids) - r.num_computed_tokens for r in self._prefilling)
+        whole = begun + sums[len(waiting) - 1]
+        due = 0.0
+        for index in range(len(waiting) - 1, -1, -max(1, len(waiting) // DUE_PLACES)):
+            before = sums[index - 1] if index else 0
+            steps = num_steps - waiting[index].num_expected_tokens + DUE_SLACK_STEPS
+            due = max(due, (whole - before) / max(1, steps))
+        return int(due)
 
     def _sort(self) -> None:
         """Longest completion first; rows of one prefix stay together where lengths tie."""
-        if not self._is_sorted:
-            self._waiting.sort(
-                key=lambda running: (
-                    running.num_expected_tokens - running.num_sampled,
-                    running.token_ids[: self.blocks.block_size],
-                )
+        if self._is_sorted:
+            return
+        self._waiting.sort(
+            key=lambda running: (
+                running.num_expected_tokens - running.num_sampled,
+                running.token_ids[: self.blocks.block_size],
             )
-            self._is_sorted = True
+        )
+        lengths = (len(r.token_ids) - r.num_planned_cached for r in self._waiting)
+        self._num_prefill_tokens = list(accumulate(lengths))
+        self._is_sorted = True
 
     # ---- prefill
 
@@ -297,7 +361,8 @@ class Scheduler:
         running.prefix_id = self.blocks.prefix_id(shared[-1]) if shared else ROOT
         if running.num_sampled == 0:
             running.num_cached_tokens = num_cached
-        self._num_work_tokens -= num_cached
+        self._num_work_tokens -= num_cached - running.num_planned_cached
+        running.num_planned_cached = 0
         self._prefilling.append(running)
         admitted.append(running)
         return True
@@ -390,6 +455,9 @@ class Scheduler:
         self._free_slots.append(running.slot)
         running.slot, running.num_computed_tokens = -1, 0
         self._waiting.append(running)
+        del self._num_prefill_tokens[len(self._waiting) - 1 :]
+        before = self._num_prefill_tokens[-1] if self._num_prefill_tokens else 0
+        self._num_prefill_tokens.append(before + len(running.token_ids))
 
     def _leave(self, running: Running) -> None:
         running.is_finished = True

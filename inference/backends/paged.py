@@ -22,7 +22,7 @@ from inference.config import EngineConfig
 from inference.end_tokens import end_token_ids
 from inference.engine import PagedEngine
 from inference.errors import EngineConfigError
-from inference.graphs import sizes
+from inference.graphs import padded, sizes
 from inference.kernels import plain
 from inference.kv_cache import KVCache
 from inference.loading import dtype_name, load_model, load_tokenizer
@@ -181,6 +181,7 @@ def build_engine(
             max_model_len=settings.max_model_len,
             min_step_tokens=settings.min_step_tokens,
             completion_of=completion_of,
+            padded=(lambda count: padded(count, limits.max_num_tokens)) if is_cuda else int,
         )
 
     engine = PagedEngine(

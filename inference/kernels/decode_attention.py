@@ -1,7 +1,8 @@
 """Paged decode attention: one query token a row, keys and values read in place from the cache's blocks.
 
-The work of a step is a list of items, each a range of one row's tokens; a fixed number of programs takes
-(item, KV head) pairs from it, so one captured launch serves any batch. All query heads of a KV head
+The work of a step is a list of items, each a range of one row's tokens, longest first; a fixed number of
+programs draws (item, KV head) pairs from it by an atomic counter, so one captured launch serves any batch and a
+program that starts late, because another kernel holds its place, leaves its share to the others. All query heads of a KV head
 share its keys (GQA-packed). A row cut into several items leaves normalised parts that `combine` merges.
 
     N query heads   K KV heads   G = N / K   H head dim   S tokens in one block
@@ -22,6 +23,7 @@ def decode_kernel(
     table_ptr,
     items_ptr,
     num_items_ptr,
+    ticket_ptr,
     out_ptr,
     part_out_ptr,
     part_lse_ptr,
@@ -37,14 +39,18 @@ def decode_kernel(
     WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """q [T,N,H]; k, v [blocks,K,S,H]; out [T,N,H]; part_out [P,N,H] fp32; part_lse [P,N] fp32, base 2."""
+    """q [T,N,H]; k, v [blocks,K,S,H]; out [T,N,H]; part_out [P,N,H] fp32; part_lse [P,N] fp32, base 2.
+
+    `ticket_ptr` points to a 0, and does so again when the launch is over.
+    """
     offs_g = tl.arange(0, G_PAD)
     offs_h = tl.arange(0, H_PAD)
     offs_s = tl.arange(0, TILE)
     is_head = (offs_g[:, None] < G) & (offs_h[None, :] < H)
     N: tl.constexpr = K * G
     num_pairs = tl.load(num_items_ptr) * K
-    for pair in range(tl.program_id(0), num_pairs, tl.num_programs(0)):
+    pair = tl.atomic_add(ticket_ptr, 1)
+    while pair < num_pairs:
         item = items_ptr + (pair // K) * 6
         head = pair % K
         row = tl.load(item)
@@ -98,6 +104,10 @@ def decode_kernel(
             tl.store(part_out_ptr + heads[:, None] * H + offs_h[None, :], result, mask=is_head)
             lse = tl.where(is_empty, float("-inf"), top + tl.log2(tl.where(is_empty, 1.0, total)))
             tl.store(part_lse_ptr + heads, lse, mask=offs_g < G)
+        pair = tl.atomic_add(ticket_ptr, 1)
+    # Every program draws one ticket too many; whoever draws the last of all resets the counter.
+    if pair == num_pairs + tl.num_programs(0) - 1:
+        tl.store(ticket_ptr, 0)
 
 
 @triton.jit

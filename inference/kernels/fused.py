@@ -5,7 +5,10 @@
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -46,8 +49,13 @@ class Scratch:
 
     part_out: Tensor
     part_lse: Tensor
+    tickets: Tensor
+    """Counters of the decode, prefill and cascade launches, far apart."""
+
     decode_programs: int
     tile_programs: int
+    side_stream: Any
+    """Where tiles run beside the decode kernel, with priority; None without CUDA."""
 
 
 def make_scratch(
@@ -63,13 +71,15 @@ def make_scratch(
     return Scratch(
         torch.empty(num_parts, num_heads, head_dim, dtype=torch.float32, device=device),
         torch.empty(num_parts, num_heads, dtype=torch.float32, device=device),
+        torch.zeros(3, 32, dtype=torch.int32, device=device),
         decode_programs=num_sms * DECODE_PROGRAMS_PER_SM,
         tile_programs=num_sms,
+        side_stream=torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None,
     )
 
 
 DECODE_PROGRAMS_PER_SM = 3
-DECODE_OPTIONS = {"num_warps": 4, "STAGES": 3}
+DECODE_OPTIONS = {"num_warps": 4, "STAGES": 2}
 TILE_OPTIONS = {"num_warps": 8, "STAGES": 2}
 
 
@@ -197,7 +207,7 @@ def attention(
     table_stride = batch.block_table.stride(0)
     common = {"K": num_kv_heads, "G": group, "H": head_dim, "H_PAD": h_pad, "S": block_size}
 
-    def run_tiles(tiles: Tensor, count: Tensor, is_cascade: bool) -> None:
+    def run_tiles(tiles: Tensor, count: Tensor, ticket: Tensor, is_cascade: bool) -> None:
         tile_kernel[(scratch.tile_programs,)](
             q_TNH,
             k_cache,
@@ -205,6 +215,7 @@ def attention(
             batch.block_table,
             tiles,
             count,
+            ticket,
             batch.cascade_rows,
             batch.row_part,
             out,
@@ -220,10 +231,12 @@ def attention(
             **TILE_OPTIONS,
         )
 
-    if batch.has_chunks:
-        run_tiles(batch.tiles, batch.counts[NUM_TILES:], False)
-    if batch.has_cascade and not window:
-        run_tiles(batch.cascade_tiles, batch.counts[NUM_CASCADE_TILES:], True)
+    if batch.is_mixed:
+        with _beside(scratch.side_stream):
+            run_tiles(batch.tiles, batch.counts[NUM_TILES:], scratch.tickets[1], False)
+            if not window:
+                count = batch.counts[NUM_CASCADE_TILES:]
+                run_tiles(batch.cascade_tiles, count, scratch.tickets[2], True)
     decode_kernel[(scratch.decode_programs,)](
         q_TNH,
         k_cache,
@@ -231,6 +244,7 @@ def attention(
         batch.block_table,
         batch.items,
         batch.counts[NUM_ITEMS:],
+        scratch.tickets[0],
         out,
         scratch.part_out,
         scratch.part_lse,
@@ -242,6 +256,8 @@ def attention(
         **common,
         **DECODE_OPTIONS,
     )
+    if batch.is_mixed and scratch.side_stream is not None:
+        torch.cuda.current_stream().wait_stream(scratch.side_stream)
     n_block = min(16, triton.next_power_of_2(num_heads))
     num_rows = min(num_tokens, batch.row_num_parts.shape[0])
     combine_kernel[(num_rows, triton.cdiv(num_heads, n_block))](
@@ -257,6 +273,17 @@ def attention(
         num_warps=4,
     )
     return out
+
+
+@contextmanager
+def _beside(stream: Any) -> Iterator[None]:
+    """Run what is launched here beside what the current stream runs next; the caller joins them."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
 
 
 def sample(

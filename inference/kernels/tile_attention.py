@@ -23,6 +23,7 @@ def tile_kernel(
     table_ptr,
     tiles_ptr,
     num_tiles_ptr,
+    ticket_ptr,
     rows_ptr,
     row_part_ptr,
     out_ptr,
@@ -41,13 +42,17 @@ def tile_kernel(
     IS_CASCADE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """q [T,N,H]; k, v [blocks,K,S,H]; out [T,N,H] (prefill); part_out [P,N,H], part_lse [P,N] (cascade)."""
+    """q [T,N,H]; k, v [blocks,K,S,H]; out [T,N,H] (prefill); part_out [P,N,H], part_lse [P,N] (cascade).
+
+    `ticket_ptr` points to a 0, and does so again when the launch is over.
+    """
     offs_m = tl.arange(0, M)
     offs_h = tl.arange(0, H_PAD)
     offs_s = tl.arange(0, TILE)
     N: tl.constexpr = K * G
     num_pairs = tl.load(num_tiles_ptr) * K
-    for pair in range(tl.program_id(0), num_pairs, tl.num_programs(0)):
+    pair = tl.atomic_add(ticket_ptr, 1)
+    while pair < num_pairs:
         tile = tiles_ptr + (pair // K) * 7
         head = pair % K
         slot = tl.load(tile)
@@ -113,3 +118,6 @@ def tile_kernel(
             tl.store(part_lse_ptr + place, lse, mask=is_query)
         else:
             tl.store(out_ptr + q_offs, result.to(out_ptr.dtype.element_ty), mask=mask)
+        pair = tl.atomic_add(ticket_ptr, 1)
+    if pair == num_pairs + tl.num_programs(0) - 1:
+        tl.store(ticket_ptr, 0)

@@ -107,8 +107,9 @@ def sequences_of(mix: str, count: int, temperature: float) -> list[Sequence]:
 
 def run(engine: Any, sequences: list[Sequence]) -> float:
     """Run sequences to their ends; return the seconds it took."""
-    engine.submit(sequences)
+    engine.scheduler.blocks.forget_prefixes()  # each run prefills its prompts anew
     started_at = time.perf_counter()
+    engine.submit(sequences)
     lengths = {}
     while engine.num_unfinished:
         for completion in engine.step():
@@ -121,6 +122,7 @@ def run(engine: Any, sequences: list[Sequence]) -> float:
 
 def profile(engine: Any, sequences: list[Sequence], first: int, count: int) -> None:
     """Print the kernels that take longest in `count` steps after the first ones."""
+    engine.scheduler.blocks.forget_prefixes()
     engine.submit(sequences)
     for _ in range(first):
         engine.step()
@@ -142,6 +144,16 @@ def profile(engine: Any, sequences: list[Sequence], first: int, count: int) -> N
         print(f"  {ms:7.3f} ms  {event.count / count:6.1f}x  {event.key[:90]}")
 
 
+def profile_host(engine: Any, sequences: list[Sequence]) -> None:
+    """Print where the host's time goes in one run."""
+    import cProfile
+    import pstats
+
+    profiler = cProfile.Profile()
+    profiler.runcall(run, engine, sequences)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(24)
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -155,6 +167,7 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--min-step-tokens", type=int)
     parser.add_argument("--profile", default="", help="mix:count:first step:steps")
+    parser.add_argument("--profile-host", default="", help="mix:count")
     args = parser.parse_args()
     started_at = time.perf_counter()
     engine, plan, warmup_s = build(args)
@@ -191,6 +204,9 @@ def main() -> None:
     for entry in filter(None, args.profile.split(",")):
         mix, count, first, steps_ = entry.split(":")
         profile(engine, sequences_of(mix, int(count), 0.0), int(first), int(steps_))
+    if args.profile_host:
+        mix, count = args.profile_host.split(":")
+        profile_host(engine, sequences_of(mix, int(count), 0.0))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     settings = {k: v for k, v in vars(args).items() if k != "mixes"}

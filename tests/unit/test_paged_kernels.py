@@ -111,6 +111,7 @@ class Case:
         plan = planner.fill(step, parts)
         planner.pad(parts, plan, num_tokens + 3, rows)
         self.has_cascade = plan.num_cascade_tiles > 0
+        assert plan.is_mixed == bool(chunks or self.has_cascade)
         packed = torch.from_numpy(np.concatenate([p.ravel() for p in parts.values()]))
         views = views_of(packed.to(DEVICE), self.limits)
         scratch = fused.make_scratch(self.limits, num_heads, num_kv_heads, head_dim, DEVICE)
