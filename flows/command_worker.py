@@ -34,15 +34,17 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
 # Sent to the remote shell. Its standard input stays open for as long as the flow run may live: when
-# the line or the worker is gone, `cat` ends, and the whole remote group is stopped.
+# the line or the worker is gone, `cat` ends, and the remote group is stopped. Both children lead
+# sessions of their own, so that a signal to this shell alone cannot part them.
 _REMOTE_SCRIPT = """{{
+exec 3<&0
 {exports}
-{cd}setsid sh -c {command} </dev/null &
+{cd}setsid sh -c {command} </dev/null 3<&- &
 child=$!
-( cat >/dev/null; kill -TERM -- "-$child"; sleep {grace_s}; kill -KILL -- "-$child" ) 2>/dev/null &
+setsid sh -c 'cat <&3 >/dev/null; kill -TERM "-$0"; sleep {grace_s}; kill -KILL "-$0"' "$child" 2>/dev/null &
 watch=$!
 wait "$child"; code=$?
-kill "$watch" 2>/dev/null
+kill -TERM "-$watch" "-$child" 2>/dev/null
 exit "$code"
 }}
 """

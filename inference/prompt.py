@@ -131,6 +131,11 @@ class PromptBuilder:
         token_ids = [encoding.ids for encoding in encoded]
         return [self._without_double_bos(ids) for ids in token_ids] if special else token_ids
 
+    def encode_token(self, token: str) -> int | None:
+        """Return the id of one token by its name; None when the tokenizer has no such token."""
+        token_id = self._tokenizer.convert_tokens_to_ids(token)
+        return None if token_id is None else int(token_id)
+
     def finish(self, text: str, token_ids: list[int], *, max_tokens: int) -> Prompt:
         """Check the length, truncating if the job says so.
 

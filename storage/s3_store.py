@@ -199,6 +199,15 @@ class S3Store:
         """Whether the store tells the CRC64NVME of a whole object, which downloads are checked by."""
         return full_checksum(self._head(key, checksum=True)) is not None
 
+    def unfinished(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Yield key and id of every multipart upload that was begun and neither completed nor aborted."""
+        for name, upload_id in self._transfer.unfinished(self._prefix + prefix):
+            yield name.removeprefix(self._prefix), upload_id
+
+    def abandon(self, key: str, upload_id: str) -> None:
+        """Abort an unfinished multipart upload; one that is gone already is no fault."""
+        self._transfer.abandon(self._name(key), upload_id)
+
     def _name(self, key: str) -> str:
         return self._prefix + keys.check(key)
 

@@ -8,7 +8,7 @@ its name.
 import base64
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from awscrt.checksums import combine_crc64nvme, crc64nvme
 from botocore.exceptions import BotoCoreError, ClientError
 
-from storage.errors import CorruptObject, StorageError, StoreUnavailable
+from storage.errors import CorruptObject, NotFound, StorageError, StoreUnavailable
 from storage.local_errors import translate
 from storage.s3_client import Again, Caller, status_of
 
@@ -88,7 +88,7 @@ class S3Transfer:
             PreconditionFailed: the object was replaced meanwhile.
             NoSpace: there is no room for it.
         """
-        hidden = path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.partial")
+        hidden = path.with_name(f".{os.urandom(12).hex()}.partial")
         wanted = full_checksum(found)
         size = found["ContentLength"]
         try:
@@ -165,6 +165,38 @@ class S3Transfer:
             return reply["CopyPartResult"]
 
         self._multipart(target, math.ceil(size / part_bytes), send)
+
+    def unfinished(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Yield name and id of every multipart upload that was begun and not ended."""
+        marker: Any = {}
+        while True:
+            page = self._call(
+                f"LIST uploads of s3://{self._bucket}/{prefix}",
+                partial(
+                    self._client.list_multipart_uploads,
+                    Bucket=self._bucket,
+                    Prefix=prefix,
+                    **marker,
+                ),
+            )
+            for upload in page.get("Uploads", []):
+                yield upload["Key"], upload["UploadId"]
+            if not page.get("IsTruncated"):
+                return
+            marker = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page["NextUploadIdMarker"],
+            }
+
+    def abandon(self, name: str, upload_id: str) -> None:
+        """Abort a multipart upload, if it is still there."""
+        with suppress(NotFound):
+            self._call(
+                f"ABORT s3://{self._bucket}/{name}",
+                lambda: self._client.abort_multipart_upload(
+                    Bucket=self._bucket, Key=name, UploadId=upload_id
+                ),
+            )
 
     def _fill(self, name: str, descriptor: int, size: int, etag: str) -> int:
         """Write every range in its place; return the CRC of the whole."""

@@ -61,7 +61,7 @@ def read_jsonl(path: Path, *, name: str) -> Iterator[TextRow]:
                     data = _without_bom(data, name)
                 if len(data) > MAX_LINE_BYTES:
                     raise BadInput(f"{name}: line {line} is longer than {MAX_LINE_BYTES} bytes")
-                if data.strip():
+                if data := data.strip():
                     yield _json_row(line, data)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError, MemoryError) as error:
         raise BadInput(f"{name}: damaged after line {line}: {_reason(error)}") from None

@@ -36,6 +36,7 @@ from tasks.frames import (
 from tasks.prompt_columns import PromptColumns
 
 _STDERR_TAIL = 2000
+_MAX_THREADS = 8
 
 
 class ChildDied(Exception):
@@ -229,6 +230,7 @@ class FeedProcess:
 
 
 def _environment(limits: FeedLimits) -> dict[str, str]:
+    num_threads = limits.num_threads or min(_MAX_THREADS, os.cpu_count() or 1)
     root = str(Path(tasks.__file__).resolve().parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {
@@ -238,8 +240,8 @@ def _environment(limits: FeedLimits) -> dict[str, str]:
         # Arenas reserve address space that would count against the limit.
         "MALLOC_ARENA_MAX": "2",
         "ARROW_DEFAULT_MEMORY_POOL": "system",
-        "RAYON_NUM_THREADS": str(limits.num_threads),
-        "TOKENIZERS_PARALLELISM": "true" if limits.num_threads > 1 else "false",
+        "RAYON_NUM_THREADS": str(num_threads),
+        "TOKENIZERS_PARALLELISM": "true" if num_threads > 1 else "false",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",

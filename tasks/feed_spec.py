@@ -31,8 +31,8 @@ class FeedLimits:
     max_hard_rows: int = 20
     """Rows that may run into the limits; one more, and the template is refused."""
 
-    num_threads: int = 1
-    """Tokenizer threads."""
+    num_threads: int = 0
+    """Tokenizer threads; 0: one per processor core, at most 8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,7 +184,7 @@ def _kubernetes(tier: Tier, needs: _Needs, placement: Placement) -> dict[str, An
         },
     }
     if placement.weights_host_path is not None:
-        source = {"path": placement.weights_host_path, "type": "DirectoryOrCreate"}
+        source = {"path": placement.weights_host_path, "type": "Directory"}
         return {**variables, "weights_host_path": source}
     return {**variables, "weights_empty_dir": {"sizeLimit": _gib(needs.nvme_bytes + GIB)}}
 

@@ -29,7 +29,7 @@ def letters() -> list[str]:
 
 def write_gguf(path: Path) -> dict[str, np.ndarray]:
     """Write a one-layer Llama with byte tokens; return its tensors."""
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters(), "\u0120\u0120"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters(), "\u0120\u0120", "aa"]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)
@@ -44,7 +44,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["\u0120 \u0120"])
+    writer.add_token_merges(["\u0120 \u0120", "a a"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

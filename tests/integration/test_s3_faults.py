@@ -7,6 +7,9 @@ from typing import Any
 import boto3
 import pytest
 
+from storage import keys
+from storage.attempts import PART, claim_attempt
+from storage.commits import bury
 from storage.errors import (
     AccessDenied,
     AlreadyExists,
@@ -14,6 +17,7 @@ from storage.errors import (
     PreconditionFailed,
     StoreUnavailable,
 )
+from storage.garbage import collect_garbage
 from storage.lease import Leases
 from storage.object_store import StorageConfig, open_store
 from storage.probe import probe_store
@@ -206,6 +210,25 @@ def test_a_big_object_is_copied_in_parts(
     store.upload(tmp_path / "source", "día 1/big")
     assert store.copy("día 1/big", "copy").size == len(data)
     assert store.get("copy") == data
+
+
+def test_collecting_garbage_aborts_uploads_of_attempts_that_cannot_become_real(
+    seaweed: Seaweed,
+) -> None:
+    store = open_store(f"{seaweed.uri}/run", seaweed.config)
+    dead, running = (claim_attempt(store, 0, "i", "h", revision=revision) for revision in (1, 2))
+    client = make_client(seaweed.config)
+    begun = {
+        attempt: client.create_multipart_upload(
+            Bucket=seaweed.bucket, Key=f"run/{keys.attempt(0, attempt, PART)}"
+        )["UploadId"]
+        for attempt in (dead, running)
+    }
+    bury(store, 0, plan_digest="sha256:plan", revision=1, reason="cancelled", holder="ops")
+    assert collect_garbage(store).num_swept == 1
+    left = client.list_multipart_uploads(Bucket=seaweed.bucket)["Uploads"]
+    assert [upload["UploadId"] for upload in left] == [begun[running]]
+    client.close()
 
 
 def test_a_listing_does_not_stop_at_a_thousand_objects(seaweed: Seaweed) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,22 @@ def test_settings_that_cannot_work_are_refused(knobs, words):
 def test_four_bit_weights_are_refused_on_the_cpu():
     with pytest.raises(EngineConfigError, match="nf4: needs a CUDA device"):
         build("tiny-a", quantization="nf4")
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_eight_bit_weights_without_bitsandbytes_say_what_to_install():
+    with pytest.raises(EngineConfigError, match="int8: needs bitsandbytes; pip install"):
+        build("tiny-a", quantization="int8")
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_eight_bit_weights_are_smaller_and_every_row_is_there():
+    backend = build("tiny-a", quantization="int8", max_num_seqs=8)
+    assert backend.info.memory["weights"] < build("tiny-a").info.memory["weights"]
+    found = complete(backend, rows_of("A1-left-pad"), "raw_prompt", SamplingParams(max_tokens=8))
+    assert len(found) == 24
+    assert all(completion.error is None for completion in found.values())
 
 
 def test_dtype_is_what_was_asked_for_or_what_the_config_says():

@@ -1,5 +1,7 @@
 import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,3 +95,16 @@ def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "later"))
     assert list(store.list()) == []
     assert not os.path.exists(tmp_path / "later")
+
+
+def test_the_protocol_imports_no_s3_library_until_an_s3_store_is_opened() -> None:
+    script = (
+        "import sys, storage.commits, storage.garbage, storage.lease, storage.probe, storage.reveal\n"
+        "from storage.object_store import open_store\n"
+        "open_store('memory://x'); open_store('somewhere')\n"
+        "sys.exit('boto3' in sys.modules)"
+    )
+    repository = Path(__file__).parents[2]
+    assert (
+        subprocess.run([sys.executable, "-c", script], cwd=repository, check=False).returncode == 0
+    )
