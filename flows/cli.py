@@ -39,8 +39,24 @@ def build_parser() -> argparse.ArgumentParser:
     drain.add_argument(
         "--with-parent", action="store_true", help="stop when standard input is closed"
     )
-    gc = _command(commands, "gc", "delete files of attempts that were not committed")
+    gc = _command(
+        commands,
+        "gc",
+        "delete what lost attempts of a run, or staging on this machine, left behind",
+    )
+    gc.add_argument("run", nargs="?", help=f"{_RUN_HELP}; without it, this machine's staged models")
     gc.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
+    stage = _command(
+        commands, "stage", "bring model weights to this machine's fastest disk, verified"
+    )
+    stage.add_argument(
+        "model", nargs="?", help="folder, s3:// prefix, hf://repo@revision or GGUF file"
+    )
+    stage.add_argument("--to", default="auto", help="auto, shm, nvme, none or a folder")
+    stage.add_argument("--list", action="store_true", help="list what is staged")
+    stage.add_argument("--pin", action="store_true", help="stage, and never evict")
+    stage.add_argument("--unpin", action="store_true", help="let a pinned model be evicted again")
+    stage.add_argument("--evict", action="store_true", help="remove a staged model nobody reads")
     tiers = _command(
         commands, "tiers", "say on which GPUs a model fits, how fast and at what price"
     )
@@ -50,9 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tiers.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
     tiers.add_argument("--all", action="store_true", help="every GPU count, not only the smallest")
-    for command in (status, retry, verify, drain, gc):
+    for command in (status, retry, verify, drain):
         command.add_argument("run", help=_RUN_HELP)
-    for command in (status, retry, verify, drain, gc, tiers):
+    for command in (status, retry, verify, drain, gc, stage, tiers):
         command.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
     return parser
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -183,7 +184,9 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def gc(args: argparse.Namespace) -> int:
-    """Delete what lost attempts left behind."""
+    """Delete what lost attempts of a run, or abandoned staging on this machine, left behind."""
+    if args.run is None:
+        return _gc_models(args)
     from storage.garbage import collect_garbage
     from tasks.run import read_record
 
@@ -193,6 +196,48 @@ def gc(args: argparse.Namespace) -> int:
     verb = "would delete" if args.dry_run else "deleted"
     text = f"{verb} {len(removed.keys)} objects, {removed.num_bytes:,} bytes"
     _print(args, {"dry_run": args.dry_run, "keys": list(removed.keys)}, text)
+    return EXIT_OK
+
+
+def _gc_models(args: argparse.Namespace) -> int:
+    from storage import model_caches
+    from tasks.stage import describe_evictions
+
+    if args.dry_run:
+        raise JobError(
+            "gc --dry-run: give a run folder; `nightjar stage --list` shows staged models"
+        )
+    removed = model_caches.gc()
+    document = {"evicted": [eviction._asdict() for eviction in removed]}
+    _print(args, document, describe_evictions(removed))
+    return EXIT_OK
+
+
+def stage(args: argparse.Namespace) -> int:
+    """Stage, list, pin or evict models on this machine."""
+    from storage import model_caches
+    from tasks.stage import as_json, describe, describe_entries, describe_evictions
+    from tasks.stage import stage as stage_model
+
+    if args.list:
+        entries = model_caches.list_staged()
+        document = {"models": [_plain(entry._asdict()) for entry in entries]}
+        _print(args, document, describe_entries(entries))
+        return EXIT_OK
+    if args.model is None:
+        raise JobError("stage: name a model, or give --list")
+    if args.evict:
+        evictions = model_caches.evict(args.model)
+        document = {"evicted": [eviction._asdict() for eviction in evictions]}
+        _print(args, document, describe_evictions(evictions))
+        return EXIT_OK if all(not e.kept_because for e in evictions) else EXIT_REFUSED
+    if args.unpin:
+        model_caches.pin(args.model, pinned=False)
+        return EXIT_OK
+    with stage_model(args.model, storage=_storage(args), stage_to=args.to) as staged:
+        if args.pin:
+            model_caches.pin(staged.content_id)
+        _print(args, _plain(as_json(staged.report)), describe(staged.report))
     return EXIT_OK
 
 
@@ -270,6 +315,11 @@ def _storage(args: argparse.Namespace) -> StorageConfig:
 
 def _print(args: argparse.Namespace, document: dict[str, Any], text: str) -> None:
     print(json.dumps(document) if args.json else text)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths as text, so that the document is JSON."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 @contextmanager

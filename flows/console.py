@@ -85,31 +85,21 @@ def print_status(status: RunStatus) -> None:
 def print_tiers(rows: list[dict[str, Any]]) -> None:
     """Print what fits where, the best marked, then what does not fit and why."""
     console = Console()
-    table = Table(show_header=True, header_style="bold")
-    names = (
-        "",
-        "GPU",
-        "count",
-        "TP",
-        "replicas",
-        "weights",
-        "KV tokens",
-        "tokens/s",
-        "hours",
-        "$/M",
-    )
-    for name in names:
-        table.add_column(name, justify="left" if name in ("", "GPU", "weights") else "right")
+    table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
+    for name in ("", "GPU", "weights"):
+        table.add_column(name, no_wrap=True)
+    for name in ("count", "TP", "copies", "KV tokens", "tokens/s", "hours", "$/M"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in (row for row in rows if row["fits"]):
         price = row["usd_per_million_tokens"]
         held = row["dtype"] if row["quantization"] == "none" else row["quantization"]
         table.add_row(
             "*" if row["best"] else "",
-            row["gpu"] + (f" ({row['offload']})" if row["offload"] else ""),
+            _gpu_name(row),
+            held,
             str(row["num_gpus"]),
             str(row["tensor_parallel_size"]),
             str(row["replicas"]),
-            held,
             f"{row['kv_tokens']:,}",
             f"{row['completion_tokens_per_s']:,.0f}",
             f"{row['hours']:.2f}",
@@ -227,6 +217,10 @@ def _duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _gpu_name(row: dict[str, Any]) -> str:
+    return row["gpu"] if row["offload"] == "none" else f"{row['gpu']}, weights on {row['offload']}"
 
 
 def _clipped(text: str | None) -> str:

@@ -37,7 +37,7 @@ class PartialFile:
 
     def __init__(self, folder: Path, file: SourceFile, *, direct: bool) -> None:
         self.file = file
-        self.path = folder / file.name
+        self.path = weight_files.safe_path(folder, file.name)
         self._partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
         self._journal_path = self.path.with_name(self.path.name + JOURNAL_SUFFIX)
         promised = file.checksum.algorithm if file.checksum else ""

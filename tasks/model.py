@@ -1,15 +1,20 @@
 """From `model.source` to a checked local folder."""
 
+import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from inference.backends import resolve_backend
 from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR
-from inference.errors import EngineConfigError, ModelError
+from inference.errors import EngineConfigError
 from inference.weights import check_model_folder
 from tasks.job import RunConfig
 from tasks.progress import Progress
+from tasks.stage import describe, stage_for
+
+log = logging.getLogger("nightjar.model")
 
 _DUMMY_MAX_MODEL_LEN = 32_768
 
@@ -35,7 +40,7 @@ def open_model(job: RunConfig, *, progress: Progress) -> RunModel:
     """Stage the weights if they are elsewhere, and check them without loading them.
 
     Raises:
-        ModelError: missing, damaged or refused files, by name.
+        ModelError, StorageError: missing, damaged or refused files, by name.
         EngineConfigError: `engine.max_model_len` exceeds what the model was made for.
     """
     if resolve_backend(job.engine.backend) == "dummy":
@@ -45,13 +50,22 @@ def open_model(job: RunConfig, *, progress: Progress) -> RunModel:
             content_id="dummy",
             max_model_len=_DUMMY_MAX_MODEL_LEN if limit == "auto" else limit,
         )
-    if "://" in job.model.source and not job.model.source.startswith("file://"):
-        raise ModelError(f"model.source {job.model.source}: give a local folder")
-    folder = check_model_folder(Path(job.model.source.removeprefix("file://")))
+    started = time.monotonic()
+    progress.phase = "staging the model"
+    staged = stage_for(job, on_progress=progress.staged)
+    try:
+        folder = check_model_folder(staged.path)
+        max_model_len = _max_model_len(job, folder.config)
+    except BaseException:
+        staged.close()
+        raise
+    log.info("%s", describe(staged.report))
     return RunModel(
         path=folder.path,
         content_id=folder.content_id,
-        max_model_len=_max_model_len(job, folder.config),
+        max_model_len=max_model_len,
+        stage_s=time.monotonic() - started,
+        staged=staged,
     )
 
 

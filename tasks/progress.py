@@ -53,6 +53,10 @@ class Progress:
         """Say how far planning has come."""
         self.phase = f"planning, {rows_done:,} of {num_rows:,} rows"
 
+    def staged(self, num_bytes: int, total_bytes: int) -> None:
+        """Say how far staging has come."""
+        self.phase = f"staging the model, {num_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB"
+
     def note(self, text: str) -> None:
         """Tell the user one line; shown once by whoever renders progress."""
         with self._lock:

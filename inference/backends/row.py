@@ -71,7 +71,7 @@ class Row:
         """End the sequence with an error; what it has so far is kept."""
         self.finish_reason, self.error = "error", error
 
-    def completion(self) -> Completion:
+    def completion(self, num_cached_tokens: int = 0) -> Completion:
         """Return the finished sequence's completion."""
         if self.finish_reason is None:
             raise ValueError(f"seq_id {self.sequence.seq_id} is not finished; step the backend on")
@@ -86,6 +86,7 @@ class Row:
             finish_reason=finish_reason,
             error=self.error,
             logprobs=None if self.sequence.sampling.logprobs is None else tuple(self.logprobs),
+            num_cached_tokens=num_cached_tokens,
         )
 
     def _finish_text(self) -> tuple[str, bool]:

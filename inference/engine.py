@@ -1,0 +1,289 @@
+"""PagedEngine: the loop. Schedules a step, launches it, reads an earlier one's tokens, returns what finished.
+
+The device is always a step or two ahead of the host: everything the host does here (taking tokens in, looking
+for stop strings, decoding finished completions) happens while the device computes.
+
+    schedule --> launch --> in flight (up to PIPELINE_DEPTH) --> take tokens --> finished rows
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from inference.backends.base import EngineStats
+from inference.backends.row import Row
+from inference.errors import EngineFault, OutOfMemory
+from inference.model_runner import InFlight, ModelRunner
+from inference.sampler import SamplerRow
+from inference.scheduler import Running, Scheduler, Step
+from inference.sequence import Completion, Sequence, TokenLogprob
+from inference.slot_params import STOPPED
+
+logger = logging.getLogger(__name__)
+
+PIPELINE_DEPTH = 2
+"""Steps launched before the first one's tokens are read; a sequence that ends wastes as many rows."""
+
+NO_LOGITS = "the model gave no usable logits (NaN, infinite, or every token banned)"
+_MAX_SHRINKS = 3
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """A submitted sequence with its row, until its completion is returned."""
+
+    row: Row
+    is_watched: bool
+    """Whether each token must be looked at: for stop strings, or logprobs to keep."""
+
+
+class PagedEngine:
+    """Drives one scheduler and one runner. Not thread-safe."""
+
+    def __init__(
+        self,
+        *,
+        make_row: Callable[[Sequence], Row],
+        make_scheduler: Callable[[Callable[[Running], list[int]]], Scheduler],
+        make_runner: Callable[[Callable[[Running], SamplerRow]], ModelRunner],
+        is_async: bool,
+    ) -> None:
+        self._make_row = make_row
+        self.scheduler = make_scheduler(self._completion_of)
+        self.runner = make_runner(self._sampler_row)
+        self._depth = PIPELINE_DEPTH if is_async else 0
+        self._lanes: dict[int, _Lane] = {}
+        self._in_flight: deque[InFlight] = deque()
+        self._limbo: deque[tuple[int, Running]] = deque()
+        self._num_watched = 0
+        num_slots = self.scheduler.max_num_seqs
+        self._history: Any = np.zeros((num_slots, 512), np.int32)
+        self._num_seen: Any = np.zeros(num_slots, np.int32)
+        self._num_launched = 0
+        self._num_shrinks = 0
+        self.stats = EngineStats(extra={"wait_s": 0.0})
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences submitted and not yet returned."""
+        return len(self._lanes)
+
+    @property
+    def seq_ids(self) -> Iterable[int]:
+        """Numbers of the unfinished sequences."""
+        return self._lanes.keys()
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        """Take checked sequences."""
+        sequences = list(sequences)
+        for sequence in sequences:
+            row = self._make_row(sequence)
+            is_watched = (
+                self._depth == 0
+                or bool(sequence.sampling.stop)
+                or sequence.sampling.logprobs is not None
+            )
+            self._lanes[sequence.seq_id] = _Lane(row, is_watched)
+            self._num_watched += is_watched
+        self.scheduler.add(sequences)
+
+    def step(self) -> list[Completion]:
+        """Launch a step if there is one, take in the oldest one's tokens if enough are ahead."""
+        finished: list[Completion] = []
+        started_at = time.perf_counter()
+        if self.scheduler.is_short_of_blocks():
+            self._drain(finished)
+        step = self.scheduler.schedule()
+        if step is not None:
+            self._launch(step, finished)
+        while self._in_flight and (step is None or len(self._in_flight) > self._depth):
+            self._take(self._in_flight.popleft(), finished)
+            if step is None:
+                break
+        self._count_time(step, time.perf_counter() - started_at)
+        return finished
+
+    def _launch(self, step: Step, finished: list[Completion]) -> None:
+        self._num_launched = step.number
+        self._set_up(step.admitted)
+        if self._in_flight and self.runner.needs_host(step):
+            self._drain(finished)
+        try:
+            self._in_flight.append(self.runner.launch(step))
+        except torch.OutOfMemoryError as error:
+            self._drain(finished)
+            self._shrink(step, error)
+            return
+        except RuntimeError as error:
+            raise EngineFault(f"the device failed on step {step.number}: {error}") from error
+        self._count(step)
+
+    def _set_up(self, admitted: list[Running]) -> None:
+        """Bring what the host keeps per slot in line with the sequences that start there."""
+        for running in admitted:
+            row = self._lanes[running.sequence.seq_id].row
+            width = running.max_tokens + 8
+            if width > self._history.shape[1]:
+                wider = np.zeros((self._history.shape[0], max(width, 1024)), np.int32)
+                wider[:, : self._history.shape[1]] = self._history
+                self._history = wider
+            self._history[running.slot, : running.num_sampled] = row.token_ids
+            self._num_seen[running.slot] = running.num_sampled
+
+    def _drain(self, finished: list[Completion]) -> None:
+        while self._in_flight:
+            self._take(self._in_flight.popleft(), finished)
+
+    def _take(self, flight: InFlight, finished: list[Completion]) -> None:
+        """Take in one step's tokens; append what they finish."""
+        started_at = time.perf_counter()
+        tokens, slots, step = flight.token_ids(), flight.slots, flight.step
+        self.stats.extra["wait_s"] += time.perf_counter() - started_at
+        sampled = step.sampled
+        seen = self._num_seen[slots]
+        self._history[slots, seen] = tokens & (STOPPED - 1)
+        self._num_seen[slots] = seen + 1
+        if flight.sampled is not None:
+            self._take_slowly(flight, sampled, finished)
+        else:
+            if self._num_watched:
+                self._watch(sampled, tokens, finished)
+            for index in np.flatnonzero((tokens < 0) | (tokens >= STOPPED)).tolist():
+                self._end(sampled[index], int(tokens[index]), finished)
+        for running in step.finishing:
+            lane = self._lanes.get(running.sequence.seq_id)
+            if lane is not None and lane.row.sequence is running.sequence:
+                self._close(running, "length", finished)
+        while self._limbo and self._limbo[0][0] <= step.number:
+            self.scheduler.release_slot(self._limbo.popleft()[1])
+
+    def _take_slowly(
+        self, flight: InFlight, rows: list[Running], finished: list[Completion]
+    ) -> None:
+        """Take tokens the host has sampled: each through its row, which looks for every kind of end."""
+        assert flight.sampled is not None
+        for running, token_id, logprob in zip(
+            rows, flight.sampled.token_ids, flight.sampled.logprobs, strict=True
+        ):
+            self._append(running, token_id, logprob, finished)
+
+    def _watch(self, rows: list[Running], tokens: Any, finished: list[Completion]) -> None:
+        for index, running in enumerate(rows):
+            lane = self._lanes.get(running.sequence.seq_id)
+            if lane is not None and lane.is_watched and 0 <= tokens[index] < STOPPED:
+                self._append(running, int(tokens[index]), None, finished)
+
+    def _append(
+        self,
+        running: Running,
+        token_id: int,
+        logprob: TokenLogprob | None,
+        finished: list[Completion],
+    ) -> None:
+        lane = self._lanes.get(running.sequence.seq_id)
+        if lane is None or lane.row.sequence is not running.sequence:
+            return  # ended in an earlier step; this token is the price of running ahead
+        row = lane.row
+        if not lane.is_watched:
+            row.token_ids = self._history[running.slot, : self._num_seen[running.slot] - 1].tolist()
+        if token_id < 0:
+            row.fail(NO_LOGITS)
+        if row.finish_reason is not None or row.append(token_id, logprob):
+            self._return(running, row, finished)
+
+    def _end(self, running: Running, token: int, finished: list[Completion]) -> None:
+        """End a sequence whose token the device has found to be its last, or no token."""
+        self._num_seen[running.slot] -= 1  # an end token is not part of the completion
+        if token < 0:
+            self._close(running, "error", finished)
+        else:
+            self._close(running, "stop", finished)
+
+    def _close(self, running: Running, reason: str, finished: list[Completion]) -> None:
+        lane = self._lanes.get(running.sequence.seq_id)
+        if lane is None or lane.row.sequence is not running.sequence:
+            return
+        row = lane.row
+        if not lane.is_watched:
+            row.token_ids = self._history[running.slot, : self._num_seen[running.slot]].tolist()
+        if reason == "error":
+            row.fail(NO_LOGITS)
+        else:
+            row.finish_reason = "stop" if reason == "stop" else "length"
+        self._return(running, row, finished)
+
+    def _return(self, running: Running, row: Row, finished: list[Completion]) -> None:
+        """Hand a finished row back; its slot stays until no launched step uses it."""
+        lane = self._lanes.pop(running.sequence.seq_id)
+        self._num_watched -= lane.is_watched
+        self.scheduler.finish(running, len(row.token_ids))
+        self.scheduler.lengths.observe(len(row.token_ids))
+        self._limbo.append((self._num_launched, running))
+        self.stats.num_completion_tokens += len(row.token_ids)
+        finished.append(row.completion(num_cached_tokens=running.num_cached_tokens))
+
+    def _completion_of(self, running: Running) -> list[int]:
+        """Return what has been sampled since `running.token_ids` was set; the row keeps all of it."""
+        row = self._lanes[running.sequence.seq_id].row
+        row.token_ids = self._history[running.slot, : self._num_seen[running.slot]].tolist()
+        return row.token_ids[running.num_sampled :]
+
+    def _sampler_row(self, running: Running) -> SamplerRow:
+        lane = self._lanes.get(running.sequence.seq_id)
+        if lane is not None and lane.is_watched:
+            token_ids = lane.row.token_ids
+        else:
+            token_ids = self._history[running.slot, : self._num_seen[running.slot]].tolist()
+        sequence = running.sequence
+        return SamplerRow(
+            sampling=sequence.sampling,
+            draw_seed=sequence.draw_seed,
+            prompt_token_ids=sequence.prompt_token_ids,
+            token_ids=token_ids,
+            end_token_ids=() if lane is None else lane.row.end_token_ids,
+        )
+
+    def _shrink(self, step: Step, error: Exception) -> None:
+        """After running out of memory: take everything back and go on with smaller steps."""
+        self._num_shrinks += 1
+        limit = self.scheduler.max_num_batched_tokens
+        if self._num_shrinks > _MAX_SHRINKS:
+            raise OutOfMemory(
+                f"out of memory in steps of {limit} tokens, after shrinking {_MAX_SHRINKS} times; "
+                f"lower engine.max_num_batched_tokens or engine.max_num_seqs"
+            ) from error
+        self.scheduler.restart(step)
+        self.scheduler.max_num_batched_tokens = max(self.scheduler.max_num_seqs, limit // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory in step %d: going on with at most %d tokens a step instead of %d",
+            step.number,
+            self.scheduler.max_num_batched_tokens,
+            limit,
+        )
+
+    def _count(self, step: Step) -> None:
+        stats, blocks = self.stats, self.scheduler.blocks
+        stats.num_steps += 1
+        for running in step.admitted:
+            if running.num_sampled == 0:
+                stats.num_prompt_tokens += len(running.token_ids)
+                stats.num_cached_tokens += running.num_cached_tokens
+        stats.num_preemptions = self.scheduler.num_preemptions
+        used = 1 - blocks.num_free_blocks / blocks.num_usable_blocks
+        stats.kv_occupancy = max(stats.kv_occupancy, used)
+
+    def _count_time(self, step: Step | None, elapsed_s: float) -> None:
+        if step is not None and step.chunks:
+            share = sum(chunk.num_tokens for chunk in step.chunks)
+            share_s = elapsed_s * share / (share + len(step.decodes))
+            self.stats.prefill_s += share_s
+            elapsed_s -= share_s
+        self.stats.decode_s += elapsed_s

@@ -1,0 +1,67 @@
+"""GraphPool: CUDA graphs by key, captured on first use, in one memory pool."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+
+class GraphPool:
+    """Runs a launch sequence as it is, or as a graph captured under its key."""
+
+    def __init__(self, *, is_on: bool) -> None:
+        self.is_on = is_on
+        self._graphs: dict[Hashable, Any] = {}
+        self._pool: Any = None
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs captured so far."""
+        return len(self._graphs)
+
+    def run(self, key: Hashable, launch: Callable[[], None]) -> None:
+        """Do what `launch` does. The key must hold every number that is baked into its launches."""
+        if not self.is_on:
+            launch()
+            return
+        graph = self._graphs.get(key)
+        if graph is None:
+            launch()  # compiles kernels and picks algorithms, which must not happen during capture
+            graph = self._capture(launch)
+            self._graphs[key] = graph
+            return
+        graph.replay()
+
+    def _capture(self, launch: Callable[[], None]) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self._pool):
+            launch()
+        return graph
+
+
+_SIZES = (8, 16, 32, 64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 896, 1024)
+"""Sizes worth having up to 1,024: a matrix product costs steps, not slopes (measured: 288 costs what 320 does)."""
+
+
+def padded(count: int, limit: int) -> int:
+    """Round a token or row count up to one that graphs are captured for, at most `limit`."""
+    if count <= _SIZES[-1]:
+        size = _SIZES[bisect_left(_SIZES, count)]
+    else:
+        step = 256 if count <= 4096 else 1024
+        size = -(-count // step) * step
+    return min(size, limit)
+
+
+def sizes(largest: int) -> list[int]:
+    """Return every padded size up to `largest`."""
+    found = []
+    count = 1
+    while count <= largest:
+        found.append(padded(count, largest))
+        count = found[-1] + 1
+    return found

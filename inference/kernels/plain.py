@@ -1,0 +1,135 @@
+"""The engine's operations in torch: the CPU's, and what the Triton kernels are tested against.
+
+    T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
+    S tokens in one block   B decoding rows   L tokens of the longest row
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inference.batch import Batch
+
+
+def embed(batch: Batch, last_token: Tensor, weight_VD: Tensor) -> Tensor:
+    """Return the step's input embeddings [T,D]; a negative source names the slot whose last token is read."""
+    source_T = batch.token_source.long()
+    slots_T = (-source_T - 1).clamp(min=0)
+    ids_T = torch.where(source_T >= 0, source_T, last_token[slots_T].long())
+    return F.embedding(ids_T, weight_VD)
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+    """Add x to the residual in place, if there is one, and return the sum's RMSNorm."""
+    if residual_TD is not None:
+        residual_TD.add_(x_TD)
+        x_TD = residual_TD
+    value = x_TD.float()
+    value = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_D * value.to(x_TD.dtype)
+
+
+def silu_mul(gate_up_TI: Tensor) -> Tensor:
+    """[T,2I] -> [T,I]: silu of the first half times the second."""
+    gate, up = gate_up_TI.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rope_store(
+    qkv_TE: Tensor,
+    q_weight_H: Tensor | None,
+    k_weight_H: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    batch: Batch,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Split fused QKV, norm and rotate q and k, store k and v in the cache [blocks,K,S,H]; return q [T,N,H].
+
+    `cos` and `sin` are tables [positions, H/2].
+    """
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    num_tokens = qkv_TE.shape[0]
+    heads = qkv_TE.view(num_tokens, -1, head_dim)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if q_weight_H is not None and k_weight_H is not None:
+        q = add_rms_norm(q, None, q_weight_H, eps)
+        k = add_rms_norm(k, None, k_weight_H, eps)
+    positions = batch.positions.long()
+    cos_T1H = cos[positions][:, None].to(q.dtype)
+    sin_T1H = sin[positions][:, None].to(q.dtype)
+    store(_rotate(k, cos_T1H, sin_T1H), v, batch, k_cache, v_cache)
+    return _rotate(q, cos_T1H, sin_T1H)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def store(k_TKH: Tensor, v_TKH: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Write the step's keys and values to their slots."""
+    block_size = k_cache.shape[2]
+    slots = batch.slot_mapping.long()
+    block, offset = slots // block_size, slots % block_size
+    k_cache[block, :, offset] = k_TKH.to(k_cache.dtype)
+    v_cache[block, :, offset] = v_TKH.to(v_cache.dtype)
+
+
+def attention(
+    q_TNH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: Batch,
+    *,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """Attend each token to its own sequence's tokens up to itself, the last `window` only; return [T,N,H]."""
+    out = torch.zeros_like(q_TNH)
+    num_rows = batch.num_decodes
+    if num_rows:
+        slots = batch.row_slot[:num_rows].long()
+        lens = batch.row_len[:num_rows].long()
+        out[:num_rows] = _attend(
+            q_TNH[:num_rows, None], k_cache, v_cache, batch.block_table[slots], lens, scale, window
+        )[:, 0]
+    for slot, _, end, first, count, *_ in batch.chunks():
+        table = batch.block_table[slot : slot + 1]
+        lens = torch.tensor([end], device=q_TNH.device)
+        q = q_TNH[None, first : first + count]
+        out[first : first + count] = _attend(q, k_cache, v_cache, table, lens, scale, window)[0]
+    return out
+
+
+def _attend(
+    q_BQNH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    table: Tensor,
+    lens_B: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Attend Q tokens a row, the last one at lens - 1, to their block tables' keys; return [B,Q,N,H]."""
+    block_size = k_cache.shape[2]
+    num_queries = q_BQNH.shape[1]
+    longest = int(lens_B.max())
+    blocks = table[:, : -(-longest // block_size)].long()
+    k = k_cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :longest].to(q_BQNH.dtype)
+    v = v_cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :longest].to(q_BQNH.dtype)
+    at_L = torch.arange(longest, device=q_BQNH.device)
+    last_BQ = lens_B[:, None] - num_queries + torch.arange(num_queries, device=q_BQNH.device)
+    mask = at_L <= last_BQ[..., None]
+    if window:
+        mask &= at_L > last_BQ[..., None] - window
+    # What is past a row's end may be anything, NaN included, and 0 * NaN is NaN.
+    is_past = (at_L >= lens_B[:, None])[:, None, :, None]
+    k, v = k.masked_fill(is_past, 0.0), v.masked_fill(is_past, 0.0)
+    result: Tensor = F.scaled_dot_product_attention(
+        q_BQNH.transpose(1, 2), k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=True
+    )
+    return result.transpose(1, 2)

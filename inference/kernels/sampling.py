@@ -1,0 +1,230 @@
+"""Sampling kernels: logits in, one token a row out, on the device. Follow `inference.sampler` and `inference.noise`.
+
+    maxima    best token of each part of the vocabulary, and NaN where a part is broken
+    floors    the least logit that top-k, top-p and min-p keep, found by bisection over its bits: no sort
+    draws     rows with a temperature: best of (logit - max) / temperature + Gumbel noise in each part
+    commit    merge the parts, look for end tokens, leave the token for the next step and for the host
+
+    R rows that sample   V vocabulary   C parts of the vocabulary   P fields of a slot (`inference.slot_params`)
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def maxima_kernel(
+    logits_ptr, value_ptr, index_ptr, V, PART: tl.constexpr, BLOCK: tl.constexpr
+):
+    """logits [R,V] -> value, index [R,C]; the lowest index wins a tie."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    offs = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_at = tl.zeros([BLOCK], tl.int32)
+    is_bad = tl.zeros([BLOCK], tl.int32)
+    for start in range(part * PART, part * PART + PART, BLOCK):
+        at = start + offs
+        x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        is_bad = is_bad | ((x != x) | (x == float("inf"))).to(tl.int32)
+        is_better = x > best
+        best = tl.where(is_better, x, best)
+        best_at = tl.where(is_better, at, best_at)
+    top = tl.max(best, 0)
+    top_at = tl.min(tl.where(best == top, best_at, 0x7FFFFFFF), 0)
+    top = tl.where(tl.max(is_bad, 0) > 0, float("nan"), top)
+    place = row * tl.num_programs(1) + part
+    tl.store(value_ptr + place, top)
+    tl.store(index_ptr + place, top_at)
+
+
+@triton.jit
+def _row_max(value_ptr, row, C: tl.constexpr, C_PAD: tl.constexpr):
+    parts = tl.arange(0, C_PAD)
+    return tl.max(
+        tl.load(value_ptr + row * C + parts, mask=parts < C, other=float("-inf")), 0
+    )
+
+
+@triton.jit
+def _ordered(x):
+    """Map fp32 to uint32 so that order is kept."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit
+def _above(logits_ptr, row, V, bound, floor, top, temperature, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Count, or weigh by probability, the logits above `bound` and not below `floor` (both ordered bits)."""
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        at = start + offs
+        x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        key = _ordered(x)
+        is_in = (key > bound) & (key >= floor) & (at < V)
+        if BY_MASS:
+            total += tl.where(is_in, tl.exp((x - top) / temperature), 0.0)
+        else:
+            total += tl.where(is_in, 1.0, 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def floors_kernel(
+    logits_ptr,
+    value_ptr,
+    slots_ptr,
+    params_ptr,
+    floor_ptr,
+    V,
+    C: tl.constexpr,
+    C_PAD: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write floor [R] as ordered bits; logits have `LOW_BITS` low bits that are always zero."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    params = params_ptr + slot * 32
+    temperature = tl.load(params).to(tl.float32, bitcast=True)
+    top_k = tl.load(params + 1)
+    top_p = tl.load(params + 2).to(tl.float32, bitcast=True)
+    min_p = tl.load(params + 3).to(tl.float32, bitcast=True)
+    top = _row_max(value_ptr, row, C, C_PAD)
+    floor = tl.zeros([], tl.uint32)
+    if temperature > 0.0:
+        if min_p > 0.0:
+            floor = _ordered(top + temperature * tl.log(min_p) * 1.0000001)
+        kept = floor
+        if (top_k > 0) & (top_k < V):
+            low = tl.zeros([], tl.uint32)
+            bit = tl.full([], 1 << 31, tl.uint32)
+            # The greatest bound that still has top_k logits above it is just below the floor.
+            while bit >= (1 << LOW_BITS):
+                trial = low + bit - 1
+                count = _above(logits_ptr, row, V, trial, kept, top, temperature, False, BLOCK)
+                low = tl.where(count >= top_k, low + bit, low)
+                bit = bit >> 1
+            floor = tl.maximum(floor, low)
+        kept = floor
+        if top_p < 1.0:
+            whole = _above(logits_ptr, row, V, 0, kept, top, temperature, True, BLOCK)
+            low = tl.zeros([], tl.uint32)
+            bit = tl.full([], 1 << 31, tl.uint32)
+            while bit >= (1 << LOW_BITS):
+                trial = low + bit - 1
+                mass = _above(logits_ptr, row, V, trial, kept, top, temperature, True, BLOCK)
+                low = tl.where(mass >= top_p * whole, low + bit, low)
+                bit = bit >> 1
+            floor = tl.maximum(floor, low)
+        floor = tl.minimum(floor, _ordered(top))
+    tl.store(floor_ptr + row, floor.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def draws_kernel(
+    logits_ptr,
+    value_ptr,
+    slots_ptr,
+    positions_ptr,
+    params_ptr,
+    floor_ptr,
+    draw_value_ptr,
+    draw_index_ptr,
+    V,
+    C: tl.constexpr,
+    C_PAD: tl.constexpr,
+    PART: tl.constexpr,
+    HAS_FLOORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """logits [R,V], params [slots,P] -> draw value, index [R,C] of the rows that draw."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    slot = tl.load(slots_ptr + row)
+    params = params_ptr + slot * 32
+    temperature = tl.load(params).to(tl.float32, bitcast=True)
+    if temperature == 0.0:
+        return
+    low = tl.load(params + 4).to(tl.uint32, bitcast=True)
+    high = tl.load(params + 5).to(tl.uint32, bitcast=True)
+    position = tl.load(positions_ptr + row).to(tl.uint32, bitcast=True)
+    a = _mix(low + 0x9E3779B9)
+    key_0 = _mix(position + _mix(high + a))
+    key_1 = _mix(key_0 ^ (a + 0x85EBCA6B))
+    top = _row_max(value_ptr, row, C, C_PAD)
+    offs = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_at = tl.zeros([BLOCK], tl.int32)
+    if HAS_FLOORS:
+        floor = tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)
+    for start in range(part * PART, part * PART + PART, BLOCK):
+        at = start + offs
+        x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        bits = _mix(_mix(at.to(tl.uint32) ^ key_0) + key_1)
+        uniform = bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+        uniform = tl.minimum(uniform, 0.9999999403953552)
+        # log1p(-u): log(1 - u) loses small u, so correct it by the rounding of 1 - u.
+        rest = 1.0 - uniform
+        lost = (1.0 - rest) - uniform
+        log_rest = tl.where(rest == 1.0, -uniform, tl.log(rest) + lost / rest)
+        score = (x - top) / temperature - tl.log(-log_rest)
+        if HAS_FLOORS:
+            score = tl.where(_ordered(x) >= floor, score, float("-inf"))
+        is_better = score > best
+        best = tl.where(is_better, score, best)
+        best_at = tl.where(is_better, at, best_at)
+    winner = tl.max(best, 0)
+    place = row * C + part
+    tl.store(draw_value_ptr + place, winner)
+    tl.store(draw_index_ptr + place, tl.min(tl.where(best == winner, best_at, 0x7FFFFFFF), 0))
+
+
+@triton.jit
+def commit_kernel(
+    value_ptr,
+    index_ptr,
+    draw_value_ptr,
+    draw_index_ptr,
+    slots_ptr,
+    num_samples_ptr,
+    params_ptr,
+    last_token_ptr,
+    result_ptr,
+    C: tl.constexpr,
+    C_PAD: tl.constexpr,
+    HAS_DRAWS: tl.constexpr,
+):
+    """Parts [R,C], params [slots,P] -> last_token [slots], result [R]."""
+    row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(num_samples_ptr):
+        return
+    slot = tl.load(slots_ptr + row)
+    parts = tl.arange(0, C_PAD)
+    in_parts = parts < C
+    place = row * C + parts
+    value = tl.load(value_ptr + place, mask=in_parts, other=float("-inf"))
+    index = tl.load(index_ptr + place, mask=in_parts, other=0)
+    is_bad = tl.max((value != value).to(tl.int32), 0) > 0
+    is_bad = is_bad | (tl.max(value, 0) == float("-inf"))
+    if HAS_DRAWS:
+        draws = tl.load(params_ptr + slot * 32) != 0
+        draw_value = tl.load(draw_value_ptr + place, mask=in_parts & draws, other=float("-inf"))
+        draw_index = tl.load(draw_index_ptr + place, mask=in_parts & draws, other=0)
+        value = tl.where(draws, draw_value, value)
+        index = tl.where(draws, draw_index, index)
+    token = tl.min(tl.where(value == tl.max(value, 0), index, 0x7FFFFFFF), 0)
+    token = tl.where(is_bad, 0, token)
+    tl.store(last_token_ptr + slot, token)
+    stops = tl.load(params_ptr + slot * 32 + 16 + tl.arange(0, 16))
+    is_stop = tl.max((stops == token).to(tl.int32), 0) > 0
+    result = tl.where(is_bad, -1, tl.where(is_stop, token | (1 << 30), token))
+    tl.store(result_ptr + row, result)

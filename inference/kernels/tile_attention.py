@@ -1,0 +1,123 @@
+"""Attention of many query tokens over paged keys: prefill chunks, and prefixes shared by decoding rows.
+
+A tile is up to M / G query tokens of one block table, all G query heads of a KV head packed into its M rows.
+
+    prefill   consecutive tokens of one chunk, causal, keys from the cache (the chunk's own are already there)
+    cascade   decoding rows that share a prefix: its keys are read once for all of them; leaves parts to combine
+
+    N query heads   K KV heads   G = N / K   H head dim   S tokens in one block
+"""
+
+import triton
+import triton.language as tl
+
+TILE_FIELDS = 7
+"""slot, kv_start, kv_end, first query, number of queries, position of the first query, part offset."""
+
+
+@triton.jit
+def tile_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    ticket_ptr,
+    rows_ptr,
+    row_part_ptr,
+    out_ptr,
+    part_out_ptr,
+    part_lse_ptr,
+    scale_log2,
+    table_stride,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    IS_CASCADE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """q [T,N,H]; k, v [blocks,K,S,H]; out [T,N,H] (prefill); part_out [P,N,H], part_lse [P,N] (cascade).
+
+    `ticket_ptr` points to a 0, and does so again when the launch is over.
+    """
+    offs_m = tl.arange(0, M)
+    offs_h = tl.arange(0, H_PAD)
+    offs_s = tl.arange(0, TILE)
+    N: tl.constexpr = K * G
+    num_pairs = tl.load(num_tiles_ptr) * K
+    pair = tl.atomic_add(ticket_ptr, 1)
+    while pair < num_pairs:
+        tile = tiles_ptr + (pair // K) * 7
+        head = pair % K
+        slot = tl.load(tile)
+        start = tl.load(tile + 1)
+        end = tl.load(tile + 2)
+        query = tl.load(tile + 3) + offs_m // G
+        is_query = offs_m // G < tl.load(tile + 4)
+        position = tl.load(tile + 5) + offs_m // G
+        if IS_CASCADE:
+            token = tl.load(rows_ptr + query, mask=is_query, other=0)
+        else:
+            token = query
+        heads = head * G + offs_m % G
+        mask = is_query[:, None] & (offs_h[None, :] < H)
+        q_offs = (token * N + heads)[:, None] * H + offs_h[None, :]
+        q = tl.load(q_ptr + q_offs, mask=mask, other=0.0)
+        top = tl.full([M], float("-inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, H_PAD], tl.float32)
+        if WINDOW > 0 and not IS_CASCADE:
+            first = tl.maximum(tl.load(tile + 5) - WINDOW + 1, 0)
+            start = tl.maximum(start, (first // TILE) * TILE)
+        row_table = table_ptr + slot.to(tl.int64) * table_stride
+        for at in tl.range(start, end, TILE, num_stages=STAGES):
+            block = tl.load(row_table + at // S).to(tl.int64)
+            base = (block * K + head) * (S * H) + (at % S) * H
+            offs = at + offs_s
+            in_range = offs < end
+            if H == H_PAD:
+                k_mask = in_range[None, :]
+                v_mask = in_range[:, None]
+            else:
+                k_mask = in_range[None, :] & (offs_h[:, None] < H)
+                v_mask = in_range[:, None] & (offs_h[None, :] < H)
+            k = tl.load(
+                k_ptr + base + offs_s[None, :] * H + offs_h[:, None], mask=k_mask, other=0.0
+            )
+            v = tl.load(
+                v_ptr + base + offs_s[:, None] * H + offs_h[None, :], mask=v_mask, other=0.0
+            )
+            scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2
+            allowed = in_range[None, :]
+            if not IS_CASCADE:
+                allowed = allowed & (offs[None, :] <= position[:, None])
+                if WINDOW > 0:
+                    allowed = allowed & (offs[None, :] > position[:, None] - WINDOW)
+            scores = tl.where(allowed, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = tl.exp2(scores - safe_top[:, None])
+            shrink = tl.exp2(top - safe_top)
+            total = total * shrink + tl.sum(weights, 1)
+            acc = acc * shrink[:, None]
+            acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+            top = new_top
+        is_empty = total == 0.0
+        result = acc / tl.where(is_empty, 1.0, total)[:, None]
+        if IS_CASCADE:
+            part = tl.load(row_part_ptr + token, mask=is_query, other=0) + tl.load(tile + 6)
+            place = part * N + heads
+            tl.store(part_out_ptr + place[:, None] * H + offs_h[None, :], result, mask=mask)
+            lse = tl.where(is_empty, float("-inf"), top + tl.log2(tl.where(is_empty, 1.0, total)))
+            tl.store(part_lse_ptr + place, lse, mask=is_query)
+        else:
+            tl.store(out_ptr + q_offs, result.to(out_ptr.dtype.element_ty), mask=mask)
+        pair = tl.atomic_add(ticket_ptr, 1)
+    if pair == num_pairs + tl.num_programs(0) - 1:
+        tl.store(ticket_ptr, 0)

@@ -1,0 +1,155 @@
+"""FusedLayer: one decoder layer of the Llama family, on fused weights and fused operations.
+
+    T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
+    E = (N + 2K) H, the width of fused QKV
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inference.batch import Batch
+
+Rows = Tensor | tuple[Tensor, Tensor]
+"""Rows as they are, or in e4m3 with their fp32 scales."""
+
+_FP8_MAX = 448.0
+
+
+class Linear:
+    """x @ weight.T + bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: Rows) -> Tensor:
+        """[T, in] -> [T, out]"""
+        assert isinstance(x, Tensor), "rows in e4m3 given to a full-precision weight"
+        return F.linear(x, self._weight, self._bias)
+
+
+class Linear8(Linear):
+    """The same with weight and rows in e4m3, one scale per row and one per output."""
+
+    def __init__(
+        self, weight_8: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(weight_8, bias)
+        self._scale = scale
+        self._dtype = dtype
+
+    def __call__(self, x: Rows) -> Tensor:
+        """([T, in] e4m3, [T,1] scales) -> [T, out]"""
+        rows, row_scale = x
+        out = torch._scaled_mm(
+            rows,
+            self._weight.t(),
+            scale_a=row_scale,
+            scale_b=self._scale,
+            out_dtype=self._dtype,
+            use_fast_accum=True,
+        )
+        return out if self._bias is None else out + self._bias
+
+
+def quantised(weight: Tensor, bias: Tensor | None = None) -> Linear8:
+    """Quantise a weight [out, in] to e4m3 by output."""
+    scale = (weight.abs().amax(dim=1, keepdim=True).float() / _FP8_MAX).clamp(min=1e-12)
+    weight_8 = (weight.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    return Linear8(weight_8, scale.t().contiguous(), bias, weight.dtype)
+
+
+def _fuse(modules: list[Any], is_fp8: bool) -> Linear:
+    """Return one linear that gives the outputs of several side by side."""
+    weight = torch.cat([module.weight.data for module in modules])
+    biases = [module.bias for module in modules if module.bias is not None]
+    bias = torch.cat([b.data for b in biases]) if biases else None
+    return quantised(weight, bias) if is_fp8 else Linear(weight, bias)
+
+
+class FusedLayer:
+    """Attention and MLP of one layer; norms are fused with the residual additions around them."""
+
+    def __init__(
+        self, layer: Any, index: int, config: Any, ops: ModuleType, is_fp8: bool
+    ) -> None:
+        self.index = index
+        self._ops = ops
+        self._is_fp8 = is_fp8
+        self._options: dict[str, bool] = {"is_fp8": True} if is_fp8 else {}
+        attention, mlp = layer.self_attn, layer.mlp
+        self._qkv = _fuse([attention.q_proj, attention.k_proj, attention.v_proj], is_fp8)
+        self._o = _fuse([attention.o_proj], is_fp8)
+        self._q_norm = getattr(attention, "q_norm", None)
+        self._k_norm = getattr(attention, "k_norm", None)
+        self._input_norm = layer.input_layernorm
+        self._post_norm = layer.post_attention_layernorm
+        self._eps: float = layer.input_layernorm.variance_epsilon
+        self._scale: float = float(attention.scaling)
+        self.window = _window(attention, config)
+        self._mlp: Any = None
+        if hasattr(mlp, "gate_proj"):
+            self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], is_fp8)
+            self._down = _fuse([mlp.down_proj], is_fp8)
+        else:
+            self._mlp = mlp  # experts: the model's own module
+
+    def first_norm(self, residual_TD: Tensor) -> Rows:
+        """Return this layer's input when it is the first layer."""
+        return self._norm(residual_TD, None, self._input_norm.weight, self._is_fp8)
+
+    def next_norm(self, out_TD: Tensor, residual_TD: Tensor) -> Rows:
+        """Add the layer before's output to the residual, in place, and return this layer's input."""
+        return self._norm(out_TD, residual_TD, self._input_norm.weight, self._is_fp8)
+
+    def forward(
+        self,
+        x: Rows,
+        residual_TD: Tensor,
+        batch: Batch,
+        cos: Tensor,
+        sin: Tensor,
+        cache: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Return the layer's output [T,D], not yet added to the residual; the attention's is, in place."""
+        k_cache, v_cache = cache
+        ops = self._ops
+        q_TNH = ops.rope_store(
+            self._qkv(x),
+            None if self._q_norm is None else self._q_norm.weight,
+            None if self._k_norm is None else self._k_norm.weight,
+            self._eps,
+            cos,
+            sin,
+            batch,
+            k_cache,
+            v_cache,
+        )
+        attended = ops.attention(
+            q_TNH, k_cache, v_cache, batch, scale=self._scale, window=self.window
+        ).flatten(1)
+        out_TD = self._o(ops.quantise_rows(attended) if self._is_fp8 else attended)
+        is_fp8 = self._is_fp8 and self._mlp is None
+        x = self._norm(out_TD, residual_TD, self._post_norm.weight, is_fp8)
+        if self._mlp is not None:
+            assert isinstance(x, Tensor)
+            out = self._mlp(x[None])
+            return (out[0] if isinstance(out, tuple) else out)[0]
+        return self._down(ops.silu_mul(self._gate_up(x), **self._options))
+
+    def _norm(
+        self, x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, is_fp8: bool
+    ) -> Rows:
+        options = {"is_fp8": True} if is_fp8 else {}
+        rows: Rows = self._ops.add_rms_norm(x_TD, residual_TD, weight_D, self._eps, **options)
+        return rows
+
+
+def _window(attention: Any, config: Any) -> int:
+    if config.model_type == "mistral":
+        return int(getattr(config, "sliding_window", None) or 0)
+    return int(getattr(attention, "sliding_window", None) or 0)

@@ -1,0 +1,102 @@
+"""MemoryPlan: how many KV blocks fit, from what the device has and what a step was measured to need."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from inference.errors import EngineConfigError
+from inference.kv_cache import KVCache, KVShape
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+GRAPH_BYTES = 768 * MIB
+"""Kept for the nodes of captured graphs, library workspaces and fragmentation."""
+
+CPU_CACHE_BYTES = 512 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by purpose."""
+
+    weights: int
+    step: int
+    """Measured: the most that the largest step allocates beyond weights and cache, twice (launched, captured)."""
+
+    graphs: int
+    kv_cache: int
+    num_blocks: int
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the bytes by purpose."""
+        return {
+            "weights": self.weights,
+            "step": self.step,
+            "graphs": self.graphs,
+            "kv_cache": self.kv_cache,
+        }
+
+
+def measure_step(run: Callable[[], None], device: torch.device) -> int:
+    """Return the bytes that `run` allocates at its peak."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def plan_cuda(shape: KVShape, *, step_bytes: int, max_blocks: int, device: torch.device) -> MemoryPlan:
+    """Give the cache all that weights and steps leave of the device.
+
+    Raises:
+        EngineConfigError: not even a few blocks fit.
+    """
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    weights = torch.cuda.memory_allocated(device)
+    left = free - 2 * step_bytes - GRAPH_BYTES
+    num_blocks = min(max_blocks, left // shape.block_bytes)
+    if num_blocks < 8:
+        raise EngineConfigError(
+            f"no room for a KV cache: weights {weights / 1e9:.1f} GB, a step {step_bytes / 1e9:.1f} GB "
+            f"twice, {free / 1e9:.1f} GB free; lower engine.max_num_batched_tokens, use "
+            f"model.quantization fp8 or a larger device"
+        )
+    return MemoryPlan(
+        weights=weights,
+        step=2 * step_bytes,
+        graphs=GRAPH_BYTES,
+        kv_cache=num_blocks * shape.block_bytes,
+        num_blocks=num_blocks,
+    )
+
+
+def plan_cpu(shape: KVShape, *, weights: int, max_blocks: int) -> MemoryPlan:
+    """Give the cache what all sequences can use, up to half a gigabyte."""
+    num_blocks = max(8, min(max_blocks, CPU_CACHE_BYTES // shape.block_bytes))
+    return MemoryPlan(
+        weights=weights,
+        step=0,
+        graphs=0,
+        kv_cache=num_blocks * shape.block_bytes,
+        num_blocks=num_blocks,
+    )
+
+
+def allocate(shape: KVShape, num_blocks: int, device: torch.device) -> KVCache:
+    """Allocate the cache, a twentieth smaller each time it does not fit after all."""
+    while True:
+        try:
+            return KVCache(shape, num_blocks, device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            smaller = num_blocks * 19 // 20
+            if smaller < 8:
+                raise
+            logger.warning("a KV cache of %d blocks does not fit: trying %d", num_blocks, smaller)
+            num_blocks = smaller

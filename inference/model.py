@@ -1,0 +1,237 @@
+"""Models as the paged engine runs them: packed tokens in, hidden states out, attention over the paged cache.
+
+    PagedModel        any transformers class, unmodified: its attention is replaced through AttentionInterface
+    FusedModel        the Llama family's decoder layer written on our fused operations, with the same weights
+
+    T tokens   D hidden size   R rows   V vocabulary   N query heads   K KV heads   H head dim
+"""
+
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from inference.batch import Batch
+from inference.errors import EngineConfigError
+from inference.kernels import plain
+from inference.kv_cache import KVCache, KVShape
+from inference.layers import FusedLayer, Linear, quantised
+
+ATTENTION_NAME = "nightjar_paged"
+
+FUSED_MODEL_TYPES = frozenset({"qwen3", "qwen3_moe", "qwen2", "llama", "mistral"})
+_UNSUPPORTED_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class PagedModel:
+    """An unmodified transformers model whose attention reads and writes a KVCache."""
+
+    def __init__(self, model: Any, ops: ModuleType = plain) -> None:
+        self.config = model.config.get_text_config()
+        _refuse_what_is_unknown(self.config)
+        self._model = model
+        self._ops = ops
+        self._cache: KVCache | None = None
+        self._batch: Batch | None = None
+        self._embedding: Tensor = model.get_input_embeddings().weight
+        self._head: Tensor = model.get_output_embeddings().weight
+        self._head_bias: Tensor | None = getattr(model.get_output_embeddings(), "bias", None)
+        self.num_heads: int = self.config.num_attention_heads
+        _register()
+        model.set_attn_implementation(ATTENTION_NAME)
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.nightjar_model = _Reference(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of hidden states."""
+        return self._embedding.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self._embedding.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self._head.shape[0]
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layer attends to the last tokens only."""
+        return bool(getattr(self.config, "sliding_window", None))
+
+    def kv_shape(self, block_size: int, dtype: torch.dtype | None = None) -> KVShape:
+        """Return what this model caches per token."""
+        config = self.config
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        return KVShape(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype=dtype or self.dtype,
+        )
+
+    def attach(self, cache: KVCache, max_model_len: int) -> None:
+        """Use this cache from now on, for positions below `max_model_len`."""
+        self._cache = cache
+
+    def hidden(self, batch: Batch, last_token: Tensor) -> Tensor:
+        """Return the final hidden states [T,D] of a batch, storing its keys and values."""
+        self._batch = batch
+        embeddings = self._ops.embed(batch, last_token, self._embedding)
+        output = self._model.base_model(
+            inputs_embeds=embeddings[None],
+            position_ids=batch.positions.long()[None],
+            use_cache=False,
+        )
+        return cast(Tensor, output.last_hidden_state[0])
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Return the logits [R,V] of hidden states."""
+        return torch.nn.functional.linear(hidden_RD, self._head, self._head_bias)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+        """Store k and v [1,K,T,H] and attend with q [1,N,T,H]; return [1,T,N,H]."""
+        assert self._cache is not None, "attach a cache first"
+        assert self._batch is not None, "attention outside `hidden`"
+        k_cache, v_cache = self._cache.layer(layer)
+        q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+        self._ops.store(k_TKH, v_TKH, self._batch, k_cache, v_cache)
+        out: Tensor = self._ops.attention(
+            q_TNH, k_cache, v_cache, self._batch, scale=scale, window=window
+        )
+        return out[None]
+
+
+class _Reference:
+    """Holds the model without being a submodule or being copied with the module."""
+
+    def __init__(self, model: PagedModel) -> None:
+        self.model = model
+
+
+class FusedModel(PagedModel):
+    """The same weights run by fused layers; takes the transformers model apart."""
+
+    def __init__(self, model: Any, ops: ModuleType = plain, *, is_fp8: bool = False) -> None:
+        super().__init__(model, ops)
+        base = model.base_model
+        self._rotary = base.rotary_emb
+        self._eps: float = base.norm.variance_epsilon
+        self._norm: Tensor = base.norm.weight
+        self._cos = self._sin = torch.empty(0)
+        self._layers: list[FusedLayer] = []
+        self._is_fp8 = is_fp8
+        for index, layer in enumerate(base.layers):
+            self._layers.append(FusedLayer(layer, index, self.config, ops, is_fp8))
+            base.layers[index] = torch.nn.Identity()  # its weights live on in the fused layer
+        self._head_linear: Linear = Linear(self._head, self._head_bias)
+        if is_fp8:
+            self._head_linear = quantised(self._head, self._head_bias)
+        self._model = None if is_fp8 else model
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layer attends to the last tokens only."""
+        return any(layer.window for layer in self._layers)
+
+    def attach(self, cache: KVCache, max_model_len: int) -> None:
+        """Use this cache from now on, for positions below `max_model_len`."""
+        super().attach(cache, max_model_len)
+        like = torch.zeros(1, dtype=torch.float32, device=self.device)
+        positions = torch.arange(max_model_len, device=self.device)[None]
+        cos, sin = self._rotary(like, positions)
+        half = cos.shape[-1] // 2
+        self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    def hidden(self, batch: Batch, last_token: Tensor) -> Tensor:
+        """Return the final hidden states [T,D] of a batch, storing its keys and values."""
+        assert self._cache is not None, "attach a cache first"
+        residual_TD: Tensor = self._ops.embed(batch, last_token, self._embedding)
+        x = self._layers[0].first_norm(residual_TD)
+        for layer, following in zip(self._layers, [*self._layers[1:], None], strict=True):
+            cache = self._cache.layer(layer.index)
+            out_TD = layer.forward(x, residual_TD, batch, self._cos, self._sin, cache)
+            if following is not None:
+                x = following.next_norm(out_TD, residual_TD)
+            else:
+                x = self._ops.add_rms_norm(out_TD, residual_TD, self._norm, self._eps)
+        return cast(Tensor, x)
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Return the logits [R,V] of hidden states."""
+        return self._head_linear(self._ops.quantise_rows(hidden_RD) if self._is_fp8 else hidden_RD)
+
+
+def make_paged_model(model: Any, ops: ModuleType = plain, *, is_fp8: bool = False) -> PagedModel:
+    """Return the fastest form in which this engine can run a transformers model.
+
+    Raises:
+        EngineConfigError: the model needs what the paged backend does not have.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    is_known = (
+        config.model_type in FUSED_MODEL_TYPES
+        and getattr(config, "hidden_act", "") == "silu"
+        and rope.get("rope_type", "") in ("default", "linear", "llama3", "yarn")
+        and rope.get("partial_rotary_factor", 1.0) in (None, 1.0)
+    )
+    if is_known:
+        return FusedModel(model, ops, is_fp8=is_fp8)
+    if is_fp8:
+        raise EngineConfigError(
+            f"model.quantization is fp8: not available for model_type {config.model_type}; use none"
+        )
+    return PagedModel(model, ops)
+
+
+def _refuse_what_is_unknown(config: Any) -> None:
+    for name in _UNSUPPORTED_SCALES:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise EngineConfigError(
+                f"engine.backend is paged: {config.model_type} scales its logits ({name}), which it "
+                f"cannot do yet; use transformers"
+            )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise EngineConfigError(
+            f"engine.backend is paged: {config.model_type} has layers of type "
+            f"{sorted(kinds - {'full_attention', 'sliding_attention'})}; use transformers"
+        )
+
+
+def _register() -> None:
+    """Teach transformers our attention; its masks are not wanted. Safe to repeat."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention_hook)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+
+
+def _attention_hook(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise EngineConfigError(
+                f"engine.backend is paged: the model's attention uses {name}; use transformers"
+            )
+    scale = options.get("scaling") or q.shape[-1] ** -0.5
+    window = options.get("sliding_window") or 0
+    model: PagedModel = module.nightjar_model.model
+    return model.attend(module.layer_idx, q, k, v, float(scale), int(window)), None

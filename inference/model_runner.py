@@ -1,0 +1,205 @@
+"""ModelRunner: runs the scheduler's steps on the device, a step or two ahead of who reads the results.
+
+A step is two launches: the body (embedding to hidden states, sized by tokens) and the head (logits and
+sampling, sized by rows). On CUDA both are captured graphs; a graph's key holds every number baked into
+it. All work is on one stream, so blocks may be given away as soon as the step that read them is launched.
+
+    T tokens   D hidden size   R rows that sample   V vocabulary
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inference.batch import BatchLimits, Plan, Planner, Slots, buffer_size, cut, make_batch, views_of
+from inference.graphs import GraphPool, padded
+from inference.model import PagedModel
+from inference.sampler import Sampled, SamplerRow, sample
+from inference.scheduler import Running, Step
+from inference.slot_params import SlotParams
+
+NUM_BUFFERS = 4
+"""Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
+
+RowOf = Callable[[Running], SamplerRow]
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A launched step. Either the device has the tokens (`result`) or the host has (`sampled`)."""
+
+    step: Step
+    slots: Any
+    """The sampled sequences' slots, in row order."""
+
+    result: Tensor | None
+    event: Any
+    sampled: Sampled | None
+
+    def is_ready(self) -> bool:
+        """Whether `token_ids` would not wait."""
+        return self.event is None or bool(self.event.query())
+
+    def token_ids(self) -> Any:
+        """Wait for the step; return one int32 per sampled row, as `kernels.sampling` encodes results."""
+        if self.sampled is not None:
+            return np.array(self.sampled.token_ids, np.int32)
+        assert self.result is not None
+        self.event.synchronize()
+        return self.result.numpy()[: len(self.slots)].copy()
+
+
+class ModelRunner:
+    """Owns the device state of every slot and the graphs."""
+
+    def __init__(
+        self,
+        model: PagedModel,
+        limits: BatchLimits,
+        *,
+        row_of: RowOf,
+        scratch: Any = None,
+        use_graphs: bool = True,
+    ) -> None:
+        """`row_of` describes a sequence to the reference sampler, for steps the kernels cannot sample."""
+        self._model = model
+        self._limits = limits
+        self._row_of = row_of
+        self._device = model.device
+        self._is_cuda = self._device.type == "cuda"
+        rows = limits.max_num_seqs
+        self._block_table_host = self._pinned(rows, limits.max_blocks_per_seq)
+        self.slots = Slots(limits, self._block_table_host.numpy())
+        self._planner = Planner(limits, self.slots, allow_cascade=not model.has_windows)
+        self._block_table = self._block_table_host.to(self._device, copy=True)
+        self._params = SlotParams(rows, self._device)
+        self._last_token = torch.zeros(rows, dtype=torch.int32, device=self._device)
+        size = buffer_size(limits)
+        self._packed = torch.zeros(size, dtype=torch.int32, device=self._device)
+        self._host = deque(self._pinned(size) for _ in range(NUM_BUFFERS if self._is_cuda else 1))
+        self._results = deque(self._pinned(rows) for _ in range(NUM_BUFFERS))
+        self._result = torch.zeros(rows, dtype=torch.int32, device=self._device)
+        self._views: dict[str, Tensor] = views_of(self._packed, limits)
+        self._batch = make_batch(self._views, self._block_table, scratch)
+        self._hidden = torch.zeros(
+            limits.max_num_tokens, model.hidden_size, dtype=model.dtype, device=self._device
+        )
+        self._graphs = GraphPool(is_on=self._is_cuda and use_graphs)
+
+    def _pinned(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, pin_memory=self._is_cuda)
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> InFlight:
+        """Start a step; on CUDA this returns before it has run, unless the host has to sample."""
+        self._update_slots(step)
+        packed = self._host[0]
+        self._host.rotate(-1)
+        parts: dict[str, Any] = views_of(packed.numpy(), self._limits)
+        plan = self._planner.fill(step, parts)
+        num_tokens, num_rows = plan.num_tokens, plan.num_samples
+        if self._graphs.is_on:
+            num_tokens = padded(num_tokens, self._limits.max_num_tokens)
+            num_rows = padded(num_rows, self._limits.max_num_seqs)
+        self._planner.pad(parts, plan, num_tokens, num_rows)
+        self._packed.copy_(packed, non_blocking=True)
+        self._run_body(plan, num_tokens)
+        slots = parts["sample_slot"][: plan.num_samples].copy()
+        if not len(slots):
+            return InFlight(step, slots, None, None, Sampled([], []))
+        if self._is_cuda and self._params.are_fast(slots):
+            result, event = self._sample_on_device(num_rows)
+            return InFlight(step, slots, result, event, None)
+        return InFlight(step, slots, None, None, self._sample_on_host(step.sampled))
+
+    def _update_slots(self, step: Step) -> None:
+        for running in step.admitted:
+            self.slots.start(running.slot, running.num_cached_tokens, running.num_sampled)
+            self._params.write(running.slot, self._row_of(running))
+        for running in (*step.admitted, *step.grown):
+            slot = running.slot
+            self.slots.write_block_table(slot, running.block_table)
+            self._block_table[slot].copy_(self._block_table_host[slot], non_blocking=True)
+
+    def _run_body(self, plan: Plan, num_tokens: int) -> None:
+        batch = cut(self._batch, plan, num_tokens)
+
+        def body() -> None:
+            self._hidden[:num_tokens] = self._model.hidden(batch, self._last_token)
+
+        self._graphs.run(("body", num_tokens, batch.is_mixed), body)
+
+    def _logits(self, num_rows: int) -> Tensor:
+        rows = self._views["sample_token"][:num_rows].long()
+        return self._model.logits(self._hidden[rows])
+
+    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
+        from inference.kernels import fused  # Triton exists where CUDA does
+
+        has_draws, has_floors = self._params.has_draws, self._params.has_floors
+
+        def head() -> None:
+            fused.sample(
+                self._logits(num_rows),
+                self._views["sample_slot"][:num_rows],
+                self._views["sample_position"][:num_rows],
+                self._views["counts"],
+                self._params.on_device,
+                self._last_token,
+                self._result,
+                has_draws=has_draws,
+                has_floors=has_floors,
+            )
+
+        self._graphs.run(("head", num_rows, has_draws, has_floors), head)
+        result = self._results[0]
+        self._results.rotate(-1)
+        result[:num_rows].copy_(self._result[:num_rows], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return result, event
+
+    def _sample_on_host(self, rows: Sequence[Running]) -> Sampled:
+        """Sample with the reference; waits for the device. Earlier steps' tokens must have been taken."""
+        sampled = sample(self._logits(len(rows)), [self._row_of(running) for running in rows])
+        tokens = torch.tensor([max(0, t) for t in sampled.token_ids], dtype=torch.int32)
+        slots = torch.tensor([running.slot for running in rows])
+        self._last_token[slots.to(self._device)] = tokens.to(self._device)
+        return sampled
+
+    @torch.inference_mode()
+    def warm_up(self, sizes: Sequence[int], *, row_sizes: Sequence[int]) -> None:
+        """Capture the graphs of these token and row counts, largest first, so that they share memory."""
+        if not self._graphs.is_on:
+            return
+        self._packed.zero_()
+        for num_tokens in sorted(sizes, reverse=True):
+            for num_tiles in (1, 0):
+                self._run_body(Plan(num_tokens, 0, 0, num_tiles, 0), num_tokens)
+        for num_rows in sorted(row_sizes, reverse=True):
+            self._sample_on_device(num_rows)
+        torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def run_largest(self) -> None:
+        """Run the largest body and head once, outside graphs: what they allocate is what any step needs."""
+        self._packed.zero_()
+        limits = self._limits
+        self._graphs.is_on, was_on = False, self._graphs.is_on
+        self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, 0), limits.max_num_tokens)
+        self._logits(limits.max_num_seqs)
+        self._graphs.is_on = was_on
+
+    def needs_host(self, step: Step) -> bool:
+        """Whether this step is sampled on the host, which must know all tokens before it."""
+        if not self._is_cuda:
+            return True
+        is_new_fast = all(self._params.is_fast(self._row_of(running)) for running in step.admitted)
+        admitted = set(map(id, step.admitted))
+        old = [running.slot for running in step.sampled if id(running) not in admitted]
+        return not (is_new_fast and self._params.are_fast(old))

@@ -1,0 +1,477 @@
+"""Scheduler: which tokens the next step computes. Pure policy, without torch.
+
+Every step decodes all running sequences and spends the rest of its token target on prefill. The target is
+the work that is left over the steps the longest completion still needs: a decode step of few rows costs
+almost as much as one of a few hundred, so an even load is cheaper than a crowd and then a tail.
+
+    waiting --admit--> prefilling --last chunk--> decoding --last token--> finished
+       ^                                            |
+       +------------------ preempt -----------------+     last resort; its tokens are computed again
+
+What happens when is kept in calendars by step number, so a step costs its events and not its rows.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from inference.block_manager import ROOT, BlockManager
+from inference.sequence import Sequence
+
+MIN_SHARING_ROWS = 4
+"""A prefix is attended to once for all rows when at least this many rows hold it."""
+
+GROWTH_BLOCKS = 4
+"""Blocks a sequence gets at a time once it has outgrown what was expected of it."""
+
+DUE_PLACES = 64
+"""Places in the queue of waiting sequences where the prefill that is due is looked at."""
+
+DUE_SLACK_STEPS = 8
+"""Steps a sequence may start late: so many more at the end cost less than a rush at the start."""
+
+MAX_PLANNED_BLOCKS = 1_000_000
+
+HOLD_BACK_STEPS = 16
+"""Steps without admissions after a preemption, so that what was taken is not asked for again at once."""
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A sequence with what the scheduler knows of it, from its submission to its last token."""
+
+    sequence: Sequence
+    token_ids: list[int]
+    """What prefill computes: the prompt, after a preemption with the completion so far."""
+
+    max_tokens: int
+    """Most completion tokens, with max_model_len taken into account."""
+
+    num_sampled: int = 0
+    """Completion tokens already in `token_ids`."""
+
+    slot: int = -1
+    row: int = -1
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_shared_blocks: int = 0
+    """Leading blocks that enough other rows hold too, as of when it began to decode."""
+
+    prefix_id: int = ROOT
+    num_registered_blocks: int = 0
+    joined_at: int = -1
+    """Step number of its first decode."""
+
+    last_step: int = -1
+    """Step number that samples its last allowed token."""
+
+    num_expected_tokens: int = 0
+    """Completion tokens planned for, counted from the start."""
+
+    num_planned_cached: int = 0
+    """Prompt tokens that a sequence submitted before has in common, so that they should be cached."""
+
+    is_finished: bool = False
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Completion tokens still to sample once prefill is through."""
+        return self.max_tokens - self.num_sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive prompt tokens of one sequence, computed in one step."""
+
+    running: Running
+    start: int
+    num_tokens: int
+    is_last: bool
+    """Whether the step samples this sequence's first token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one forward pass computes. Rows sampled: all decodes, then the chunks that are last."""
+
+    number: int
+    decodes: list[Running]
+    has_new_rows: bool
+    """Whether `decodes` differs from the step before in who is there or in what order."""
+
+    chunks: list[Chunk]
+    admitted: list[Running]
+    """Sequences that got their slot and blocks in this step."""
+
+    grown: list[Running]
+    """Sequences that got more blocks in this step."""
+
+    finishing: list[Running]
+    """Sequences whose last allowed token this step samples; their blocks are free after it."""
+
+    @property
+    def sampled(self) -> list[Running]:
+        """The sequences that get a token, in row order."""
+        return self.decodes + [chunk.running for chunk in self.chunks if chunk.is_last]
+
+
+class PlannedPrefixes:
+    """Which prompt blocks have been submitted before: what the prefix cache should save, known in advance."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._nodes: dict[tuple[int, tuple[int, ...]], int] = {}
+
+    def add(self, token_ids: list[int]) -> int:
+        """Remember a prompt's full blocks; return how many of its tokens an earlier prompt begins with."""
+        if len(self._nodes) > MAX_PLANNED_BLOCKS:
+            self._nodes.clear()
+        size, node, num_known = self._block_size, ROOT, 0
+        for start in range(0, len(token_ids) - size, size):
+            key = (node, tuple(token_ids[start : start + size]))
+            known = self._nodes.get(key)
+            if known is None:
+                known = self._nodes[key] = len(self._nodes) + 1
+            else:
+                num_known = start + size
+            node = known
+        return num_known
+
+
+class LengthEstimate:
+    """Expected completion length: exact where end tokens are ignored, else learnt from what has finished."""
+
+    def __init__(self, first_guess: int = 512) -> None:
+        self._mean = float(first_guess)
+        self._num_seen = 0
+
+    def observe(self, num_tokens: int) -> None:
+        """Take in the length of one finished completion."""
+        self._num_seen += 1
+        weight = max(1 / self._num_seen, 0.005)
+        self._mean += (num_tokens - self._mean) * weight
+
+    def of(self, sequence: Sequence) -> int:
+        """Return the tokens to plan for; a quarter above the mean, never above max_tokens."""
+        limit = sequence.sampling.max_tokens
+        if sequence.sampling.ignore_eos:
+            return limit
+        return min(limit, int(self._mean * 1.25) + 16)
+
+
+class Scheduler:
+    """Admits, chunks, grows, preempts; knows nothing of devices."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        min_step_tokens: int | None = None,
+        completion_of: Callable[[Running], list[int]] = lambda running: [],
+        padded: Callable[[int], int] = lambda num_tokens: num_tokens,
+    ) -> None:
+        """`min_step_tokens` is the least target of a step; None: every step is as full as it can be.
+
+        `padded` gives the size a step is computed at anyway, which prefill may fill up. `completion_of` gives the tokens sampled since `running.token_ids` was set; asked on preemption.
+        """
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._min_step_tokens = min_step_tokens or max_num_batched_tokens
+        self._completion_of = completion_of
+        self._padded = padded
+        self.lengths = LengthEstimate()
+        self._waiting: list[Running] = []  # the next one last
+        self._is_sorted = True
+        self._num_prefill_tokens: list[int] = []  # of waiting[:i + 1], shared prefixes not counted
+        self._planned = PlannedPrefixes(blocks.block_size)
+        self._prefilling: deque[Running] = deque()
+        self._decoding: list[Running] = []
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._finish_at: dict[int, list[Running]] = defaultdict(list)
+        self._grow_at: dict[int, list[Running]] = defaultdict(list)
+        self._step = 0
+        self._has_new_rows = False
+        self._num_work_tokens = 0  # expected tokens of everything submitted and not yet computed
+        self._last_finish = 0
+        self._hold_back_until = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without a slot."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with blocks: prefilling or decoding."""
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def running(self) -> list[Running]:
+        """Sequences that hold blocks."""
+        return [*self._prefilling, *self._decoding]
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Queue sequences. The caller has checked that each fits the cache alone."""
+        for sequence in sequences:
+            prompt = list(sequence.prompt_token_ids)
+            max_tokens = min(sequence.sampling.max_tokens, self._max_model_len - len(prompt))
+            running = Running(sequence, prompt, max_tokens)
+            running.num_expected_tokens = min(max_tokens, self.lengths.of(sequence))
+            running.num_planned_cached = self._planned.add(prompt)
+            self._waiting.append(running)
+            self._num_work_tokens += len(prompt) - running.num_planned_cached
+            self._num_work_tokens += running.num_expected_tokens
+        self._is_sorted = False
+
+    def is_short_of_blocks(self) -> bool:
+        """Whether the next `schedule` would have to preempt; results in flight may still free blocks."""
+        growing = self._growing(self._step + 1)
+        return sum(self._growth(running) for running in growing) > self.blocks.num_free_blocks
+
+    def schedule(self) -> Step | None:
+        """Return the next step, or None when nothing can be computed before a slot is given back."""
+        if not self._prefilling and not self._decoding and not (self._waiting and self._free_slots):
+            return None
+        self._step += 1
+        grown = self._grow()
+        decodes = list(self._decoding)
+        has_new_rows, self._has_new_rows = self._has_new_rows, False
+        budget = self._token_target(len(decodes)) - len(decodes)
+        chunks, admitted = self._prefill(budget)
+        assert decodes or chunks, "a step without tokens: a waiting sequence does not fit the cache"
+        self._num_work_tokens -= len(decodes) + sum(chunk.num_tokens for chunk in chunks)
+        finishing = [r for r in self._finish_at.pop(self._step, ()) if not r.is_finished]
+        for running in finishing:
+            self._leave(running)
+        return Step(self._step, decodes, has_new_rows, chunks, admitted, grown, finishing)
+
+    def finish(self, running: Running, num_completion_tokens: int) -> None:
+        """Take out a sequence that ended before its last allowed token. Safe if it has left already."""
+        self._num_work_tokens -= max(0, running.num_expected_tokens - num_completion_tokens)
+        if not running.is_finished:
+            self._leave(running)
+
+    def restart(self, step: Step) -> None:
+        """Take back a step that could not be run: everything running waits again, to be recomputed."""
+        for running in step.finishing:
+            running.is_finished = False
+            self._requeue(running)
+        for running in self.running:
+            self._preempt(running)
+
+    def release_slot(self, running: Running) -> None:
+        """Give the slot of a finished sequence back, once nothing of its last step is needed any more."""
+        self._free_slots.append(running.slot)
+
+    # ---- the even load
+
+    def _token_target(self, num_decodes: int) -> int:
+        """Tokens for this step: what is left, over the steps that the longest completion needs anyway.
+
+        More if a waiting sequence would otherwise start too late to end with the longest one.
+        """
+        self._sort()
+        num_steps = max(1, self._last_finish - self._step + 1)
+        if self._waiting:
+            num_steps = max(num_steps, self._waiting[-1].num_expected_tokens)
+        even = -(-self._num_work_tokens // num_steps)
+        due = num_decodes + self._prefill_due(num_steps)
+        target = max(even, due, self._min_step_tokens, num_decodes)
+        if self._waiting or self._prefilling:
+            target = self._padded(target)
+        return min(target, self.max_num_batched_tokens)
+
+    def _prefill_due(self, num_steps: int) -> int:
+        """Prefill tokens a step that let every waiting sequence start in time, looked at in a few places."""
+        waiting, sums = self._waiting, self._num_prefill_tokens
+        if not waiting:
+            return 0
+        begun = sum(len(r.token_ids) - r.num_computed_tokens for r in self._prefilling)
+        whole = begun + sums[len(waiting) - 1]
+        due = 0.0
+        for index in range(len(waiting) - 1, -1, -max(1, len(waiting) // DUE_PLACES)):
+            before = sums[index - 1] if index else 0
+            steps = num_steps - waiting[index].num_expected_tokens + DUE_SLACK_STEPS
+            due = max(due, (whole - before) / max(1, steps))
+        return int(due)
+
+    def _sort(self) -> None:
+        """Longest completion first; rows of one prefix stay together where lengths tie."""
+        if self._is_sorted:
+            return
+        self._waiting.sort(
+            key=lambda running: (
+                running.num_expected_tokens - running.num_sampled,
+                running.token_ids[: self.blocks.block_size],
+            )
+        )
+        lengths = (len(r.token_ids) - r.num_planned_cached for r in self._waiting)
+        self._num_prefill_tokens = list(accumulate(lengths))
+        self._is_sorted = True
+
+    # ---- prefill
+
+    def _prefill(self, budget: int) -> tuple[list[Chunk], list[Running]]:
+        chunks: list[Chunk] = []
+        admitted: list[Running] = []
+        while budget > 0:
+            if not self._prefilling and not self._admit(admitted):
+                break
+            running = self._prefilling[0]
+            start = running.num_computed_tokens
+            num_tokens = min(budget, len(running.token_ids) - start)
+            is_last = start + num_tokens == len(running.token_ids)
+            running.num_computed_tokens += num_tokens
+            budget -= num_tokens
+            self._register(running)
+            chunks.append(Chunk(running, start, num_tokens, is_last))
+            if is_last:
+                self._prefilling.popleft()
+                self._join(running)
+        return chunks, admitted
+
+    def _admit(self, admitted: list[Running]) -> bool:
+        """Give the next waiting sequence a slot and blocks; False if there is none or no room."""
+        if not self._waiting or not self._free_slots or self._is_holding_back():
+            return False
+        running = self._waiting[-1]
+        shared = self.blocks.match(running.token_ids)
+        num_expected = max(1, self.lengths.of(running.sequence) - running.num_sampled)
+        running.num_expected_tokens = max(running.num_expected_tokens, running.num_sampled + 1)
+        num_tokens = len(running.token_ids) + min(num_expected, running.num_tokens_left) - 1
+        num_blocks = min(self.blocks.num_blocks_for(num_tokens), self.blocks.num_usable_blocks)
+        num_new = num_blocks - len(shared)
+        if num_new + self.blocks.num_taken_by(shared) > self.blocks.num_free_blocks:
+            return False
+        self._waiting.pop()
+        self.blocks.share(shared)
+        running.block_table = [*shared, *self.blocks.allocate(num_new)]
+        running.slot = self._free_slots.pop()
+        num_cached = len(shared) * self.blocks.block_size
+        running.num_computed_tokens = num_cached
+        running.num_registered_blocks = len(shared)
+        running.prefix_id = self.blocks.prefix_id(shared[-1]) if shared else ROOT
+        if running.num_sampled == 0:
+            running.num_cached_tokens = num_cached
+        self._num_work_tokens -= num_cached - running.num_planned_cached
+        running.num_planned_cached = 0
+        self._prefilling.append(running)
+        admitted.append(running)
+        return True
+
+    def _register(self, running: Running) -> None:
+        """Make the prompt's full blocks reusable at once: a step stores all keys before it reads any."""
+        size = self.blocks.block_size
+        for index in range(running.num_registered_blocks, running.num_computed_tokens // size):
+            tokens = running.token_ids[index * size : (index + 1) * size]
+            block = running.block_table[index]
+            running.prefix_id = self.blocks.register(block, running.prefix_id, tokens)
+            running.num_registered_blocks = index + 1
+
+    # ---- decode
+
+    def _join(self, running: Running) -> None:
+        """The step that is being made samples its next token; from the one after on it decodes."""
+        running.last_step = self._step + running.num_tokens_left - 1
+        self._finish_at[running.last_step].append(running)
+        if running.num_tokens_left == 1:
+            return  # its blocks are in use until this step's end
+        running.joined_at = self._step + 1
+        running.num_shared_blocks = self._num_shared_blocks(running)
+        running.row = len(self._decoding)
+        self._decoding.append(running)
+        self._has_new_rows = True
+        expected = self._step + running.num_expected_tokens - running.num_sampled
+        self._last_finish = max(self._last_finish, min(running.last_step, expected))
+        self._plan_growth(running)
+
+    def _num_shared_blocks(self, running: Running) -> int:
+        count = 0
+        limit = (len(running.token_ids) - 1) // self.blocks.block_size
+        for block in running.block_table[:limit]:
+            if self.blocks.num_holders(block) < MIN_SHARING_ROWS:
+                break
+            count += 1
+        return count
+
+    def _plan_growth(self, running: Running) -> None:
+        """Note the step at which the sequence would write past its blocks, if it lives that long."""
+        room = len(running.block_table) * self.blocks.block_size - len(running.token_ids)
+        if room < running.num_tokens_left - 1:
+            self._grow_at[running.joined_at + room].append(running)
+
+    def _growing(self, step: int) -> list[Running]:
+        return [r for r in self._grow_at.get(step, ()) if r.row >= 0]
+
+    def _growth(self, running: Running) -> int:
+        num_most = self.blocks.num_blocks_for(len(running.token_ids) + running.num_tokens_left - 1)
+        return min(GROWTH_BLOCKS, num_most - len(running.block_table))
+
+    def _grow(self) -> list[Running]:
+        """Extend the sequences that outgrow their blocks in this step, preempting others if need be."""
+        grown = self._growing(self._step)
+        self._grow_at.pop(self._step, None)
+        for running in grown:
+            while running.row >= 0 and self._growth(running) > self.blocks.num_free_blocks:
+                if self.blocks.num_free_blocks > 0:
+                    break
+                self._preempt(max(self.running, key=lambda r: (r.row < 0, r.joined_at)))
+            if running.row >= 0:
+                count = min(self._growth(running), self.blocks.num_free_blocks)
+                running.block_table += self.blocks.allocate(count)
+                self._plan_growth(running)
+        return [running for running in grown if running.row >= 0]
+
+    def _is_holding_back(self) -> bool:
+        """After a preemption nobody is admitted for a while, unless nothing else can go on."""
+        return self._step < self._hold_back_until and self.num_running > 0
+
+    def _preempt(self, running: Running) -> None:
+        """Send the latest comer back to waiting, with the tokens it has sampled added to its prompt."""
+        self.num_preemptions += 1
+        self._hold_back_until = self._step + HOLD_BACK_STEPS
+        if running.row >= 0:
+            self._drop_row(running)
+            self._finish_at[running.last_step].remove(running)
+        else:
+            self._prefilling.remove(running)
+        self.blocks.release(running.block_table)
+        running.block_table = []
+        self._requeue(running)
+
+    def _requeue(self, running: Running) -> None:
+        tokens = self._completion_of(running)
+        self._num_work_tokens += running.num_computed_tokens + len(tokens)
+        running.token_ids = running.token_ids + tokens
+        running.num_sampled += len(tokens)
+        self._free_slots.append(running.slot)
+        running.slot, running.num_computed_tokens = -1, 0
+        self._waiting.append(running)
+        del self._num_prefill_tokens[len(self._waiting) - 1 :]
+        before = self._num_prefill_tokens[-1] if self._num_prefill_tokens else 0
+        self._num_prefill_tokens.append(before + len(running.token_ids))
+
+    def _leave(self, running: Running) -> None:
+        running.is_finished = True
+        if running.row >= 0:
+            self._drop_row(running)
+        elif running in self._prefilling:
+            self._prefilling.remove(running)
+        # The table itself stays: the step being made may still have to write it to the device.
+        self.blocks.release(running.block_table)
+
+    def _drop_row(self, running: Running) -> None:
+        last = self._decoding.pop()
+        if last is not running:
+            last.row = running.row
+            self._decoding[last.row] = last
+        running.row = -1
+        self._has_new_rows = True

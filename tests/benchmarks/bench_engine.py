@@ -1,0 +1,220 @@
+"""How long the paged engine takes for a request mix, on random weights built on the device.
+
+    python tests/benchmarks/bench_engine.py --model 8b --mixes uniform:256,chat:1024 --repeat 3
+
+Judged against vLLM on the same card and mixes, and against the serial limit: GEMMs at the card's rate, keys and
+values read once a step. Warm-up (kernel compilation, graphs, a small mix) comes first and is reported apart.
+Prints a table, then one line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+
+import torch
+import transformers
+from workload import requests
+
+from inference.backends.paged import PagedSettings, build_engine
+from inference.backends.row import Row
+from inference.config import EngineConfig
+from inference.model import make_paged_model
+from inference.sampling import SamplingParams
+from inference.sequence import Sequence
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.6b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def build(args: argparse.Namespace) -> Any:
+    """Return an engine over random weights of the model's shape."""
+    is_cuda = torch.cuda.is_available()
+    config = transformers.Qwen3Config(
+        **SHAPES[args.model],
+        vocab_size=151_936,
+        num_key_value_heads=8 if args.model != "tiny" else 2,
+        head_dim=128 if args.model != "tiny" else 16,
+        max_position_embeddings=4096,
+    )
+    with torch.device("cuda" if is_cuda else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if is_cuda else torch.float32
+        ).eval()
+    ops: Any
+    if is_cuda:
+        from inference.kernels import fused as ops
+    else:
+        from inference.kernels import plain as ops
+    paged = make_paged_model(model, ops, is_fp8=args.fp8)
+    engine_config = EngineConfig(
+        model="random",
+        max_num_seqs=args.max_num_seqs or "auto",
+        max_num_batched_tokens=args.max_num_batched_tokens or "auto",
+        kv_cache_dtype=args.kv_cache_dtype,
+    )
+    settings = PagedSettings.of(engine_config, paged)
+    if args.min_step_tokens is not None:
+        import dataclasses
+
+        settings = dataclasses.replace(settings, min_step_tokens=args.min_step_tokens or None)
+    return build_engine(paged, settings, make_row)
+
+
+def make_row(sequence: Sequence) -> Row:
+    """Return a row without a tokenizer: what is measured here is the engine."""
+    return Row(sequence, lambda ids: "", (), (), sequence.sampling.max_tokens)
+
+
+def sequences_of(mix: str, count: int, temperature: float) -> list[Sequence]:
+    """Return a mix as sequences whose completions have a forced length."""
+    return [
+        Sequence(
+            i,
+            prompt,
+            SamplingParams(max_tokens=length, ignore_eos=True, temperature=temperature),
+            draw_seed=i,
+        )
+        for i, (prompt, length) in enumerate(requests(mix, count))
+    ]
+
+
+def run(engine: Any, sequences: list[Sequence]) -> float:
+    """Run sequences to their ends; return the seconds it took."""
+    engine.scheduler.blocks.forget_prefixes()  # each run prefills its prompts anew
+    started_at = time.perf_counter()
+    engine.submit(sequences)
+    lengths = {}
+    while engine.num_unfinished:
+        for completion in engine.step():
+            lengths[completion.seq_id] = len(completion.token_ids)
+    elapsed_s = time.perf_counter() - started_at
+    wrong = [s.seq_id for s in sequences if lengths[s.seq_id] != s.sampling.max_tokens]
+    assert not wrong, f"{len(wrong)} completions of another length than asked for"
+    return elapsed_s
+
+
+def profile(engine: Any, sequences: list[Sequence], first: int, count: int) -> None:
+    """Print the kernels that take longest in `count` steps after the first ones."""
+    engine.scheduler.blocks.forget_prefixes()
+    engine.submit(sequences)
+    for _ in range(first):
+        engine.step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    started_at = time.perf_counter()
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(count):
+            engine.step()
+        torch.cuda.synchronize()
+    elapsed_ms = (time.perf_counter() - started_at) * 1e3
+    while engine.num_unfinished:
+        engine.step()
+    events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    print(f"{count} steps: {elapsed_ms / count:.2f} ms a step, kernels {total / count / 1e3:.2f} ms")
+    for event in events[:18]:
+        ms = event.self_device_time_total / count / 1e3
+        print(f"  {ms:7.3f} ms  {event.count / count:6.1f}x  {event.key[:90]}")
+
+
+def profile_host(engine: Any, sequences: list[Sequence]) -> None:
+    """Print where the host's time goes in one run."""
+    import cProfile
+    import pstats
+
+    profiler = cProfile.Profile()
+    profiler.runcall(run, engine, sequences)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(24)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SHAPES, default="0.6b")
+    parser.add_argument("--mixes", default="uniform:256,chat:1024,template:1024")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--fp8", action="store_true")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--max-num-seqs", type=int)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--min-step-tokens", type=int)
+    parser.add_argument("--profile", default="", help="mix:count:first step:steps")
+    parser.add_argument("--profile-host", default="", help="mix:count")
+    args = parser.parse_args()
+    started_at = time.perf_counter()
+    engine, plan, warmup_s = build(args)
+    build_s = time.perf_counter() - started_at
+    print(f"built in {build_s:.1f} s, of which warm-up {warmup_s:.1f} s; {plan}", flush=True)
+    run(engine, sequences_of("chat", 64, args.temperature))
+    run(engine, sequences_of("template", 64, args.temperature))
+    rows = []
+    for entry in args.mixes.split(","):
+        mix, count = entry.split(":")
+        sequences = sequences_of(mix, int(count), args.temperature)
+        num_prompt = sum(len(s.prompt_token_ids) for s in sequences)
+        num_completion = sum(s.sampling.max_tokens for s in sequences)
+        times, steps, waits = [], [], []
+        for _ in range(args.repeat):
+            before, wait_s = engine.stats.num_steps, engine.stats.extra["wait_s"]
+            times.append(run(engine, sequences))
+            steps.append(engine.stats.num_steps - before)
+            waits.append(engine.stats.extra["wait_s"] - wait_s)
+        elapsed_s = statistics.median(times)
+        host_ms = (times[-1] - waits[-1]) / steps[-1] * 1e3
+        row = {
+            "mix": mix,
+            "count": int(count),
+            "s": round(elapsed_s, 2),
+            "all_s": [round(t, 2) for t in times],
+            "completion_tokens_per_s": round(num_completion / elapsed_s),
+            "tokens_per_s": round((num_prompt + num_completion) / elapsed_s),
+            "steps": steps[-1],
+            "host_ms_per_step": round(host_ms, 3),
+        }
+        rows.append(row)
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    for entry in filter(None, args.profile.split(",")):
+        mix, count, first, steps_ = entry.split(":")
+        profile(engine, sequences_of(mix, int(count), 0.0), int(first), int(steps_))
+    if args.profile_host:
+        mix, count = args.profile_host.split(":")
+        profile_host(engine, sequences_of(mix, int(count), 0.0))
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    settings = {k: v for k, v in vars(args).items() if k != "mixes"}
+    print(
+        json.dumps({"device": name, **versions, **settings, "warmup_s": warmup_s, "results": rows})
+    )
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
