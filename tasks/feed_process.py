@@ -25,6 +25,7 @@ import storage.errors
 import tasks
 from inference.errors import EngineConfigError, EngineFault, InferenceError
 from storage.errors import BadInput, StorageError
+from storage.local_errors import translate
 from tasks.feed_spec import FeedLimits, FeedSpec, too_many_hard_rows
 from tasks.frames import (
     ENCODING,
@@ -225,8 +226,22 @@ class FeedProcess:
         return lines[-1].partition(":")[0] if lines else "no message"
 
     def _start(self) -> None:
-        self._recorder = Recorder()
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        configure = {"op": "configure", "spec": asdict(self._spec)}
+        for is_last in (False, True):
+            self._spawn()
+            try:
+                list(self._ask(configure, self._limits.start_s))
+                return
+            except ChildDied as died:
+                if is_last or not died.was_killed:
+                    raise EngineFault(
+                        f"the feed's process does not start: it {died.reason}"
+                    ) from None
+
+    def _spawn(self) -> None:
+        with translate(Path(tempfile.gettempdir()) / "nightjar-feed"):
+            self._recorder = Recorder()
+            self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._child = subprocess.Popen(
             # -P: the current folder may hold another `tasks`.
             [sys.executable, "-P", "-m", "tasks.feed_child", str(self._recorder.descriptor)],
@@ -241,10 +256,6 @@ class FeedProcess:
         assert self._child.stdout is not None
         self._requests = self._child.stdin.fileno()
         self._replies = self._child.stdout.fileno()
-        try:
-            list(self._ask({"op": "configure", "spec": asdict(self._spec)}, self._limits.start_s))
-        except ChildDied as died:
-            raise EngineFault(f"the feed's process does not start: it {died.reason}") from None
 
 
 def _environment(limits: FeedLimits) -> dict[str, str]:
