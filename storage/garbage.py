@@ -25,7 +25,8 @@ from storage.local_store import LocalStore
 from storage.manifest import CommitRecord
 from storage.object_store import ObjectInfo, ObjectStore
 
-_Files = dict[int, list[ObjectInfo]]
+_Files = dict[int, list[ObjectInfo]]  # by attempt number
+_Commits = dict[int, list[CommitRecord]]  # by shard, all revisions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class Garbage:
     keys: tuple[str, ...]
     num_bytes: int
     num_swept: int
-    """Half-written files of killed processes, in a local folder."""
+    """Unfinished writes of killed processes: hidden files of a folder, multipart uploads of a bucket."""
 
 
 def collect_garbage(store: ObjectStore, *, dry_run: bool = False) -> Garbage:
@@ -45,21 +46,20 @@ def collect_garbage(store: ObjectStore, *, dry_run: bool = False) -> Garbage:
     """
     attempts = _attempts_by_shard(store)
     # After the attempts: a commit seen here stands for ever, one not seen only keeps files a while longer.
-    commits: dict[int, list[CommitRecord]] = {}
+    commits: _Commits = {}
     for record in all_commits(store):
         commits.setdefault(record.shard_id, []).append(record)
     found = [
         info
-        for shard_id, files in attempts.items()
-        for info in _garbage_of(store, shard_id, files, commits.get(shard_id, []))
+        for shard_id, numbers in attempts.items()
+        for info in _garbage_of(store, shard_id, numbers, commits)
     ]
     num_swept = 0
     if not dry_run:
         for info in found:
             store.delete(info.key)
             failpoint("after_delete")
-        if isinstance(store, LocalStore):
-            num_swept = store.sweep()
+        num_swept = _sweep(store, commits)
     return Garbage(
         keys=tuple(info.key for info in found),
         num_bytes=sum(info.size for info in found),
@@ -77,21 +77,40 @@ def _attempts_by_shard(store: ObjectStore) -> dict[int, _Files]:
 
 
 def _garbage_of(
-    store: ObjectStore, shard_id: int, attempts: _Files, commits: list[CommitRecord]
+    store: ObjectStore, shard_id: int, attempts: _Files, commits: _Commits
 ) -> Iterator[ObjectInfo]:
     """Yield in the order of deletion: an attempt's claim after everything else it has."""
-    if not commits:
-        return
-    live = {record.part.key for record in commits}
-    committed = {record.attempt for record in commits}
-    taken = {record.revision for record in commits}
+    live = {record.part.key for record in commits.get(shard_id, [])}
     for number, files in sorted(attempts.items()):
-        if number in committed:
-            continue
-        attempt = read_attempt(store, shard_id, number)
-        if attempt is not None and attempt.revision not in taken:
+        if not _is_dead(store, shard_id, number, commits):
             continue
         claim = keys.attempt(shard_id, number, ATTEMPT)
         yield from (info for info in files if info.key != claim and info.key not in live)
         if number != max(attempts):
             yield from (info for info in files if info.key == claim)
+
+
+def _is_dead(store: ObjectStore, shard_id: int, number: int, commits: _Commits) -> bool:
+    """Whether the attempt can never become real, by the rule above."""
+    standing = commits.get(shard_id, [])
+    if not standing or any(record.attempt == number for record in standing):
+        return False
+    attempt = read_attempt(store, shard_id, number)
+    return attempt is None or any(record.revision == attempt.revision for record in standing)
+
+
+def _sweep(store: ObjectStore, commits: _Commits) -> int:
+    if isinstance(store, LocalStore):
+        return store.sweep()
+    if not store.uri.startswith("s3://"):
+        return 0
+    from storage.s3_store import S3Store  # boto3 takes a while to import
+
+    num_swept = 0
+    assert isinstance(store, S3Store)
+    for key, upload_id in store.unfinished(keys.ATTEMPTS):
+        place = keys.parse_attempt(key)
+        if place and _is_dead(store, place.shard_id, place.attempt, commits):
+            store.abandon(key, upload_id)
+            num_swept += 1
+    return num_swept

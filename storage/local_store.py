@@ -10,7 +10,6 @@ never listed, and is removed by `sweep`, which takes only what no living process
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,11 +21,19 @@ from storage import keys
 from storage.errors import AlreadyExists, NotFound, PreconditionFailed, StoreUnfit
 from storage.failpoints import failpoint
 from storage.local_errors import translate
+from storage.local_files import (
+    HIDDEN,
+    etag_of,
+    flush,
+    remove_empty,
+    sync_folder,
+    temporary,
+    walk,
+    write,
+)
 from storage.object_store import ObjectInfo
 
-_HIDDEN = ".nj-"
 _LOCK = ".nj-lock"
-_DIGEST_LIMIT = 8 << 20  # bytes; up to here an ETag is a digest of the content
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
 
 
@@ -62,12 +69,12 @@ class LocalStore:
 
     def download(self, key: str, path: Path, *, if_match: str | None = None) -> ObjectInfo:
         with self._open(key, if_match) as (file, info), translate(path, info.size):
-            partial = path.with_name(f"{_HIDDEN}{os.urandom(6).hex()}-{path.name}"[:200])
+            partial = path.with_name(f".{os.urandom(12).hex()}.partial")
             try:
                 with partial.open("wb") as target:
                     shutil.copyfileobj(file, target, 1 << 20)
-                    _flush(target)
-                if _etag(file) != info.etag:
+                    flush(target)
+                if etag_of(file) != info.etag:
                     raise PreconditionFailed(f"{self.uri}/{key}: changed while it was copied")
                 partial.replace(path)
             finally:
@@ -79,7 +86,7 @@ class LocalStore:
             return info
 
     def put(self, key: str, data: bytes) -> ObjectInfo:
-        return self._put(key, len(data), lambda file: _write(file, data))
+        return self._put(key, len(data), lambda file: write(file, data))
 
     def upload(self, path: Path, key: str) -> ObjectInfo:
         with translate(path), path.open("rb") as source:
@@ -88,9 +95,9 @@ class LocalStore:
 
     def put_if_absent(self, key: str, data: bytes) -> ObjectInfo:
         path = self._path(key)
-        with translate(path, len(data)), _temporary(path.parent) as (file, hidden):
-            _write(file, data)
-            _flush(file)
+        with translate(path, len(data)), temporary(path.parent) as (file, hidden):
+            write(file, data)
+            flush(file)
             failpoint("local_before_link")
             created = self._link(hidden, path)
             failpoint("local_after_link")
@@ -98,7 +105,7 @@ class LocalStore:
             raise AlreadyExists(f"{self.uri}/{key}: other bytes are stored under this key")
         with translate(path):
             # Also for a file another process linked: the caller relies on it from now on.
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return self.head(key)
 
     def put_if_match(self, key: str, data: bytes, etag: str) -> ObjectInfo:
@@ -108,7 +115,7 @@ class LocalStore:
                 raise PreconditionFailed(f"{self.uri}/{key}: ETag is {found}, not {etag}")
 
         require()
-        return self._put(key, len(data), lambda file: _write(file, data), require)
+        return self._put(key, len(data), lambda file: write(file, data), require)
 
     def copy(self, source: str, target: str) -> ObjectInfo:
         with self._open(source) as (file, info):
@@ -118,10 +125,10 @@ class LocalStore:
         path = self._path(key)
         with suppress(NotFound), translate(path), self._lock():
             path.unlink()
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             # Leave no empty folders; a writer about to use one makes it anew.
             for folder in path.parents:
-                if folder == self._root or not _remove_empty(folder):
+                if folder == self._root or not remove_empty(folder):
                     break
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -129,12 +136,12 @@ class LocalStore:
         if ".." in PurePosixPath(folder).parts or prefix.startswith("/"):
             raise ValueError(f"unsafe prefix {prefix!r}: use a relative one without '..' segments")
         with translate(self._root):
-            yield from _walk(self._root / folder, f"{folder}/" if folder else "", prefix, set())
+            yield from walk(self._root / folder, f"{folder}/" if folder else "", prefix, set())
 
     def sweep(self) -> int:
         """Remove what killed writers left behind and return how many files that were."""
         removed = 0
-        for hidden in self._root.rglob(f"{_HIDDEN}*"):
+        for hidden in self._root.rglob(f"{HIDDEN}*"):
             if hidden.name == _LOCK:
                 continue
             with suppress(FileNotFoundError, BlockingIOError), hidden.open("rb") as file:
@@ -145,7 +152,7 @@ class LocalStore:
 
     def can_link(self) -> bool:
         """Whether the file system has hard links, which create-only rests on."""
-        with translate(self._root), _temporary(self._root) as (_, hidden):
+        with translate(self._root), temporary(self._root) as (_, hidden):
             target = hidden.with_name(f"{hidden.name}-link")
             try:
                 os.link(hidden, target)
@@ -161,8 +168,8 @@ class LocalStore:
             raise ValueError(
                 f"unsafe object key {key!r}: a folder cannot hold '.' or empty segments"
             )
-        if any(part.startswith(_HIDDEN) for part in PurePosixPath(key).parts):
-            raise ValueError(f"unsafe object key {key!r}: names starting {_HIDDEN!r} are reserved")
+        if any(part.startswith(HIDDEN) for part in PurePosixPath(key).parts):
+            raise ValueError(f"unsafe object key {key!r}: names starting {HIDDEN!r} are reserved")
         return self._root / key
 
     @contextmanager
@@ -170,7 +177,7 @@ class LocalStore:
         path = self._path(key)
         with translate(path), path.open("rb") as file:
             stat = os.fstat(file.fileno())
-            info = ObjectInfo(key, stat.st_size, _etag(file), stat.st_mtime)
+            info = ObjectInfo(key, stat.st_size, etag_of(file), stat.st_mtime)
             if if_match is not None and info.etag != if_match:
                 raise PreconditionFailed(f"{self.uri}/{key}: ETag is {info.etag}, not {if_match}")
             yield file, info
@@ -183,17 +190,17 @@ class LocalStore:
         require: Callable[[], None] = lambda: None,
     ) -> ObjectInfo:
         path = self._path(key)
-        with translate(path, size), _temporary(path.parent) as (file, hidden):
+        with translate(path, size), temporary(path.parent) as (file, hidden):
             write(file)
-            _flush(file)
+            flush(file)
             failpoint("local_before_rename")
             with self._lock():
                 require()
                 hidden.replace(path)
             failpoint("local_after_rename")
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             stat = os.fstat(file.fileno())
-            return ObjectInfo(key, stat.st_size, _etag(file), stat.st_mtime)
+            return ObjectInfo(key, stat.st_size, etag_of(file), stat.st_mtime)
 
     def _link(self, hidden: Path, path: Path) -> bool:
         """Give the file its name; False when the name is taken."""
@@ -228,102 +235,3 @@ class LocalStore:
         with (self._root / _LOCK).open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new hidden file, open and locked, and gone afterwards unless it was renamed."""
-    hidden = folder / f"{_HIDDEN}{os.urandom(12).hex()}"
-    with _create(hidden) as file:
-        try:
-            yield file, hidden
-        finally:
-            hidden.unlink(missing_ok=True)
-
-
-def _create(path: Path, tries: int = 16) -> BinaryIO:
-    while True:
-        tries -= 1
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("x+b")
-        except FileNotFoundError:
-            # Somebody who deleted the last object took the empty folder away just now.
-            if not tries:
-                raise
-            continue
-        fcntl.flock(file, fcntl.LOCK_SH)
-        if os.fstat(file.fileno()).st_nlink or not tries:
-            return file
-        file.close()  # swept before it was locked
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_empty(folder: Path) -> bool:
-    try:
-        folder.rmdir()
-    except OSError:
-        return False
-    return True
-
-
-def _etag(file: BinaryIO) -> str:
-    """Name the bytes behind an open file; leaves the position at the start."""
-    stat = os.fstat(file.fileno())
-    file.seek(0)
-    if stat.st_size > _DIGEST_LIMIT:
-        return f"{stat.st_size:x}-{stat.st_mtime_ns:x}-{stat.st_ctime_ns:x}-{stat.st_ino:x}"
-    digest = hashlib.sha256(file.read()).hexdigest()[:32]
-    file.seek(0)
-    return digest
-
-
-def _walk(
-    folder: Path, base: str, prefix: str, above: set[tuple[int, int]]
-) -> Iterator[ObjectInfo]:
-    """Yield in byte order: a folder sorts as its name with the slash."""
-    try:
-        stat = folder.stat()
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(_HIDDEN)]
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    identity = (stat.st_dev, stat.st_ino)
-    if identity in above:
-        return  # a symbolic link to a folder above
-    names = sorted((e.name + "/" if e.is_dir() else e.name for e in entries), key=os.fsencode)
-    for name in names:
-        key = base + name
-        if not key.startswith(prefix) and not (name.endswith("/") and prefix.startswith(key)):
-            continue
-        if name.endswith("/"):
-            yield from _walk(folder / name, key, prefix, above | {identity})
-        else:
-            yield from _file(folder / name, key)
-
-
-def _file(path: Path, key: str) -> Iterator[ObjectInfo]:
-    try:
-        with path.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            info = ObjectInfo(key, stat.st_size, _etag(file), stat.st_mtime)
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise NotFound(f"{path}: a symbolic link to nothing; remove it or mend it") from None
-        return  # deleted since the folder was read
-    yield info

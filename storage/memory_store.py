@@ -71,7 +71,7 @@ class MemoryStore:
         with self._bucket.lock:
             self._require(key, if_match)
             data, info = self._object(key).data, self.head(key)
-        partial = path.with_name(f".{path.name}.{os.urandom(6).hex()}.partial")
+        partial = path.with_name(f".{os.urandom(12).hex()}.partial")
         partial.write_bytes(data)
         partial.replace(path)
         return info

@@ -65,7 +65,7 @@ _DENIED_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "Invali
 class RetryPolicy:
     """How long a passing fault is waited out: about 30 s by default, a store's restart."""
 
-    max_attempts: int = 12
+    max_attempts: int = 14
     base_s: float = 0.1
     cap_s: float = 5.0
 
@@ -113,7 +113,10 @@ class Caller:
 
 
 def make_client(
-    config: StorageConfig = DEFAULT_STORAGE, *, max_pool_connections: int = 32
+    config: StorageConfig = DEFAULT_STORAGE,
+    *,
+    max_pool_connections: int = 32,
+    read_timeout_s: float = 60.0,
 ) -> "S3Client":
     """Return a client for the configured endpoint; it never retries by itself (see `Caller`).
 
@@ -135,7 +138,7 @@ def make_client(
                 retries={"mode": "standard", "total_max_attempts": 1},
                 s3={"addressing_style": "path" if foreign else "auto"},
                 connect_timeout=5,
-                read_timeout=60,
+                read_timeout=read_timeout_s,
                 max_pool_connections=max_pool_connections,
                 tcp_keepalive=True,
             ),

@@ -28,7 +28,7 @@ from storage.errors import (
 )
 from storage.object_store import DEFAULT_STORAGE, ObjectInfo, StorageConfig
 from storage.s3_client import Again, Caller, RetryPolicy, make_client, status_of
-from storage.s3_transfer import S3Transfer, crc64
+from storage.s3_transfer import S3Transfer, crc64, full_checksum
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -110,7 +110,7 @@ class S3Store:
     def put(self, key: str, data: bytes) -> ObjectInfo:
         name = self._name(key)
         reply = self._call(f"PUT {self.uri}/{key}", lambda: self._transfer.put(name, data))
-        return _written(key, len(data), reply)
+        return self._written(key, len(data), reply)
 
     def upload(self, path: Path, key: str) -> ObjectInfo:
         self._transfer.upload(path, self._name(key))
@@ -133,7 +133,7 @@ class S3Store:
                 raise Again(
                     StoreUnavailable(f"PUT {self.uri}/{key}: 412, but no object")
                 ) from error
-            return _written(key, len(data), reply)
+            return self._written(key, len(data), reply)
 
         return self._call(f"PUT {self.uri}/{key}", request)
 
@@ -158,7 +158,7 @@ class S3Store:
                 raise Again(
                     StoreUnavailable(f"PUT {self.uri}/{key}: 412 for its own ETag")
                 ) from error
-            return _written(key, len(data), reply)
+            return self._written(key, len(data), reply)
 
         return self._call(f"PUT {self.uri}/{key}", request)
 
@@ -197,8 +197,16 @@ class S3Store:
 
     def keeps_full_checksum(self, key: str) -> bool:
         """Whether the store tells the CRC64NVME of a whole object, which downloads are checked by."""
-        found = self._head(key, checksum=True)
-        return "ChecksumCRC64NVME" in found and found.get("ChecksumType") == "FULL_OBJECT"
+        return full_checksum(self._head(key, checksum=True)) is not None
+
+    def unfinished(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Yield key and id of every multipart upload that was begun and neither completed nor aborted."""
+        for name, upload_id in self._transfer.unfinished(self._prefix + prefix):
+            yield name.removeprefix(self._prefix), upload_id
+
+    def abandon(self, key: str, upload_id: str) -> None:
+        """Abort an unfinished multipart upload; one that is gone already is no fault."""
+        self._transfer.abandon(self._name(key), upload_id)
 
     def _name(self, key: str) -> str:
         return self._prefix + keys.check(key)
@@ -209,8 +217,8 @@ class S3Store:
         def request() -> tuple[bytes, ObjectInfo]:
             reply = self._client.get_object(Bucket=self._bucket, Key=name, ChecksumMode="ENABLED")
             data = _whole_body(reply, f"{self.uri}/{key}")
-            wanted = reply.get("ChecksumCRC64NVME")
-            if wanted and reply.get("ChecksumType") == "FULL_OBJECT" and crc64(data) != wanted:
+            wanted = full_checksum(reply)
+            if wanted is not None and crc64(data) != wanted:
                 raise Again(CorruptObject(f"{self.uri}/{key}: CRC64NVME is not {wanted}"))
             return data, self._info(key, reply)
 
@@ -229,6 +237,12 @@ class S3Store:
         return ObjectInfo(
             key, reply["ContentLength"], _bare(reply["ETag"]), modified_at.timestamp()
         )
+
+    def _written(self, key: str, size: int, reply: Any) -> ObjectInfo:
+        date = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
+        if date is None:
+            return self.head(key)
+        return ObjectInfo(key, size, _bare(reply["ETag"]), parsedate_to_datetime(date).timestamp())
 
     def _require(self, info: ObjectInfo, etag: str | None) -> None:
         if etag is not None and info.etag != etag:
@@ -276,12 +290,6 @@ def _whole_body(reply: Any, what: str) -> bytes:
     if len(data) != reply["ContentLength"]:
         raise Again(StoreUnavailable(f"{what}: {len(data)} of {reply['ContentLength']} bytes came"))
     return data
-
-
-def _written(key: str, size: int, reply: Any) -> ObjectInfo:
-    date = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
-    modified_at = parsedate_to_datetime(date).timestamp() if date else 0.0
-    return ObjectInfo(key, size, _bare(reply["ETag"]), modified_at)
 
 
 def _bare(etag: str) -> str:

@@ -8,7 +8,7 @@ its name.
 import base64
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from awscrt.checksums import combine_crc64nvme, crc64nvme
 from botocore.exceptions import BotoCoreError, ClientError
 
-from storage.errors import CorruptObject, StorageError, StoreUnavailable
+from storage.errors import CorruptObject, NotFound, StorageError, StoreUnavailable
 from storage.local_errors import translate
 from storage.s3_client import Again, Caller, status_of
 
@@ -36,6 +36,14 @@ def crc64(data: bytes) -> str:
     return _spell(crc64nvme(data))
 
 
+def full_checksum(reply: Any) -> str | None:
+    """Return the CRC64NVME of the whole object, where a GET or HEAD tells it."""
+    value: str | None = reply.get("ChecksumCRC64NVME")
+    if not value or "-" in value or reply.get("ChecksumType") == "COMPOSITE":
+        return None
+    return value
+
+
 def _spell(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(8, "big")).decode()
 
@@ -51,6 +59,8 @@ class S3Transfer:
 
     copy_limit_bytes = 5 * 1024 * MiB
     """S3 copies no more than this in one request."""
+
+    copy_part_bytes = 512 * MiB
 
     num_threads = 4
 
@@ -78,10 +88,8 @@ class S3Transfer:
             PreconditionFailed: the object was replaced meanwhile.
             NoSpace: there is no room for it.
         """
-        hidden = path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.partial")
-        wanted = found.get("ChecksumCRC64NVME")
-        if found.get("ChecksumType") != "FULL_OBJECT":
-            wanted = None
+        hidden = path.with_name(f".{os.urandom(12).hex()}.partial")
+        wanted = full_checksum(found)
         size = found["ContentLength"]
         try:
             with translate(path, size), hidden.open("xb") as file:
@@ -142,8 +150,7 @@ class S3Transfer:
                 ),
             )
             return
-        num_parts = math.ceil(size / self.copy_limit_bytes * 8)
-        part_bytes = math.ceil(size / num_parts)
+        part_bytes = max(self.copy_part_bytes, math.ceil(size / _MAX_PARTS))
 
         def send(upload_id: str, number: int) -> Any:
             start = (number - 1) * part_bytes
@@ -157,7 +164,39 @@ class S3Transfer:
             )
             return reply["CopyPartResult"]
 
-        self._multipart(target, num_parts, send)
+        self._multipart(target, math.ceil(size / part_bytes), send)
+
+    def unfinished(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Yield name and id of every multipart upload that was begun and not ended."""
+        marker: Any = {}
+        while True:
+            page = self._call(
+                f"LIST uploads of s3://{self._bucket}/{prefix}",
+                partial(
+                    self._client.list_multipart_uploads,
+                    Bucket=self._bucket,
+                    Prefix=prefix,
+                    **marker,
+                ),
+            )
+            for upload in page.get("Uploads", []):
+                yield upload["Key"], upload["UploadId"]
+            if not page.get("IsTruncated"):
+                return
+            marker = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page["NextUploadIdMarker"],
+            }
+
+    def abandon(self, name: str, upload_id: str) -> None:
+        """Abort a multipart upload, if it is still there."""
+        with suppress(NotFound):
+            self._call(
+                f"ABORT s3://{self._bucket}/{name}",
+                lambda: self._client.abort_multipart_upload(
+                    Bucket=self._bucket, Key=name, UploadId=upload_id
+                ),
+            )
 
     def _fill(self, name: str, descriptor: int, size: int, etag: str) -> int:
         """Write every range in its place; return the CRC of the whole."""
@@ -220,10 +259,8 @@ class S3Transfer:
             f"HEAD {what}",
             lambda: self._client.head_object(Bucket=self._bucket, Key=name, ChecksumMode="ENABLED"),
         )
-        stored = found.get("ChecksumCRC64NVME") if found.get("ChecksumType") else None
-        if found["ContentLength"] != size or (
-            found.get("ChecksumType") == "FULL_OBJECT" and stored not in {None, _spell(crc)}
-        ):
+        stored = full_checksum(found)
+        if found["ContentLength"] != size or stored not in {None, _spell(crc)}:
             raise CorruptObject(
                 f"{what}: uploaded {size} bytes with CRC64NVME {_spell(crc)}, the store has "
                 f"{found['ContentLength']} with {stored}; upload it again"
