@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.feed import FeedLimits
-from tests.integration.feed_cases import Bench, make_job
+from tests.feed_bench import Bench, make_job
 
 MiB = 1024 * 1024
 LIMIT = 200 * MiB
