@@ -3,9 +3,11 @@
 A child that dies or falls silent is started again. Its flight recorder tells what it was doing, and
 the rows or the file at fault are named:
 
-    rendering row r    row r becomes `invalid_input`
-    encoding a batch   the batch is repeated row by row, and the next death names the row
-    reading a file     the file is refused
+    rendering row r    tried once more, then row r becomes `invalid_input`
+    encoding a batch   repeated row by row; the next death names the row
+    reading a file     tried once more, then the file is refused
+
+The second try is for a child that somebody else ended, such as the kernel on a full machine.
 """
 
 import os
@@ -22,9 +24,10 @@ import storage.errors
 import tasks
 from inference.errors import EngineConfigError, EngineFault, InferenceError
 from storage.errors import BadInput, StorageError
-from tasks.feed_spec import FeedLimits, FeedSpec
+from tasks.feed_spec import FeedLimits, FeedSpec, too_many_hard_rows
 from tasks.frames import (
     ENCODING,
+    READING,
     RENDERING,
     Deadline,
     Flight,
@@ -126,6 +129,7 @@ class FeedProcess:
         position, end = request["row_start"], request["row_end"]
         poison: dict[str, str] = {}
         careful_until = -1
+        died_before: Flight | None = None
         while position < end:
             extra = {"row_start": position, "poison": poison, "careful_until": careful_until}
             try:
@@ -135,25 +139,24 @@ class FeedProcess:
                     yield frame
                 return
             except ChildDied as died:
-                stage, row, row_end = died.flight
-                if stage == RENDERING or (stage == ENCODING and row < careful_until):
+                stage, row, row_end = flight = died.flight
+                is_again = flight == died_before
+                died_before = flight
+                if stage == ENCODING and row >= careful_until:
+                    careful_until = row_end
+                elif stage in (RENDERING, ENCODING) and (is_again or stage == ENCODING):
                     self._count_hard(1)
                     poison[str(row)] = f"preparing the prompt failed: the process {died.reason}"
-                elif stage == ENCODING:
-                    careful_until = row_end
-                else:
+                elif is_again or stage not in (RENDERING, READING):
+                    near = position - request["first"]
                     raise BadInput(
-                        f"{request['name']}: cannot be read near row {position - request['first']}: "
-                        f"the process {died.reason}"
+                        f"{request['name']}: cannot be read near row {near}: the process {died.reason}"
                     ) from None
 
     def _count_hard(self, num_rows: int) -> None:
         self._num_hard += num_rows
         if self._num_hard > self._limits.max_hard_rows:
-            raise EngineConfigError(
-                f"more than {self._limits.max_hard_rows} rows took too long or too much memory to "
-                "render or tokenise; the chat template or these prompts cannot be used"
-            )
+            raise too_many_hard_rows(self._limits.max_hard_rows)
 
     def _ask(self, request: dict[str, Any], timeout_s: float | None) -> Iterator[Frame]:
         """Send one request and yield its frames up to `done`. Restarts the child if need be."""
@@ -177,7 +180,8 @@ class FeedProcess:
                 return
             if kind == "error":
                 raise _error(frame.header)
-            yield frame
+            if kind != "progress":
+                yield frame
 
     def _receive(self, timeout_s: float | None) -> Frame:
         try:
