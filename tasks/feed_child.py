@@ -34,7 +34,7 @@ from tasks.frames import IDLE, READING, Recorder, read_frame, write_frame
 from tasks.prepare import RowPreparer, cells
 from tasks.prompt_columns import PromptColumns
 
-_LOAD_BYTES = 1 << 30
+_LOAD_BYTES = 2 << 30
 """Address space that importing transformers and loading a tokenizer may take."""
 
 

@@ -18,7 +18,7 @@ from tasks.job import (
 )
 from tasks.plan import load_shards, make_plan
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parent / "data"
 CASES = DATA / "cases"
 MODELS = DATA / "models"
 RECORD = RunRecord(
