@@ -260,12 +260,20 @@ def drain(
     return report
 
 
-def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:
-    """Reveal what is committed and publish when every shard is; None while shards are missing."""
+def finish(
+    store: ObjectStore, progress: Progress, *, cache: CommitCache | None = None
+) -> RunManifest | None:
+    """Reveal what is committed and publish when every shard is; None while shards are missing.
+
+    Args:
+        store: The run folder.
+        progress: Counters to keep.
+        cache: Commits known already; what is read is added.
+    """
     progress.phase = "publishing"
     plan = planned(store)
     plan_digest = digest(store.get(keys.PLAN))
-    commits = current_commits(store, plan_digest)
+    commits = current_commits(store, plan_digest, cache=cache)
     healed = reveal_all(store, commits)
     if healed:
         log.info("completions brought in line for %d shards", len(healed))

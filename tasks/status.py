@@ -6,7 +6,7 @@ from typing import Any
 
 from storage import keys, records
 from storage.attempts import attempts_of
-from storage.commits import current_commits
+from storage.commits import CommitCache, current_commits
 from storage.manifest import RunManifest, digest
 from storage.object_store import ObjectStore
 from storage.reveal import read_manifest
@@ -63,13 +63,13 @@ class RunStatus:
         }
 
 
-def run_status(store: ObjectStore) -> RunStatus:
-    """Read a run's state. Raises BadInput when the folder is not a run's."""
+def run_status(store: ObjectStore, *, cache: CommitCache | None = None) -> RunStatus:
+    """Read a run's state; `cache` has commits known already. Raises BadInput when it is no run's folder."""
     record = read_record(store)
     plan = load_plan(store)
     if plan is None:
         return RunStatus(uri=store.uri, run_id=record.run_id, name=record.name, is_planned=False)
-    commits = current_commits(store, digest(store.get(keys.PLAN)))
+    commits = current_commits(store, digest(store.get(keys.PLAN)), cache=cache)
     counts: Counter[str] = Counter()
     for commit in commits.values():
         counts.update(commit.counts)
