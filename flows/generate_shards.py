@@ -3,8 +3,6 @@
 One task run per shard. A task's body is the plain function that `nightjar run` calls too.
 """
 
-import threading
-
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
@@ -14,6 +12,7 @@ from tasks.progress import Progress
 from tasks.replica import Outcome, Replica, ShardOutcome
 from tasks.run import attach, drain, read_record
 from tasks.scratch import scratch_folder
+from tasks.stop import StopSignal
 
 
 class ShardFailed(Exception):
@@ -43,7 +42,7 @@ def generate_shards(
                 run,
                 invocation=invocation,
                 progress=Progress(),
-                should_stop=threading.Event(),
+                should_stop=StopSignal(),
                 run_shard=_as_task_run,
             )
         finally:

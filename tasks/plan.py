@@ -14,6 +14,7 @@ import pyarrow as pa
 from inference.errors import EngineConfigError
 from storage import keys, records
 from storage.errors import AlreadyExists, BadInput, CorruptObject, FingerprintMismatch, NotFound
+from storage.failpoints import failpoint
 from storage.input_schema import encode_schema
 from storage.inputs import InputFiles
 from storage.manifest import PlanManifest, RunRecord, Shard, digest
@@ -65,12 +66,12 @@ def make_plan(
         process.load(planned.columns)
         count = count_rows(job, planned, encode_schema(output), process, on_progress)
         warnings = [*planned.warnings, *process.warnings]
-    table = shards_to_bytes(count.shards)
-    table = _create(store, keys.PLAN_TABLE, table)
+    table = _create(store, keys.PLAN_TABLE, shards_to_bytes(count.shards))
+    failpoint("after_plan_table")
     plan = _manifest(job, record, planned, output, count, table, warnings)
-    return PlanManifest.from_json(
-        _create(store, keys.PLAN, plan.to_json()), source=f"{store.uri}/{keys.PLAN}"
-    )
+    data = _create(store, keys.PLAN, plan.to_json())
+    failpoint("after_plan")
+    return PlanManifest.from_json(data, source=f"{store.uri}/{keys.PLAN}")
 
 
 def load_plan(store: ObjectStore) -> PlanManifest | None:

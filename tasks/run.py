@@ -22,8 +22,9 @@ from inference.backends import create_backend, resolve_backend
 from inference.config import EngineConfig
 from inference.errors import ModelError
 from storage import keys
-from storage.commits import current_commits, read_commits
+from storage.commits import CommitCache, current_commits, read_commits
 from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
+from storage.failpoints import failpoint
 from storage.inputs import InputFiles
 from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
@@ -45,8 +46,9 @@ from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
-from tasks.replica import Replica, ShardOutcome, StopSignal
+from tasks.replica import Replica, ShardOutcome
 from tasks.results import ResultColumns
+from tasks.stop import StopSignal
 
 log = logging.getLogger("nightjar.run")
 
@@ -66,6 +68,7 @@ class Run:
     model: RunModel
     work_dir: Path
     max_model_len: int
+    commit_cache: CommitCache = dataclasses.field(default_factory=dict)
 
     @property
     def uri(self) -> str:
@@ -81,7 +84,7 @@ class Run:
 
     def commits(self) -> dict[int, CommitRecord]:
         """Return what is committed now, by shard."""
-        return current_commits(self.store, self.plan_digest)
+        return current_commits(self.store, self.plan_digest, cache=self.commit_cache)
 
 
 @dataclasses.dataclass(slots=True)
@@ -92,6 +95,9 @@ class DrainReport:
     exhausted: dict[int, str] = dataclasses.field(default_factory=dict)
     num_pending: int = 0
     """Shards that others hold."""
+
+    is_cancelled: bool = False
+    """Somebody has cancelled the run; shards that were in hand are finished."""
 
 
 def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
@@ -191,7 +197,7 @@ def drain(
         failed_rows: Redo rows without an answer, in new revisions of their shards.
         build_backend: Loads the engine; replaced by tests only to break it.
     """
-    standing = read_commits(run.store, run.plan_digest)
+    standing = read_commits(run.store, run.plan_digest, cache=run.commit_cache)
     commits = standing.current
     todo, bases = _work_left(run.shards, commits, failed_rows)
     progress.expect(num_rows=run.plan.num_rows * run.plan.num_samples, num_shards=len(run.shards))
@@ -239,16 +245,18 @@ def drain(
             progress=progress,
             should_stop=should_stop,
         )
-        try:
-            while (next_id := replica.next_shard()) is not None:
-                report.outcomes[run_shard(replica, next_id).outcome] += 1
-        finally:
-            stopping.set()
-            replica.close()
+        with should_stop.watched():
+            try:
+                while (next_id := replica.next_shard()) is not None:
+                    report.outcomes[run_shard(replica, next_id).outcome] += 1
+            finally:
+                stopping.set()
+                replica.close()
         for warning in feed.warnings:
             progress.note(warning)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
+    report.is_cancelled = claims.is_cancelled
     return report
 
 
@@ -335,6 +343,7 @@ def _write_record(
         standing = read_record(store)
         check_fingerprint(store.uri, standing.fingerprint_fields, fields)
         return standing
+    failpoint("after_record")
     return record
 
 
