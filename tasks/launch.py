@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tasks.progress import Progress
-from tasks.replica import Stopped, StopSignal
-from tasks.run import DrainReport, Run, drain, new_invocation
+from tasks.replica import Replica, Stopped, StopSignal
+from tasks.run import DrainReport, Run, RunShard, drain, new_invocation
 
 log = logging.getLogger("nightjar.launch")
 
@@ -23,8 +23,20 @@ _POLL_S = 2.0
 _STOP_GRACE_S = 30.0
 
 
-def run_replicas(run: Run, *, progress: Progress, should_stop: StopSignal) -> DrainReport:
+def run_replicas(
+    run: Run,
+    *,
+    progress: Progress,
+    should_stop: StopSignal,
+    run_shard: RunShard = Replica.finish_shard,
+) -> DrainReport:
     """Drain the run with as many local replicas as the job asks for; wait for shards others hold.
+
+    Args:
+        run: The planned run.
+        progress: Counters to keep.
+        should_stop: Ends the drain with `Stopped`.
+        run_shard: What runs one shard in this process; see `tasks.run.drain`.
 
     Returns:
         This process's report; `exhausted` has the shards nobody could finish.
@@ -32,7 +44,13 @@ def run_replicas(run: Run, *, progress: Progress, should_stop: StopSignal) -> Dr
     invocation = new_invocation()
     with _children(run, invocation, num_replicas(run) - 1) as children:
         while True:
-            report = drain(run, invocation=invocation, progress=progress, should_stop=should_stop)
+            report = drain(
+                run,
+                invocation=invocation,
+                progress=progress,
+                should_stop=should_stop,
+                run_shard=run_shard,
+            )
             missing = run.plan.num_shards - len(run.commits())
             if missing <= len(report.exhausted):
                 return report

@@ -93,6 +93,8 @@ class Replica:
 
     def next_shard(self) -> int | None:
         """Return the oldest shard in hand, claiming one if there is none; None when all are taken."""
+        if self._outcomes:  # ended while an earlier one was waited for
+            return next(iter(self._outcomes))
         if not self._works:
             self._claim_next()
         return next(iter(self._works), None)
