@@ -6,6 +6,7 @@ Leases only save GPU time. Whether a shard is done is asked of its commit, never
 """
 
 import logging
+import math
 import random
 import threading
 import time
@@ -20,6 +21,7 @@ from storage.errors import LeaseLost, NotFound, StorageError
 from storage.lease import Lease, Leases
 from storage.manifest import CommitRecord, Shard
 from storage.object_store import ObjectStore
+from tasks.cancel import is_cancelled
 
 log = logging.getLogger("nightjar.claims")
 
@@ -56,6 +58,9 @@ class Claims:
     bases: Mapping[int, CommitRecord] = field(default_factory=dict)
     """For a retry of failed rows: the commits to improve on."""
 
+    claim_until: float = math.inf
+    """Monotonic time after which no further shard is claimed."""
+
     exhausted: dict[int, str] = field(default_factory=dict)
     """Shards given up in this invocation, with the last error."""
 
@@ -75,10 +80,21 @@ class Claims:
         """Shards neither committed, held here, nor given up."""
         return len(self._pending)
 
+    @property
+    def seconds_to_retry(self) -> float | None:
+        """Until a shard that failed here may be tried again; None when there is none to wait for."""
+        now = time.monotonic()
+        waits = [self._not_before[i] - now for i in self._pending if i in self._not_before]
+        if not waits or now > self.claim_until:
+            return None
+        return max(0.0, min(waits))
+
     def next(self) -> Claim | None:
         """Claim the next free shard; None when none can be had now. Raises StorageError."""
-        if self._exists(keys.CANCEL):
-            log.info("run is cancelled; no further shard is claimed")
+        if time.monotonic() > self.claim_until:
+            return None
+        if is_cancelled(self.store, self.invocation):
+            log.info("invocation=%s is cancelled; no further shard is claimed", self.invocation)
             return None
         for shard in list(self._pending.values()):
             claim = self._try(shard)

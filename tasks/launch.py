@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tasks.cancel import exempt
 from tasks.progress import Progress
 from tasks.replica import Replica, Stopped, StopSignal
 from tasks.run import DrainReport, Run, RunShard, drain, new_invocation
@@ -42,6 +43,7 @@ def run_replicas(
         This process's report; `exhausted` has the shards nobody could finish.
     """
     invocation = new_invocation()
+    exempt(run.store, invocation)
     with _children(run, invocation, num_replicas(run) - 1) as children:
         while True:
             report = drain(

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from storage.manifest import RunManifest
 from storage.object_store import ObjectStore
+from tasks.cancel import exempt
 from tasks.job import RunConfig
 from tasks.launch import run_replicas
 from tasks.progress import Progress
@@ -127,9 +128,11 @@ def redo(
     with scratch_folder() as work_dir:
         run = attach(job, read_record(store), store, work_dir=work_dir, progress=progress)
         try:
+            invocation = new_invocation()
+            exempt(store, invocation)
             report = drain(
                 run,
-                invocation=new_invocation(),
+                invocation=invocation,
                 progress=progress,
                 should_stop=should_stop,
                 run_shard=run_shard,

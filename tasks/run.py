@@ -10,8 +10,10 @@ finish    reveal what is committed, publish when all is
 
 import dataclasses
 import logging
+import math
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -29,6 +31,7 @@ from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
+from tasks.cancel import CancelWatch, is_cancelled
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
@@ -45,10 +48,12 @@ from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
-from tasks.replica import Replica, ShardOutcome, StopSignal
+from tasks.replica import Replica, ShardOutcome, Stopped, StopSignal
 from tasks.results import ResultColumns
 
 log = logging.getLogger("nightjar.run")
+
+_RETRY_POLL_S = 1.0
 
 RunShard = Callable[[Replica, int], ShardOutcome]
 
@@ -178,6 +183,7 @@ def drain(
     should_stop: StopSignal,
     run_shard: RunShard = Replica.finish_shard,
     failed_rows: bool = False,
+    budget_s: float = math.inf,
     build_backend: Callable[[EngineConfig], Any] = create_backend,
 ) -> DrainReport:
     """Run one replica until no shard can be had; with `failed_rows`, redo failed rows instead.
@@ -189,6 +195,7 @@ def drain(
         should_stop: Ends the drain with `Stopped`, leases released.
         run_shard: What runs one shard; a flow passes a task around `Replica.finish_shard`.
         failed_rows: Redo rows without an answer, in new revisions of their shards.
+        budget_s: No further shard is claimed after this many seconds.
         build_backend: Loads the engine; replaced by tests only to break it.
     """
     standing = read_commits(run.store, run.plan_digest)
@@ -212,7 +219,9 @@ def drain(
         invocation=invocation,
         max_attempts=run.job.shards.max_attempts,
         bases=bases,
+        claim_until=time.monotonic() + budget_s,
     )
+    watch = CancelWatch(run.store, invocation, should_stop)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
@@ -237,19 +246,34 @@ def drain(
             input_schema=input_schema(run.plan),
             work_dir=run.work_dir,
             progress=progress,
-            should_stop=should_stop,
+            should_stop=watch,
         )
         try:
-            while (next_id := replica.next_shard()) is not None:
+            while (next_id := _next_shard(replica, claims, watch)) is not None:
                 report.outcomes[run_shard(replica, next_id).outcome] += 1
+            if is_cancelled(run.store, invocation):
+                raise Stopped
         finally:
             stopping.set()
             replica.close()
+            watch.close()
         for warning in feed.warnings:
             progress.note(warning)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
     return report
+
+
+def _next_shard(replica: Replica, claims: Claims, should_stop: StopSignal) -> int | None:
+    """Return the next shard; waits for one that failed here, so that no engine is loaded anew for it."""
+    while (shard_id := replica.next_shard()) is None:
+        wait_s = claims.seconds_to_retry
+        if wait_s is None:
+            return None
+        if should_stop.is_set():
+            raise Stopped
+        time.sleep(min(wait_s + 0.01, _RETRY_POLL_S))
+    return shard_id
 
 
 def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:

@@ -104,7 +104,9 @@ def test_a_deployment_run_publishes_and_the_next_has_nothing_left_to_do(
     assert done.returncode == 0, done.stdout + done.stderr + prefect_lab.logs()
     assert main(["verify", str(case.run), "--json"]) == 0
     run = latest_run(prefect_lab, case.job)
-    assert run["state"]["message"].endswith("published, 60 rows: 5 ok, 54 truncated, 1 invalid_input")
+    assert run["state"]["message"].endswith(
+        "published, 60 rows: 5 ok, 54 truncated, 1 invalid_input"
+    )
     shards = [f"shard-{i:05d}" for i in range(30)]
     assert task_run_names(prefect_lab, run["id"], 32) == ["plan", "publish", *shards]
     attempts, manifest = case.attempts(), (case.run / "manifest.json").read_bytes()
