@@ -29,7 +29,7 @@ from tasks.receipt import EngineMark
 from tasks.results import ResultColumns, count_states
 from tasks.retry import ends_run, is_retryable
 from tasks.shard_work import SampleKey, ShardWork
-from tasks.stop import Stopped, StopSignal
+from tasks.stop import Stoppable, Stopped
 
 log = logging.getLogger("nightjar.replica")
 
@@ -70,7 +70,7 @@ class Replica:
     input_schema: Any
     work_dir: Path
     progress: Progress
-    should_stop: StopSignal
+    should_stop: Stoppable
 
     _backend: Backend | None = None
     _works: dict[int, ShardWork] = field(default_factory=dict)

@@ -10,8 +10,10 @@ finish    reveal what is committed, publish when all is
 
 import dataclasses
 import logging
+import math
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -30,6 +32,7 @@ from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
+from tasks.cancel import CancelWatch, is_cancelled
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
@@ -48,7 +51,7 @@ from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
 from tasks.replica import Replica, ShardOutcome
 from tasks.results import ResultColumns
-from tasks.stop import StopSignal
+from tasks.stop import Stopped, StopSignal
 
 log = logging.getLogger("nightjar.run")
 
@@ -95,9 +98,6 @@ class DrainReport:
     exhausted: dict[int, str] = dataclasses.field(default_factory=dict)
     num_pending: int = 0
     """Shards that others hold."""
-
-    is_cancelled: bool = False
-    """Somebody has cancelled the run; shards that were in hand are finished."""
 
 
 def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
@@ -184,6 +184,7 @@ def drain(
     should_stop: StopSignal,
     run_shard: RunShard = Replica.finish_shard,
     failed_rows: bool = False,
+    budget_s: float = math.inf,
     build_backend: Callable[[EngineConfig], Any] = create_backend,
 ) -> DrainReport:
     """Run one replica until no shard can be had; with `failed_rows`, redo failed rows instead.
@@ -195,6 +196,7 @@ def drain(
         should_stop: Ends the drain with `Stopped`, leases released.
         run_shard: What runs one shard; a flow passes a task around `Replica.finish_shard`.
         failed_rows: Redo rows without an answer, in new revisions of their shards.
+        budget_s: No further shard is claimed after this many seconds.
         build_backend: Loads the engine; replaced by tests only to break it.
     """
     standing = read_commits(run.store, run.plan_digest, cache=run.commit_cache)
@@ -218,7 +220,9 @@ def drain(
         invocation=invocation,
         max_attempts=run.job.shards.max_attempts,
         bases=bases,
+        claim_until=time.monotonic() + budget_s,
     )
+    watch = CancelWatch(run.store, invocation, should_stop)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
@@ -243,20 +247,22 @@ def drain(
             input_schema=input_schema(run.plan),
             work_dir=run.work_dir,
             progress=progress,
-            should_stop=should_stop,
+            should_stop=watch,
         )
-        with should_stop.watched():
-            try:
+        try:
+            with should_stop.watched():
                 while (next_id := replica.next_shard()) is not None:
                     report.outcomes[run_shard(replica, next_id).outcome] += 1
-            finally:
-                stopping.set()
-                replica.close()
+                if is_cancelled(run.store, invocation):
+                    raise Stopped
+        finally:
+            stopping.set()
+            replica.close()
+            watch.close()
         for warning in feed.warnings:
             progress.note(warning)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
-    report.is_cancelled = claims.is_cancelled
     return report
 
 

@@ -137,9 +137,7 @@ def combine_kernel(
     for part in range(first, first + num_parts):
         heads = part * N + offs_n
         lse = tl.load(part_lse_ptr + heads, mask=offs_n < N, other=float("-inf"))
-        value = tl.load(
-            part_out_ptr + heads[:, None] * H + offs_h[None, :], mask=mask, other=0.0
-        )
+        value = tl.load(part_out_ptr + heads[:, None] * H + offs_h[None, :], mask=mask, other=0.0)
         new_top = tl.maximum(top, lse)
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         shrink = tl.exp2(top - safe_top)
