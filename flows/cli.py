@@ -31,6 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "generate a completion for every row; run again to resume")
     run.add_argument("job", help="job file (YAML)")
     _add_overrides(run)
+    plan = _command(
+        commands, "plan", "say what a job would do, take and cost; no GPU, nothing written"
+    )
+    plan.add_argument("job", help="job file (YAML)")
+    plan.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
+    _add_overrides(plan)
     status = _command(commands, "status", "say how far a run is, from the store alone")
     retry = _command(commands, "retry", "finish missing shards and redo failed rows in place")
     verify = _command(commands, "verify", "re-read everything stored and prove it whole")

@@ -70,6 +70,19 @@ def run(args: argparse.Namespace) -> int:
     return _conclude(args, job, this_run.uri, report.exhausted, manifest)
 
 
+def plan(args: argparse.Namespace) -> int:
+    """Say what a job would do; runs nothing and writes nothing into its output."""
+    from flows.preflight_text import preflight_lines
+    from tasks.preflight import preflight
+
+    job = load_job(args.job, overrides=args.overrides)
+    progress = Progress()
+    with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
+        found = preflight(job, work_dir=work_dir, progress=progress, hardware=args.hardware)
+    _print(args, found.as_document(), "\n".join(preflight_lines(found)))
+    return EXIT_OK
+
+
 def retry(args: argparse.Namespace) -> int:
     """Finish what is missing, redo failed rows in place, publish again."""
     from tasks.run import attach, drain, finish, new_invocation, read_record

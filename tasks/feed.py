@@ -6,6 +6,7 @@ only receives token ids and Arrow batches.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -92,6 +93,26 @@ class PromptFeed:
             end = min(row_end, file.row_start + file.num_rows)
             if first < end:
                 yield from self._read_file(plan, file, first, end)
+
+    def show(self, plan: PlanManifest, *, num_samples: int, num_rows: int) -> dict[str, Any]:
+        """Return the first rows and the first prompt, for the eye.
+
+        `schema` lists the copied-through columns; `samples` the first rows as clipped text; `prompt`
+        is what the model is given for `row`, or null when none of the first `num_rows` can run.
+        Raises as `read` does.
+        """
+        schema = [{"name": f.name, "type": str(f.type)} for f in input_schema(plan)]
+        shown: dict[str, Any] = {"schema": schema, "samples": [], "prompt": None, "row": None}
+        for file in plan.inputs:
+            if file.error is not None or not file.num_rows:
+                continue
+            path = self._path(file)
+            self._process.load(PromptColumns.from_json(plan.prompt_columns, self._job.input.prompt))
+            request = {"op": "show", "path": str(path), "name": file.uri, "first": file.row_start}
+            limits = {"num_samples": num_samples, "num_rows": num_rows}
+            told = self._process.ask_file({**request, **limits, "schema": plan.input_schema})
+            return shown | {name: told[name] for name in ("samples", "prompt", "row")}
+        return shown
 
     def _read_file(
         self, plan: PlanManifest, file: InputFile, first: int, end: int

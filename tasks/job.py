@@ -95,6 +95,12 @@ class OutputConfig:
     """Input column -> name in the output, for names that clash with result columns."""
 
     token_ids: bool = False
+    private: bool = False
+    """Keep prompts and completions out of reports and letters; counts and lengths stay."""
+
+    history: str | None = None
+    """Where lengths and speeds of earlier runs are kept, for forecasts; default: `_history/` beside
+    the results, above any `{date}` part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +134,9 @@ class HardwareConfig:
     replicas: int | Auto = "auto"
     stage_to: str = "auto"
     """auto, none (read weights in place), or a folder."""
+
+    price_per_hour: float | None = None
+    """US dollars for one GPU (or one replica without one) and hour; default: the hardware file's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
