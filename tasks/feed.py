@@ -4,6 +4,7 @@ Everything hostile (files, templates, prompts) is handled in a child process wit
 only receives token ids and Arrow batches.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,9 @@ class PromptFeed:
             "mode": "rows",
         }
         for frame in self._process.prepare(request):
-            yield from_rows(frame.payload, frame.header["row_start"], self._run_sampling)
+            batch = from_rows(frame.payload, frame.header["row_start"], self._run_sampling)
+            took = {name: frame.header[name] for name in ("read_s", "tokenise_s")}
+            yield dataclasses.replace(batch, **took)
 
     def _path(self, file: InputFile) -> Path:
         """Return the Parquet file to read, after checking once that the input is the planned one."""

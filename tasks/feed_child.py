@@ -13,6 +13,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,18 +170,23 @@ class Child:
         output = decode_schema(schema)
         self._recorder.write(READING, row_start)
         file = ParquetInput(Path(path), name=name)
+        started = time.perf_counter()
         for batch in file.batches(row_start - first, row_end - first):
             records, bad_text = repair_text(batch.records)
             start = first + batch.row_start
+            has_read = time.perf_counter()
             rows = self._preparer.prepare(
                 records, bad_text, row_start=start, poison=known, careful=start < careful_until
             )
+            prepared = time.perf_counter()
             header = {
                 "kind": "batch",
                 "row_start": start,
                 "num_rows": len(rows),
                 "num_hard": sum(row.is_hard for row in rows),
                 "num_replaced": sum(map(len, bad_text.values())),
+                "read_s": has_read - started,
+                "tokenise_s": prepared - has_read,
             }
             if mode == "count":
                 conform(records, output, self._sources, name=name)
@@ -189,6 +195,7 @@ class Child:
                 payload = to_rows(rows, conform(records, output, self._sources, name=name))
             self._reply(header, payload)
             self._recorder.write(READING, start + len(rows))
+            started = time.perf_counter()
         file.close()
 
 

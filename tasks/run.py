@@ -23,12 +23,13 @@ from inference.config import EngineConfig
 from inference.errors import ModelError
 from storage import keys
 from storage.commits import current_commits, read_commits
-from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
+from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound, StorageError
 from storage.inputs import InputFiles
 from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
+from storage.reveal import read_manifest
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
@@ -39,14 +40,16 @@ from tasks.fingerprint import (
     fingerprint_fields,
     versions,
 )
+from tasks.history import past_run, remember
 from tasks.holder import holder_name, is_dead
-from tasks.job import RunConfig
+from tasks.job import RunConfig, job_of
 from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
 from tasks.replica import Replica, ShardOutcome, StopSignal
 from tasks.results import ResultColumns
+from tasks.yardstick import Yardstick
 
 log = logging.getLogger("nightjar.run")
 
@@ -219,6 +222,7 @@ def drain(
         holder=holder,
         stage_s=run.model.stage_s,
         stopping=stopping,
+        measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
     with PromptFeed(
         job=run.job,
@@ -261,7 +265,24 @@ def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:
     healed = reveal_all(store, commits)
     if healed:
         log.info("completions brought in line for %d shards", len(healed))
-    return publish_run(store, plan, plan_digest, commits)
+    before = read_manifest(store)
+    manifest = publish_run(store, plan, plan_digest, commits)
+    if manifest is not None and (before is None or before.revision != manifest.revision):
+        remember_run(store, manifest, commits)
+    return manifest
+
+
+def remember_run(
+    store: ObjectStore, manifest: RunManifest, commits: Mapping[int, CommitRecord]
+) -> None:
+    """Keep lengths and speed for the next forecast; a store that refuses costs only that."""
+    record = read_record(store)
+    if any(commit.revision > 1 for commit in commits.values()):
+        return  # the receipts of redone shards cover their redone rows only
+    try:
+        remember(job_of(record), past_run(record, manifest, commits))
+    except StorageError as error:
+        log.warning("history not written: %s", error)
 
 
 def planned(store: ObjectStore) -> PlanManifest:
