@@ -23,6 +23,7 @@ from flows.cli import (
 )
 from flows.config import JobError, load_job
 from inference.errors import InferenceError
+from storage import keys
 from storage.errors import StorageError
 from storage.object_store import ObjectStore, StorageConfig, open_store
 from tasks.job import RunConfig
@@ -170,6 +171,19 @@ def verify(args: argparse.Namespace) -> int:
     if found.violations:
         return EXIT_UNVERIFIED
     return EXIT_OK if found.is_whole else EXIT_PARTIAL
+
+
+def report(args: argparse.Namespace) -> int:
+    """Draw a run's report and store it beside the run; any run that is planned has one."""
+    from tasks.report import write_report
+
+    store = _store(args)
+    page = write_report(store)
+    if args.out is not None:
+        Path(args.out).write_bytes(page)
+    place = f"{store.uri}/{keys.REPORT}"
+    _print(args, {"run": store.uri, "report": place, "out": args.out}, f"report  {place}")
+    return EXIT_OK
 
 
 def gc(args: argparse.Namespace) -> int:

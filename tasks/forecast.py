@@ -48,7 +48,7 @@ class Speed:
 
     basis: Literal["history", "roofline"]
     start_s: float
-    """Once, before the first token: stage, load, warm-up."""
+    """Once for each replica: stage, load, warm-up, and the tail."""
 
     prefill_s_per_token: float
     decode_s_per_token: float
@@ -132,15 +132,16 @@ def lengths_of_canary(num_sequences: int, num_tokens: int, max_tokens: int) -> L
 def speed_of(past: PastRun) -> Speed:
     """Return the speed of an earlier run."""
     seconds = past.replica_seconds
-    started = sum(seconds.get(name, 0.0) for name in START_PHASES) / past.num_replicas
-    decode = seconds.get("decode", 0.0) + seconds.get("tail", 0.0)
-    known = {*START_PHASES, "prefill", "decode", "tail"}
+    # The tail is as long as the longest completion, however many there are before it.
+    once = (*START_PHASES, "tail")
+    started = sum(seconds.get(name, 0.0) for name in once) / past.num_replicas
+    known = {*once, "prefill", "decode"}
     other = sum(value for name, value in seconds.items() if name not in known)
     return Speed(
         basis="history",
         start_s=started,
         prefill_s_per_token=seconds.get("prefill", 0.0) / max(1, past.num_prompt_tokens),
-        decode_s_per_token=decode / max(1, past.num_completion_tokens),
+        decode_s_per_token=seconds.get("decode", 0.0) / max(1, past.num_completion_tokens),
         other_s_per_sequence=other / max(1, past.num_rows),
         spread=_SPREAD_HISTORY,
         sentence=f"speed: as in run {past.run_id} on {past.device}",

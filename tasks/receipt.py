@@ -3,6 +3,7 @@
 `seconds` splits the wall time from the end of this replica's previous shard to the end of this one:
 
     stage, load, warm_up   once, in the receipt of a replica's first shard
+    start                  once: until the first rows came, most of it starting the tokenizer
     read, tokenise         the engine had nothing to run: waiting for rows
     prefill, decode        inside the engine
     tail                   decoding while no sequence was waiting and the batch ran empty
@@ -24,6 +25,7 @@ _WORDS = {
     "stage": "staging the weights",
     "load": "loading the model",
     "warm_up": "warming up",
+    "start": "starting, until the first rows came",
     "read": "waiting for rows to be read",
     "tokenise": "waiting for prompts to be rendered and tokenised",
     "prefill": "prefill below the roofline",
@@ -41,6 +43,7 @@ class Meter:
     stage_s: float = 0.0
     load_s: float = 0.0
     warmup_s: float = 0.0
+    start_s: float = 0.0
     read_s: float = 0.0
     tokenise_s: float = 0.0
     step_s: float = 0.0
@@ -53,6 +56,9 @@ class Meter:
 
     def starved(self, seconds: float, tokenise_share: float) -> None:
         """The engine waited so long for rows; the feed says how much of it was tokenising."""
+        if not self.step_s:
+            self.start_s += seconds
+            return
         self.tokenise_s += seconds * tokenise_share
         self.read_s += seconds * (1 - tokenise_share)
 
@@ -187,6 +193,7 @@ def _seconds(before: Mark, after: Mark, wall: float) -> dict[str, float]:
         "stage": spent("stage_s"),
         "load": spent("load_s"),
         "warm_up": spent("warmup_s"),
+        "start": spent("start_s"),
         "read": spent("read_s"),
         "tokenise": spent("tokenise_s"),
         "prefill": prefill,

@@ -269,6 +269,7 @@ def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:
     manifest = publish_run(store, plan, plan_digest, commits)
     if manifest is not None and (before is None or before.revision != manifest.revision):
         remember_run(store, manifest, commits)
+        draw_report(store)
     return manifest
 
 
@@ -283,6 +284,16 @@ def remember_run(
         remember(job_of(record), past_run(record, manifest, commits))
     except StorageError as error:
         log.warning("history not written: %s", error)
+
+
+def draw_report(store: ObjectStore) -> None:
+    """Draw report.html; what goes wrong with it costs the report, never the run."""
+    from tasks.report import write_report  # draws, and drawing is heavy
+
+    try:
+        write_report(store)
+    except StorageError as error:
+        log.warning("report not written: %s", error)
 
 
 def planned(store: ObjectStore) -> PlanManifest:

@@ -84,7 +84,7 @@ def test_a_receipt_says_what_it_knows_and_null_where_it_knows_nothing(first):
     assert "tokens/s over" in receipts[0]["summary"]
     assert receipts[-1]["seconds"]["tail"] > 0
     assert receipts[0]["seconds"]["decode"] > receipts[0]["seconds"]["tail"]
-    assert receipts[0]["seconds"]["tokenise"] > 0
+    assert receipts[0]["seconds"]["start"] > 0
 
 
 def test_the_second_run_of_a_job_is_forecast_from_the_first(first, tmp_path):

@@ -97,8 +97,8 @@ def test_the_same_work_is_forecast_to_take_as_long_as_it_took():
         deadline=deadline_at("20:02", start=EVENING),
         budget_usd=0.01,
     )
-    # 40 s of starting over two replicas, then 115 s of work over two.
-    assert made.seconds_p50 == pytest.approx(20 + 115 / 2)
+    # 40 s of starting and 10 s of tail over two replicas, then 105 s of work over two.
+    assert made.seconds_p50 == pytest.approx(25 + 105 / 2)
     assert made.seconds_p90 is not None
     assert made.seconds_p90 > made.seconds_p50
     assert made.usd_p50 == pytest.approx(made.seconds_p50 * 2 * 3.0 / 3600, rel=0.01)
