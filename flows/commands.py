@@ -24,6 +24,7 @@ from flows.cli import (
 )
 from flows.config import JobError, load_job
 from inference.errors import InferenceError
+from storage import keys
 from storage.errors import StorageError
 from storage.object_store import ObjectStore, StorageConfig, open_store
 from tasks.job_variables import ProvisionError
@@ -91,6 +92,19 @@ def run(args: argparse.Namespace) -> int:
         else:
             ended = generate(job, progress=progress, should_stop=_stop)
     return _conclude(args, ended)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Say what a job would do; runs nothing and writes nothing into its output."""
+    from flows.preflight_text import preflight_lines
+    from tasks.preflight import preflight
+
+    job = load_job(args.job, overrides=args.overrides)
+    progress = Progress()
+    with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
+        found = preflight(job, work_dir=work_dir, progress=progress, hardware=args.hardware)
+    _print(args, found.as_document(), "\n".join(preflight_lines(found)))
+    return EXIT_OK
 
 
 def retry(args: argparse.Namespace) -> int:
@@ -171,6 +185,19 @@ def verify(args: argparse.Namespace) -> int:
     if found.violations:
         return EXIT_UNVERIFIED
     return EXIT_OK if found.is_whole else EXIT_PARTIAL
+
+
+def report(args: argparse.Namespace) -> int:
+    """Draw a run's report and store it beside the run; any run that is planned has one."""
+    from tasks.report import write_report
+
+    store = _store(args)
+    page = write_report(store)
+    if args.out is not None:
+        Path(args.out).write_bytes(page)
+    place = f"{store.uri}/{keys.REPORT}"
+    _print(args, {"run": store.uri, "report": place, "out": args.out}, f"report  {place}")
+    return EXIT_OK
 
 
 def gc(args: argparse.Namespace) -> int:

@@ -4,8 +4,10 @@ Everything hostile (files, templates, prompts) is handled in a child process wit
 only receives token ids and Arrow batches.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -97,6 +99,26 @@ class PromptFeed:
             if first < end:
                 yield from self._read_file(plan, file, first, end)
 
+    def show(self, plan: PlanManifest, *, num_samples: int, num_rows: int) -> dict[str, Any]:
+        """Return the first rows and the first prompt, for the eye.
+
+        `schema` lists the copied-through columns; `samples` the first rows as clipped text; `prompt`
+        is what the model is given for `row`, or null when none of the first `num_rows` can run.
+        Raises as `read` does.
+        """
+        schema = [{"name": f.name, "type": str(f.type)} for f in input_schema(plan)]
+        shown: dict[str, Any] = {"schema": schema, "samples": [], "prompt": None, "row": None}
+        for file in plan.inputs:
+            if file.error is not None or not file.num_rows:
+                continue
+            path = self._path(file)
+            self._process.load(PromptColumns.from_json(plan.prompt_columns, self._job.input.prompt))
+            request = {"op": "show", "path": str(path), "name": file.uri, "first": file.row_start}
+            limits = {"num_samples": num_samples, "num_rows": num_rows}
+            told = self._process.ask_file({**request, **limits, "schema": plan.input_schema})
+            return shown | {name: told[name] for name in ("samples", "prompt", "row")}
+        return shown
+
     def _read_file(
         self, plan: PlanManifest, file: InputFile, first: int, end: int
     ) -> Iterator[PreparedBatch]:
@@ -119,7 +141,9 @@ class PromptFeed:
             "mode": "rows",
         }
         for frame in self._process.prepare(request):
-            yield from_rows(frame.payload, frame.header["row_start"], self._run_sampling)
+            batch = from_rows(frame.payload, frame.header["row_start"], self._run_sampling)
+            took = {name: frame.header[name] for name in ("read_s", "tokenise_s")}
+            yield dataclasses.replace(batch, **took)
 
     def _path(self, file: InputFile) -> Path:
         """Return the Parquet file to read, after checking once that the input is the planned one."""

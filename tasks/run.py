@@ -25,13 +25,14 @@ from inference.config import EngineConfig
 from inference.errors import ModelError
 from storage import keys
 from storage.commits import CommitCache, current_commits, read_commits
-from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
+from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound, StorageError
 from storage.failpoints import failpoint
 from storage.inputs import InputFiles
 from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
+from storage.reveal import read_manifest
 from tasks.cancel import CancelWatch, is_cancelled
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
@@ -43,8 +44,9 @@ from tasks.fingerprint import (
     fingerprint_fields,
     versions,
 )
+from tasks.history import past_run, remember
 from tasks.holder import holder_name, is_dead
-from tasks.job import RunConfig
+from tasks.job import RunConfig, job_of
 from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
 from tasks.progress import Progress
@@ -52,6 +54,7 @@ from tasks.publish import publish_run, reveal_all
 from tasks.replica import Replica, ShardOutcome
 from tasks.results import ResultColumns
 from tasks.stop import Stopped, StopSignal
+from tasks.yardstick import Yardstick
 
 log = logging.getLogger("nightjar.run")
 
@@ -229,6 +232,7 @@ def drain(
         holder=holder,
         stage_s=run.model.stage_s,
         stopping=stopping,
+        measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
     with PromptFeed(
         job=run.job,
@@ -275,7 +279,35 @@ def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:
     healed = reveal_all(store, commits)
     if healed:
         log.info("completions brought in line for %d shards", len(healed))
-    return publish_run(store, plan, plan_digest, commits)
+    before = read_manifest(store)
+    manifest = publish_run(store, plan, plan_digest, commits)
+    if manifest is not None and (before is None or before.revision != manifest.revision):
+        remember_run(store, manifest, commits)
+        draw_report(store)
+    return manifest
+
+
+def remember_run(
+    store: ObjectStore, manifest: RunManifest, commits: Mapping[int, CommitRecord]
+) -> None:
+    """Keep lengths and speed for the next forecast; a store that refuses costs only that."""
+    record = read_record(store)
+    if any(commit.revision > 1 for commit in commits.values()):
+        return  # the receipts of redone shards cover their redone rows only
+    try:
+        remember(job_of(record), past_run(record, manifest, commits))
+    except StorageError as error:
+        log.warning("history not written: %s", error)
+
+
+def draw_report(store: ObjectStore) -> None:
+    """Draw report.html; what goes wrong with it costs the report, never the run."""
+    from tasks.report import write_report  # draws, and drawing is heavy
+
+    try:
+        write_report(store)
+    except StorageError as error:
+        log.warning("report not written: %s", error)
 
 
 def planned(store: ObjectStore) -> PlanManifest:
