@@ -19,13 +19,18 @@ from inference.scheduler import MIN_SHARING_ROWS, Step
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 ITEM_FIELDS = 6
+"""row, slot, kv_start (a block's first token), kv_end, part (-1: the only one), context length."""
+
 TILE_FIELDS = 7
-ITEMS_PER_PROGRAM = 6
+"""slot, kv_start, kv_end, first query, number of queries, position of the first, part offset or NOT_CASCADE."""
+
+NOT_CASCADE = -1
+ITEMS_PER_PROGRAM = 3
 """Attention work is cut so that each program gets about this many items, or more when rows are short."""
 
 MIN_ITEM_TOKENS = 256
 
-NUM_ITEMS, NUM_TILES, NUM_CASCADE_TILES, NUM_SAMPLES = range(4)
+NUM_ITEMS, NUM_TILES, NUM_SAMPLES = range(3)
 """Places in `counts`."""
 
 
@@ -47,8 +52,8 @@ class BatchLimits:
 
     @property
     def max_num_tiles(self) -> int:
-        """Tiles a step can need: full ones, and a last one for every chunk or prefix group."""
-        return self.max_num_tokens // self.tile_queries + self.max_num_seqs + 1
+        """Tiles a step can need: full ones, and a last one for every chunk or piece of a prefix group."""
+        return self.max_num_tokens // self.tile_queries + 2 * self.max_num_seqs + self.num_programs
 
     @property
     def sections(self) -> dict[str, tuple[int, ...]]:
@@ -68,7 +73,6 @@ class BatchLimits:
             "sample_position": (rows,),
             "cascade_rows": (rows,),
             "tiles": (self.max_num_tiles, TILE_FIELDS),
-            "cascade_tiles": (self.max_num_tiles, TILE_FIELDS),
             "items": (self.max_num_items, ITEM_FIELDS),
         }
 
@@ -109,7 +113,6 @@ class Batch:
     row_part: Tensor
     row_num_parts: Tensor
     tiles: Tensor
-    cascade_tiles: Tensor
     cascade_rows: Tensor
     items: Tensor
     block_table: Tensor
@@ -118,11 +121,13 @@ class Batch:
     scratch: Any = None
     """What the attention kernels keep between launches."""
 
-    num_chunk_tiles: int = 0
+    num_tiles: int = 0
 
     def chunks(self) -> Iterator[list[int]]:
         """Yield the prefill tiles of this batch as lists, for `kernels.plain`."""
-        yield from self.tiles[: self.num_chunk_tiles].tolist()
+        for tile in self.tiles[: self.num_tiles].tolist():
+            if tile[6] == NOT_CASCADE:
+                yield tile
 
 
 @dataclass(slots=True)
@@ -133,12 +138,11 @@ class Plan:
     num_decodes: int
     num_samples: int
     num_tiles: int
-    num_cascade_tiles: int
 
     @property
     def is_mixed(self) -> bool:
         """Whether tiles are needed besides the decode items."""
-        return self.num_tiles + self.num_cascade_tiles > 0
+        return self.num_tiles > 0
 
 
 @dataclass(slots=True)
@@ -203,11 +207,11 @@ class Planner:
         parts["sample_token"][:num_rows] = np.arange(num_rows)
         parts["sample_slot"][:num_rows] = rows
         parts["sample_position"][:num_rows] = slots.num_sampled[rows]
-        num_cascade_tiles = self._fill_items(parts, rows, positions + 1)
+        num_tiles = self._fill_items(parts, rows, positions + 1)
         slots.context_len[rows] += 1
         slots.num_sampled[rows] += 1
 
-        num_tokens, num_samples, num_tiles = num_rows, num_rows, 0
+        num_tokens, num_samples = num_rows, num_rows
         for chunk in step.chunks:
             running, slot = chunk.running, chunk.running.slot
             end = num_tokens + chunk.num_tokens
@@ -229,9 +233,8 @@ class Planner:
             slots.context_len[slot] = chunk.start + chunk.num_tokens
             num_tokens = end
         parts["counts"][NUM_TILES] = num_tiles
-        parts["counts"][NUM_CASCADE_TILES] = num_cascade_tiles
         parts["counts"][NUM_SAMPLES] = num_samples
-        return Plan(num_tokens, num_rows, num_samples, num_tiles, num_cascade_tiles)
+        return Plan(num_tokens, num_rows, num_samples, num_tiles)
 
     def pad(self, parts: dict[str, Any], plan: Plan, num_tokens: int, num_samples: int) -> None:
         """Fill up to the sizes a captured graph has; padding reads token 0 and writes to the trash block."""
@@ -261,13 +264,13 @@ class Planner:
         part[:, 3] = first + begins
         part[:, 4] = ends - begins
         part[:, 5] = start + begins
-        part[:, 6] = 0
+        part[:, 6] = NOT_CASCADE
         return at + len(begins)
 
     def _fill_items(self, parts: dict[str, Any], rows: IntArray, lens: IntArray) -> int:
         """Cut the rows' own keys into items of about one size; return the number of cascade tiles."""
         limits, num_rows = self._limits, len(rows)
-        prefix, num_cascade_tiles, num_prefix_parts = self._fill_cascade(parts, rows)
+        prefix, num_tiles, num_prefix_parts = self._fill_cascade(parts, rows)
         own = lens - prefix
         block = limits.block_size
         target = int(own.sum()) // (ITEMS_PER_PROGRAM * limits.num_programs) if num_rows else 0
@@ -296,7 +299,7 @@ class Planner:
         parts["row_part"][:num_rows] = first_part
         parts["row_num_parts"][:num_rows] = num_parts
         parts["row_num_parts"][num_rows:] = 0
-        return num_cascade_tiles
+        return num_tiles
 
     def _fill_cascade(
         self, parts: dict[str, Any], rows: IntArray
@@ -325,8 +328,6 @@ class Planner:
             num_pieces = _num_pieces(length, num_group_tiles, limits)
             piece = -(-length // (num_pieces * limits.block_size)) * limits.block_size
             num_pieces = -(-length // piece)
-            if at + num_pieces * -(-size // limits.tile_queries) > limits.max_num_tiles:
-                break
             shared[members], num_parts[members] = length, num_pieces
             for first in range(start, start + size, limits.tile_queries):
                 count = min(limits.tile_queries, start + size - first)
@@ -334,7 +335,7 @@ class Planner:
                     begin = nth * piece
                     end = min(begin + piece, length)
                     slot = int(rows[members[0]])
-                    parts["cascade_tiles"][at] = (slot, begin, end, first, count, 0, nth)
+                    parts["tiles"][at] = (slot, begin, end, first, count, end, nth)
                     at += 1
         return shared, at, num_parts
 
@@ -372,12 +373,11 @@ def cut(whole: Batch, plan: Plan, num_tokens: int) -> Batch:
         row_part=whole.row_part,
         row_num_parts=whole.row_num_parts,
         tiles=whole.tiles,
-        cascade_tiles=whole.cascade_tiles,
         cascade_rows=whole.cascade_rows,
         items=whole.items,
         block_table=whole.block_table,
         scratch=whole.scratch,
-        num_chunk_tiles=plan.num_tiles,
+        num_tiles=plan.num_tiles,
     )
 
 

@@ -11,9 +11,6 @@ share its keys (GQA-packed). A row cut into several items leaves normalised part
 import triton
 import triton.language as tl
 
-ITEM_FIELDS = 6
-"""row, slot, kv_start (a block's first token), kv_end, part (-1: the only one), context length."""
-
 
 @triton.jit
 def decode_kernel(
