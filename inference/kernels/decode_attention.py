@@ -60,6 +60,8 @@ def decode_kernel(
             start = tl.maximum(start, (first // TILE) * TILE)
         q_offs = (row * N + head * G + offs_g[:, None]) * H + offs_h[None, :]
         q = tl.load(q_ptr + q_offs, mask=is_head, other=0.0)
+        if k_ptr.dtype.element_ty == tl.float8e4nv:
+            q = q.to(tl.float16)  # e4m3 becomes fp16 in one instruction, bf16 in several
         top = tl.full([G_PAD], float("-inf"), tl.float32)
         total = tl.zeros([G_PAD], tl.float32)
         acc = tl.zeros([G_PAD, H_PAD], tl.float32)
