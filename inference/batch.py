@@ -18,8 +18,9 @@ from inference.block_manager import TRASH_BLOCK
 from inference.scheduler import MIN_SHARING_ROWS, Step
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
-ITEM_FIELDS = 6
-"""row, slot, kv_start (a block's first token), kv_end, part (-1: the only one), context length."""
+ITEM_FIELDS = 8
+"""row, slot, kv_start (a block's first token), kv_end, part (-1: the only one), context length, and of the row: the
+parts to merge once all are there (0: not here), its first part."""
 
 TILE_FIELDS = 7
 """slot, kv_start, kv_end, first query, number of queries, position of the first, part offset or NOT_CASCADE."""
@@ -104,6 +105,9 @@ class Batch:
     is_mixed: bool
     """Whether the step has prefill chunks or a shared prefix, and not only rows on their own."""
 
+    has_cascade: bool
+    """Whether rows share a prefix."""
+
     counts: Tensor
     token_source: Tensor
     positions: Tensor
@@ -138,6 +142,7 @@ class Plan:
     num_decodes: int
     num_samples: int
     num_tiles: int
+    has_cascade: bool
 
     @property
     def is_mixed(self) -> bool:
@@ -208,6 +213,7 @@ class Planner:
         parts["sample_slot"][:num_rows] = rows
         parts["sample_position"][:num_rows] = slots.num_sampled[rows]
         num_tiles = self._fill_items(parts, rows, positions + 1)
+        has_cascade = num_tiles > 0
         slots.context_len[rows] += 1
         slots.num_sampled[rows] += 1
 
@@ -234,7 +240,7 @@ class Planner:
             num_tokens = end
         parts["counts"][NUM_TILES] = num_tiles
         parts["counts"][NUM_SAMPLES] = num_samples
-        return Plan(num_tokens, num_rows, num_samples, num_tiles)
+        return Plan(num_tokens, num_rows, num_samples, num_tiles, has_cascade)
 
     def pad(self, parts: dict[str, Any], plan: Plan, num_tokens: int, num_samples: int) -> None:
         """Fill up to the sizes a captured graph has; padding reads token 0 and writes to the trash block."""
@@ -295,9 +301,12 @@ class Planner:
         part = np.where(is_cut[row_of], first_part[row_of] + num_prefix_parts[row_of] + nth, -1)
         items[:, 4] = part[order]
         items[:, 5] = lens[row_of[order]]
+        num_merged = np.where(num_prefix_parts > 0, 0, num_parts)
+        items[:, 6] = num_merged[row_of[order]]
+        items[:, 7] = first_part[row_of[order]]
         parts["counts"][NUM_ITEMS] = len(row_of)
         parts["row_part"][:num_rows] = first_part
-        parts["row_num_parts"][:num_rows] = num_parts
+        parts["row_num_parts"][:num_rows] = np.where(num_prefix_parts > 0, num_parts, 0)
         parts["row_num_parts"][num_rows:] = 0
         return num_tiles
 
@@ -352,6 +361,7 @@ def make_batch(views: dict[str, Tensor], block_table: Tensor, scratch: Any = Non
         num_tokens=views["token_source"].shape[0],
         num_decodes=0,
         is_mixed=False,
+        has_cascade=False,
         block_table=block_table,
         scratch=scratch,
         **{name: views[name] for name in names},
@@ -364,6 +374,7 @@ def cut(whole: Batch, plan: Plan, num_tokens: int) -> Batch:
         num_tokens=num_tokens,
         num_decodes=plan.num_decodes,
         is_mixed=plan.is_mixed,
+        has_cascade=plan.has_cascade,
         counts=whole.counts,
         token_source=whole.token_source[:num_tokens],
         positions=whole.positions[:num_tokens],

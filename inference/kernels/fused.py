@@ -52,6 +52,9 @@ class Scratch:
     tickets: Tensor
     """Counters of the decode and tile launches, far apart."""
 
+    arrivals: Tensor
+    """Parts of each row and KV head that are written, while the decode kernel runs."""
+
     decode_programs: int
     tile_programs: int
     side_stream: Any
@@ -72,6 +75,7 @@ def make_scratch(
         torch.empty(num_parts, num_heads, head_dim, dtype=torch.float32, device=device),
         torch.empty(num_parts, num_heads, dtype=torch.float32, device=device),
         torch.zeros(2, 32, dtype=torch.int32, device=device),
+        torch.zeros(limits.max_num_seqs, num_kv_heads, dtype=torch.int32, device=device),
         decode_programs=num_sms * DECODE_PROGRAMS_PER_SM,
         tile_programs=num_sms,
         side_stream=torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None,
@@ -80,6 +84,7 @@ def make_scratch(
 
 DECODE_PROGRAMS_PER_SM = 4
 DECODE_OPTIONS = {"num_warps": 4, "STAGES": 2}
+DECODE_OPTIONS_FP8 = {"num_warps": 2, "STAGES": 3}
 TILE_OPTIONS = {"num_warps": 8, "STAGES": 2}
 
 
@@ -241,16 +246,19 @@ def attention(
         out,
         scratch.part_out,
         scratch.part_lse,
+        scratch.arrivals,
         scale_log2,
         table_stride,
         G_PAD=max(16, triton.next_power_of_2(group)),
         TILE=tile,
         WINDOW=window,
         **common,
-        **DECODE_OPTIONS,
+        **(DECODE_OPTIONS_FP8 if k_cache.dtype == torch.float8_e4m3fn else DECODE_OPTIONS),
     )
     if batch.is_mixed and scratch.side_stream is not None:
         torch.cuda.current_stream().wait_stream(scratch.side_stream)
+    if not batch.has_cascade:
+        return out
     n_block = min(16, triton.next_power_of_2(num_heads))
     num_rows = min(num_tokens, batch.row_num_parts.shape[0])
     combine_kernel[(num_rows, triton.cdiv(num_heads, n_block))](
