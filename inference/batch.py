@@ -280,7 +280,11 @@ class Planner:
         own = lens - prefix
         block = limits.block_size
         target = int(own.sum()) // (ITEMS_PER_PROGRAM * limits.num_programs) if num_rows else 0
-        target = max(target, MIN_ITEM_TOKENS, int(own.sum()) // max(1, limits.max_num_items - num_rows) + block)
+        target = max(
+            target,
+            MIN_ITEM_TOKENS,
+            int(own.sum()) // max(1, limits.max_num_items - num_rows) + block,
+        )
         count = -(-own // (-(-target // block) * block))
         size = -(-own // (count * block)) * block
         count = -(-own // size)
@@ -390,5 +394,3 @@ def cut(whole: Batch, plan: Plan, num_tokens: int) -> Batch:
         scratch=whole.scratch,
         num_tiles=plan.num_tiles,
     )
-
-

@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.batch import BatchLimits, Plan, Planner, Slots, buffer_size, cut, make_batch, views_of
+from inference.batch import (
+    BatchLimits,
+    Plan,
+    Planner,
+    Slots,
+    buffer_size,
+    cut,
+    make_batch,
+    views_of,
+)
 from inference.graphs import GraphPool, padded
 from inference.model import PagedModel
 from inference.sampler import Sampled, SamplerRow, sample

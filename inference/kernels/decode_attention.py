@@ -36,9 +36,7 @@ def _merge(
     acc = tl.zeros([N_BLOCK, H_PAD], tl.float32)
     for part in range(first_part, first_part + num_parts):
         heads = part * N + offs_n
-        lse = tl.load(
-            part_lse_ptr + heads, mask=is_n, other=float("-inf"), cache_modifier=".cg"
-        )
+        lse = tl.load(part_lse_ptr + heads, mask=is_n, other=float("-inf"), cache_modifier=".cg")
         place = part_out_ptr + heads[:, None] * H + offs_h[None, :]
         value = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
         new_top = tl.maximum(top, lse)
@@ -152,8 +150,18 @@ def decode_kernel(
                     first_part = tl.load(item + 7)
                     offs_n = head * G + offs_g
                     merged = _merge(
-                        part_out_ptr, part_lse_ptr, first_part, num_parts, offs_n, offs_g < G,
-                        offs_h, is_head, N, H, G_PAD, H_PAD,
+                        part_out_ptr,
+                        part_lse_ptr,
+                        first_part,
+                        num_parts,
+                        offs_n,
+                        offs_g < G,
+                        offs_h,
+                        is_head,
+                        N,
+                        H,
+                        G_PAD,
+                        H_PAD,
                     )
                     tl.store(out_ptr + q_offs, merged.to(out_ptr.dtype.element_ty), mask=is_head)
         pair = tl.atomic_add(ticket_ptr, 1)

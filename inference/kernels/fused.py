@@ -1,7 +1,7 @@
 """The engine's operations on Triton kernels: the same functions as `kernels.plain`, and sampling.
 
-    T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
-    R rows that sample   V vocabulary   P attention parts
+T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
+R rows that sample   V vocabulary   P attention parts
 """
 
 import math

@@ -143,6 +143,9 @@ class Case:
             window=window,
         )
         assert error_of(found[: self.num_tokens], expected[: self.num_tokens]) < TOLERANCE
+        scratch = self.batch.scratch
+        assert not scratch.tickets.any(), "a ticket counter was left behind"
+        assert not scratch.arrivals.any(), "a count of parts was left behind"
 
 
 def test_decode_attention_equals_plain():
