@@ -53,7 +53,7 @@ class StopChecker:
         )
         num_pending = len(self._token_ids) - self._read
         if new_text and (not window.endswith(_BROKEN) or num_pending > _MAX_PENDING_TOKENS):
-            self._tail = text[len(text) - self._num_kept :] if self._num_kept else ""
+            self._tail = text[-self._num_kept :] if self._num_kept else ""
             self._prefix, self._read = self._read, len(self._token_ids)
             self._prefix_text = self._decode(self._token_ids[self._prefix :])
         return is_found

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,15 @@ from inference.weights import check_model_folder
 logger = logging.getLogger(__name__)
 
 RECEIPT_NAME = "gguf_source.json"
-# `tokenizer.ggml.pre` names of tokenizers that give every digit a token of its own; transformers drops it.
+# `tokenizer.ggml.pre` names of byte-level tokenizers that give every digit a token of its own.
 _SINGLE_DIGIT_PRES = frozenset({"smollm", "starcoder", "refact", "command-r", "exaone"})
+_SPECIAL_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types
 
 
 def convert_gguf(gguf_path: str | Path, out_dir: str | Path, dtype: Dtype = "bfloat16") -> Path:
@@ -51,7 +58,8 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path, dtype: Dtype = "bfl
     try:
         _write_folder(source, scratch, "bfloat16" if dtype == "auto" else dtype)
         (scratch / RECEIPT_NAME).write_text(json.dumps(receipt) + "\n")
-        check_model_folder(scratch)
+        for weight_file in check_model_folder(scratch).weight_files:
+            weight_file.path.chmod(0o644)  # written as 0600; a model folder is for everyone
         if target.exists():
             target.rmdir()  # empty, or the rename fails and says so
         scratch.rename(target)
@@ -114,15 +122,14 @@ def _write_folder(source: Path, folder: Path, dtype: str) -> None:
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    load: Any = transformers.AutoModelForCausalLM
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **where, dtype=getattr(torch, dtype), **options
+        tokenizer = _tokenizer(source)
+        model = load.from_pretrained(
+            str(source.parent), gguf_file=source.name, dtype=getattr(torch, dtype), **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{source}: cannot be read as GGUF: {error}") from error
-    _restore_digit_splitting(source, tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
     # What the source was packed as is history: the saved weights are plain tensors.
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
@@ -132,17 +139,69 @@ def _write_folder(source: Path, folder: Path, dtype: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _restore_digit_splitting(source: Path, tokenizer: Any) -> None:
-    """Put back the `Digits` step that the GGUF only names."""
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
+def _tokenizer(source: Path) -> Any:
+    """Return the file's tokenizer; transformers' own reading of it is not always the file's.
 
-    field = GGUFReader(str(source)).fields.get("tokenizer.ggml.pre")
-    if field is None or str(field.contents()) not in _SINGLE_DIGIT_PRES:
-        return
-    backend = tokenizer.backend_tokenizer
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    Its versions differ in what they make of byte-level vocabularies (end token, decoder, fallback bytes), and
+    all drop the splitting of digits. So those are built here, from the file; the rest is left to transformers.
+    """
+    import transformers
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(source)).fields
+
+    def value(name: str) -> Any:
+        found = fields.get(f"tokenizer.{name}")
+        return None if found is None else found.contents()
+
+    tokens = value("ggml.tokens")
+    if value("ggml.model") == "gpt2" and value("ggml.pre") in _SINGLE_DIGIT_PRES:
+        make: Any = transformers.PreTrainedTokenizerFast
+        tokenizer = make(
+            tokenizer_object=_byte_level_bpe(value), clean_up_tokenization_spaces=False
+        )
+    else:
+        load: Any = transformers.AutoTokenizer
+        tokenizer = load.from_pretrained(str(source.parent), gguf_file=source.name)
+    for attribute, name in _SPECIAL_TOKENS.items():
+        token_id = value(f"ggml.{name}_token_id")
+        if token_id is not None:
+            setattr(tokenizer, attribute, tokens[token_id])
+    tokenizer.chat_template = value("chat_template")
+    return tokenizer
+
+
+def _byte_level_bpe(value: Callable[[str], Any]) -> Any:
+    """Return a `tokenizers.Tokenizer` of GPT-2's kind that gives every digit a token of its own."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tokens = value("ggml.tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in value("ggml.merges")]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    kinds = list(zip(tokens, value("ggml.token_type"), strict=True))
+    backend.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token, kind in kinds
+            if kind == _CONTROL
+        ]
+    )
+    backend.add_tokens(
+        [AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED]
+    )
+    if value("ggml.add_bos_token"):
+        bos_id = value("ggml.bos_token_id")
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos_id]} $A", special_tokens=[(tokens[bos_id], bos_id)]
+        )
+    return backend
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ _MAX_SMALL_FILE_BYTES = 100_000_000
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Files besides the weights that can change a token.
 _SMALL_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+# Written by whoever staged the model: when and from where, which changes no token.
+_STAGING_RECORD = "MANIFEST.json"
+_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")  # fmt: skip
 _ELEMENT_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -75,6 +78,11 @@ def check_model_folder(path: str | Path) -> ModelFolder:
         raise ModelError(f"{folder}: no such model folder; give a folder that holds config.json")
     config = _read_json(folder / "config.json")
     _refuse_remote_code(folder, config)
+    if not any((folder / name).is_file() for name in _TOKENIZER_NAMES):
+        # transformers would make up an empty one.
+        raise ModelError(
+            f"{folder}: no tokenizer file; add {_TOKENIZER_NAMES[0]} of the same model"
+        )
     weight_files = tuple(check_weight_file(folder / name) for name in _weight_file_names(folder))
     _check_index(folder, weight_files)
     return ModelFolder(folder, config, weight_files, content_id_of(folder, weight_files))
@@ -119,7 +127,8 @@ def content_id_of(folder: Path, weight_files: tuple[WeightFile, ...]) -> str:
 
     SHA-256 over, in order of file name, with each part's length before it:
 
-    - name and bytes of every small file (.json, .jinja, .txt, .model) at the top of the folder;
+    - name and bytes of every small file (.json, .jinja, .txt, .model) at the top of the folder, but for
+      the MANIFEST.json of a staged copy;
     - name, size, header bytes, and 64 blocks of 64 KiB spread evenly over the tensors' bytes (all of them
       when there are no more) of every weight file.
 
@@ -133,7 +142,8 @@ def content_id_of(folder: Path, weight_files: tuple[WeightFile, ...]) -> str:
         digest.update(part)
 
     for path in sorted(folder.iterdir()):
-        if path.suffix in _SMALL_FILE_SUFFIXES and path.is_file():
+        is_small = path.suffix in _SMALL_FILE_SUFFIXES and path.name != _STAGING_RECORD
+        if is_small and path.is_file():
             add(path.name.encode("utf-8", "surrogateescape"))
             add(_read_small_file(path))
     for weight_file in weight_files:

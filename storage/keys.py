@@ -22,6 +22,7 @@ METRICS = "metrics/"
 COMMITS = "commits/"
 ATTEMPTS = "_attempts/"
 LEASES = "_leases/"
+LEASE_CLOCK = "_leases/clock"  # written to learn the store's time
 INPUTS = "_inputs/"
 PROBE = "_probe/"
 

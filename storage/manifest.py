@@ -143,6 +143,9 @@ class PlanManifest(_Document):
     """Base64 of the Arrow IPC schema of the input columns that are copied through."""
 
     inputs: list[InputFile]
+    prompt_columns: Json = field(default_factory=dict)
+    """Which columns make a row's prompt, id and parameters, as settled at planning."""
+
     stats: Json = field(default_factory=dict)
     """Token histogram, shared-prefix saving, seconds taken: for people and forecasts."""
 
@@ -183,6 +186,8 @@ class CommitRecord(_Document):
     receipt: Json
     holder: str
     committed_at: str
+    tombstone: str | None = None
+    """Why nothing will come: uses up the revision of a cancelled shard. It has no part."""
 
     @classmethod
     def _build(cls, value: Json) -> Self:

@@ -8,10 +8,14 @@ what `storage.keys` spells. `open_store(uri)` picks the implementation:
     S3Store       any S3 endpoint; create-only by If-None-Match, with a nonce for lost replies
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
+from urllib.parse import unquote, urlsplit
+
+from storage.errors import BadInput
 
 
 class ObjectInfo(NamedTuple):
@@ -38,6 +42,9 @@ class StorageConfig:
     """Use a store without working conditional writes; the caller promises to run one replica."""
 
 
+DEFAULT_STORAGE = StorageConfig()
+
+
 class ObjectStore(Protocol):
     """Bytes under keys, rooted at `uri`. Methods raise `storage.errors` only; all may be called by threads."""
 
@@ -49,7 +56,7 @@ class ObjectStore(Protocol):
         """Return the whole object. Raises NotFound."""
 
     def get_range(self, key: str, start: int, end: int, *, if_match: str | None = None) -> bytes:
-        """Return bytes [start, end). Raises NotFound, PreconditionFailed."""
+        """Return bytes [start, end), fewer past the object's end. Raises NotFound, PreconditionFailed."""
 
     def download(self, key: str, path: Path, *, if_match: str | None = None) -> ObjectInfo:
         """Copy the object to a local file, whole or not at all. Raises NotFound, PreconditionFailed."""
@@ -85,3 +92,34 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield every object whose key starts with `prefix`, in key order, however many there are."""
+
+
+def open_store(uri: str, config: StorageConfig = DEFAULT_STORAGE) -> ObjectStore:
+    """Open the store rooted at `uri`: a path, `file://`, `s3://bucket/prefix` or `memory://name`.
+
+    Opening touches nothing: whether the place exists shows when it is used.
+
+    Raises:
+        BadInput: the scheme is unknown.
+        StorageError: the S3 settings do not make a client.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if scheme == "s3" and separator:
+        from storage.s3_store import S3Store  # boto3 takes a while to import
+
+        return S3Store(uri, config)
+    if scheme == "memory" and separator:
+        from storage.memory_store import MemoryStore
+
+        return MemoryStore.open(uri)
+    from storage.local_store import LocalStore
+
+    if scheme == "file" and separator:
+        path = unquote(urlsplit(uri).path)
+    elif separator and scheme.isalnum():
+        raise BadInput(
+            f"{scheme}://{rest}: unknown scheme; use a folder, file://, s3:// or memory://"
+        )
+    else:
+        path = os.path.expanduser(uri)
+    return LocalStore(path, allow_single_writer=config.allow_single_writer)

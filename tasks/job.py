@@ -4,10 +4,12 @@ Each room owns its settings (`inference.config`, `inference.sampling`, `storage.
 module composes them. `flows.config` turns a job file into a `RunConfig`.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from inference.config import Auto, Backend, Dtype, Quantization
+from inference.sampling import SamplingParams
 from storage.object_store import StorageConfig
 
 
@@ -65,12 +67,20 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    stop: list[str] = field(default_factory=list)
+    stop: str | list[str] = field(default_factory=list)
     stop_token_ids: list[int] = field(default_factory=list)
     ignore_eos: bool = False
     seed: int = 0
     n: int = 1
     logprobs: int | None = None
+
+    def params(self) -> SamplingParams:
+        """Return the same as the engine takes it. Raises ValueError naming the field."""
+        values = dataclasses.asdict(self)
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        return SamplingParams(
+            **{**values, "stop": tuple(stop), "stop_token_ids": tuple(self.stop_token_ids)}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,7 +76,7 @@ class Backend(Protocol):
         """Take sequences; returns at once. The order given is a hint, never a promise.
 
         Raises:
-            ValueError: a seq_id is already in use, or a prompt is empty or exceeds max_model_len.
+            ValueError: a seq_id is already in use, or a prompt is empty or leaves no room for a token in max_model_len.
         """
 
     def step(self) -> list[Completion]:

@@ -15,6 +15,7 @@ from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequence
 from inference.backends.dummy_tokenizer import FIRST_WORD_ID, WORDS, DummyTokenizer
 from inference.config import EngineConfig
+from inference.detokenise import StopChecker, finish_text
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, FinishReason, Sequence, TokenLogprob
 
@@ -130,15 +131,13 @@ class DummyBackend:
             if token_ids[position] in sampling.stop_token_ids:
                 token_ids, is_stopped = token_ids[:position], True
                 break
-        text = self._tokenizer.decode(token_ids)
-        if not any(stop in text for stop in sampling.stop):
+        decode = self._tokenizer.decode
+        text, is_cut = finish_text(decode, token_ids, sampling.stop, sampling.min_tokens)
+        if not is_cut:
             return token_ids, text, is_stopped
-        for end in range(max(1, sampling.min_tokens), len(token_ids) + 1):
-            so_far = self._tokenizer.decode(token_ids[:end])
-            cuts = [cut for stop in sampling.stop if (cut := so_far.find(stop)) >= 0]
-            if cuts:
-                return token_ids[:end], so_far[: min(cuts)], True
-        return token_ids, text, is_stopped
+        checker = StopChecker(decode, sampling.stop, sampling.min_tokens)
+        num_read = next(i for i, token_id in enumerate(token_ids, 1) if checker.append(token_id))
+        return token_ids[:num_read], text, True
 
 
 def _draws(sequence: Sequence) -> bytes:

@@ -5,7 +5,12 @@
 259 .. 514  words, each with a leading space; all that the dummy backend completes with
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DUMMY_MODEL_DIR = Path("dummy:")
+"""Stands for the dummy's model folder, which does not exist."""
 
 PAD_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID = 0, 1, 2
 FIRST_BYTE_ID = 3
@@ -21,6 +26,31 @@ class DummyTokenizer:
     vocab_size = VOCAB_SIZE
     bos_token_id = BOS_TOKEN_ID
     eos_token_id = EOS_TOKEN_ID
+    chat_template = (
+        "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+
+    def __call__(
+        self, texts: Sequence[str], *, add_special_tokens: bool = False
+    ) -> Mapping[str, list[list[int]]]:
+        """Encode many texts, as transformers tokenizers do; there are no special tokens to add."""
+        return {"input_ids": [self.encode(text) for text in texts]}
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Render messages to text in a sandbox."""
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        template = ImmutableSandboxedEnvironment().from_string(chat_template or self.chat_template)
+        return template.render(messages=messages, tools=tools, **kwargs)
 
     def encode(self, text: str) -> list[int]:
         """Return one id per UTF-8 byte, without special tokens.

@@ -8,7 +8,7 @@ sequences start with the next batch.
                                   ^                 |
                                   +--out of memory--+     recomputed in half the batch, with the same draws
 
-    B rows in the batch   L tokens of the longest row   V vocabulary
+    B rows in the batch   V vocabulary
 """
 
 import gc
@@ -23,13 +23,12 @@ from torch import Tensor
 
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequence
-from inference.backends.model_cache import ModelCache
 from inference.backends.row import Row, RowMaker
+from inference.backends.static_batch import StaticBatch
 from inference.config import EngineConfig
 from inference.end_tokens import end_token_ids
 from inference.errors import EngineConfigError, EngineFault
 from inference.loading import dtype_name, load_model, load_tokenizer
-from inference.sampler import NO_TOKEN, SamplerRow, sample
 from inference.sequence import Completion, Sequence
 from inference.weights import ModelFolder, check_model_folder
 
@@ -84,7 +83,7 @@ class TransformersBackend:
         self._waiting: deque[Sequence] = deque()
         self._ready: list[Row] = []  # sorted; the next batch is taken from the end
         self._is_longest_next = False
-        self._batch: _Batch | None = None
+        self._batch: StaticBatch | None = None
 
     @property
     def info(self) -> BackendInfo:
@@ -139,7 +138,7 @@ class TransformersBackend:
         self._seq_ids.clear()
         _free_memory()
 
-    def _next_batch(self) -> "_Batch | None":
+    def _next_batch(self) -> StaticBatch | None:
         if len(self._ready) < self._max_num_seqs and self._waiting:
             self._fill_window()
         rows: list[Row] = []
@@ -149,7 +148,7 @@ class TransformersBackend:
             if rows and longest * (len(rows) + 1) > self._max_num_batched_tokens:
                 break
             rows.append(self._ready.pop())
-        return _Batch(rows) if rows else None
+        return StaticBatch(rows) if rows else None
 
     def _fill_window(self) -> None:
         """Sort what has waited longest into `_ready`, with what a smaller batch left there."""
@@ -162,7 +161,7 @@ class TransformersBackend:
         )
         self._is_longest_next = not self._is_longest_next
 
-    def _advance(self, batch: "_Batch") -> list[Row]:
+    def _advance(self, batch: StaticBatch) -> list[Row]:
         """Run one step of the batch; return the rows it finished."""
         started_at = time.perf_counter()
         is_prefill = batch.is_new
@@ -181,7 +180,7 @@ class TransformersBackend:
             self._stats.peak_device_bytes = torch.cuda.max_memory_allocated(self._device)
         return finished
 
-    def _logits_or_none(self, batch: "_Batch") -> Tensor | None:
+    def _logits_or_none(self, batch: StaticBatch) -> Tensor | None:
         """Return the batch's logits [B, V], or None when the device is out of memory."""
         try:
             with torch.inference_mode():
@@ -197,11 +196,11 @@ class TransformersBackend:
                 f"the model failed on a batch of {len(batch.rows)}: {error}"
             ) from error
 
-    def _forward(self, batch: "_Batch") -> Tensor:
+    def _forward(self, batch: StaticBatch) -> Tensor:
         """Run the model on the batch's next tokens."""
         return batch.forward(self._model, self._device)
 
-    def _shrink(self, batch: "_Batch") -> list[Row]:
+    def _shrink(self, batch: StaticBatch) -> list[Row]:
         """Put the batch's rows back for half the batch; a row that does not fit alone has failed."""
         num_rows, num_tokens = len(batch.rows), batch.num_columns
         self._batch = None
@@ -224,72 +223,6 @@ class TransformersBackend:
         )
         self._ready.extend(reversed(batch.rows))
         return []
-
-
-class _Batch:
-    """Rows that run together, left-padded to one length."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-        self.is_new = True
-        self.num_columns = max(row.num_tokens for row in rows)
-        # Prompts run for the first time; a recomputed row's was counted before.
-        self.num_prompt_tokens = sum(
-            len(row.sequence.prompt_token_ids) for row in rows if not row.token_ids
-        )
-        self._slots = list(range(len(rows)))  # slots[i]: the row's place in the cache's batch
-        self._num_slots = len(rows)
-        self._cache: ModelCache | None = None
-
-    def forward(self, model: Any, device: torch.device) -> Tensor:
-        """Return the logits after each open row's last token, [B, V]."""
-        if self._cache is None:
-            self._cache = ModelCache(model, device)
-            logits_BV = self._cache.prefill([row.all_token_ids for row in self.rows])
-            self.is_new = False
-            return logits_BV
-        if len(self._slots) <= self._num_slots * 3 // 4 and self._cache.can_select:
-            self._cache.select(self._slots)  # copies the cache, so only when a quarter is gone
-            self._num_slots, self._slots = len(self._slots), list(range(len(self._slots)))
-        next_ids = [0] * self._num_slots  # finished rows run on with any token; nobody looks
-        for slot, row in zip(self._slots, self.rows, strict=True):
-            next_ids[slot] = row.token_ids[-1]
-        self.num_columns += 1
-        return self._cache.decode(next_ids)[self._slots]
-
-    def take(self, logits_BV: Tensor, end_ids: frozenset[int]) -> list[Row]:
-        """Sample every row's next token; remove and return the rows it finished."""
-        sampled = sample(logits_BV, [_sampler_row(row, end_ids) for row in self.rows])
-        finished: list[Row] = []
-        open_rows: list[Row] = []
-        open_slots: list[int] = []
-        for i, row in enumerate(self.rows):
-            if sampled.token_ids[i] == NO_TOKEN:
-                row.fail("the model gave no usable logits (NaN, infinite, or every token banned)")
-            else:
-                row.append(sampled.token_ids[i], sampled.logprobs[i])
-            if row.finish_reason is None:
-                open_rows.append(row)
-                open_slots.append(self._slots[i])
-            else:
-                finished.append(row)
-        self.rows, self._slots = open_rows, open_slots
-        return finished
-
-    def drop_cache(self) -> None:
-        """Free the KV cache; the batch cannot go on."""
-        self._cache = None
-
-
-def _sampler_row(row: Row, end_ids: frozenset[int]) -> SamplerRow:
-    sequence = row.sequence
-    return SamplerRow(
-        sampling=sequence.sampling,
-        draw_seed=sequence.draw_seed,
-        prompt_token_ids=sequence.prompt_token_ids,
-        token_ids=row.token_ids,
-        end_token_ids=end_ids,
-    )
 
 
 def _max_model_len(folder: ModelFolder, config: EngineConfig) -> int:

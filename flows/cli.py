@@ -1,0 +1,119 @@
+"""`nightjar`: run a job, look at a run, redo what failed, prove it whole.
+
+Only the standard library is imported here; each command imports what it needs. Exit codes:
+
+    0 published   1 our own fault   2 nothing was run, the job or input is wrong   3 partial
+    4 verification failed   5 more failed rows than allowed   130, 143 stopped by a signal
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_REFUSED = 2
+EXIT_PARTIAL = 3
+EXIT_UNVERIFIED = 4
+EXIT_FAILED_ROWS = 5
+
+_RUN_HELP = "run folder: OUTPUT_URI/RUN_ID, local or s3://"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; handlers are named, not imported."""
+    parser = argparse.ArgumentParser(
+        prog="nightjar",
+        description="Offline batch inference: Parquet prompts in, Parquet completions out, exactly once.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = _command(commands, "run", "generate a completion for every row; run again to resume")
+    run.add_argument("job", help="job file (YAML)")
+    _add_overrides(run)
+    status = _command(commands, "status", "say how far a run is, from the store alone")
+    retry = _command(commands, "retry", "finish missing shards and redo failed rows in place")
+    verify = _command(commands, "verify", "re-read everything stored and prove it whole")
+    drain = _command(commands, "drain", "join a planned run as one more replica")
+    drain.add_argument("--invocation", help="name of the start this replica belongs to")
+    drain.add_argument(
+        "--with-parent", action="store_true", help="stop when standard input is closed"
+    )
+    gc = _command(
+        commands,
+        "gc",
+        "delete what lost attempts of a run, or staging on this machine, left behind",
+    )
+    gc.add_argument("run", nargs="?", help=f"{_RUN_HELP}; without it, this machine's staged models")
+    gc.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
+    stage = _command(
+        commands, "stage", "bring model weights to this machine's fastest disk, verified"
+    )
+    stage.add_argument(
+        "model", nargs="?", help="folder, s3:// prefix, hf://repo@revision or GGUF file"
+    )
+    stage.add_argument("--to", default="auto", help="auto, shm, nvme, none or a folder")
+    stage.add_argument("--list", action="store_true", help="list what is staged")
+    stage.add_argument("--pin", action="store_true", help="stage, and never evict")
+    stage.add_argument("--unpin", action="store_true", help="let a pinned model be evicted again")
+    stage.add_argument("--evict", action="store_true", help="remove a staged model nobody reads")
+    tiers = _command(
+        commands, "tiers", "say on which GPUs a model fits, how fast and at what price"
+    )
+    tiers.add_argument("model", help="model folder; only its config.json is read")
+    tiers.add_argument(
+        "--for", dest="job", metavar="RUN", help="planned run whose token counts to use"
+    )
+    tiers.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
+    tiers.add_argument("--all", action="store_true", help="every GPU count, not only the smallest")
+    for command in (status, retry, verify, drain):
+        command.add_argument("run", help=_RUN_HELP)
+    for command in (status, retry, verify, drain, gc, stage, tiers):
+        command.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; faults of the user's are one line on stderr."""
+    args = build_parser().parse_args(argv)
+    from flows import commands
+
+    handler = getattr(commands, args.command.replace("-", "_"))
+    try:
+        code: int = handler(args)
+    except commands.REFUSALS as error:
+        return commands.refuse(args, error)
+    except commands.STOPS as stop:
+        return commands.stopped(args, stop)
+    except Exception:
+        # The one place where anything unexpected ends: with its traceback, as a fault of ours.
+        traceback.print_exc()
+        print(
+            "nightjar: this is a fault of Nightjar's own; please report the lines above",
+            file=sys.stderr,
+        )
+        return EXIT_BUG
+    return code
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override one setting, such as --set sampling.max_tokens=64; may be repeated",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

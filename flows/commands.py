@@ -1,0 +1,333 @@
+"""What each command does. Imported after the arguments are known to be right."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from flows import console
+from flows.cli import (
+    EXIT_FAILED_ROWS,
+    EXIT_OK,
+    EXIT_PARTIAL,
+    EXIT_REFUSED,
+    EXIT_UNVERIFIED,
+)
+from flows.config import JobError, load_job
+from inference.errors import InferenceError
+from storage.errors import StorageError
+from storage.object_store import ObjectStore, StorageConfig, open_store
+from tasks.job import RunConfig
+from tasks.progress import Progress
+from tasks.scratch import scratch_folder
+from tasks.stop import Stopped, StopSignal
+
+_ORPHAN_GRACE_S = 60.0
+
+REFUSALS = (JobError, StorageError, InferenceError)
+STOPS = (Stopped, KeyboardInterrupt)
+
+
+class Stop(StopSignal):
+    """Set by the first SIGINT or SIGTERM; remembers which. A second one ends the process at once."""
+
+    signum: int = signal.SIGINT
+
+    def on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Signal handler.
+
+        Raises:
+            Stopped: nobody watches, as while planning: the step in hand is given up.
+        """
+        if self.is_set():
+            console.show_cursor()
+            os._exit(128 + signum)
+        self.signum = signum
+        self.set()
+        if not self.is_watched:
+            raise Stopped
+
+    def follow_parent(self) -> None:
+        """Stop when standard input closes, as it does when the process that started this one ends."""
+        threading.Thread(target=self._follow, name="nightjar-parent", daemon=True).start()
+
+    def _follow(self) -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            continue
+        self.signum = signal.SIGTERM
+        self.set()
+        time.sleep(_ORPHAN_GRACE_S)
+        os._exit(128 + signal.SIGTERM)
+
+
+_stop = Stop()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, drain and publish one job in this process."""
+    from tasks.launch import run_replicas
+    from tasks.publish import reveal_all
+    from tasks.run import finish, prepare
+
+    job = load_job(args.job, overrides=args.overrides)
+    progress = Progress()
+    with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
+        this_run = prepare(job, work_dir=work_dir, progress=progress)
+        try:
+            progress.phase = "looking for what is committed"
+            reveal_all(this_run.store, this_run.commits())
+            report = run_replicas(this_run, progress=progress, should_stop=_stop)
+            manifest = finish(this_run.store, progress)
+        finally:
+            this_run.model.close()
+    return _conclude(args, job, this_run.uri, report.exhausted, manifest)
+
+
+def retry(args: argparse.Namespace) -> int:
+    """Finish what is missing, redo failed rows in place, publish again."""
+    from tasks.run import attach, drain, finish, new_invocation, read_record
+
+    store = _store(args)
+    record = read_record(store)
+    job = load_job(record.job)
+    progress = Progress()
+    with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
+        this_run = attach(job, record, store, work_dir=work_dir, progress=progress)
+        try:
+            report = drain(
+                this_run,
+                invocation=new_invocation(),
+                progress=progress,
+                should_stop=_stop,
+                failed_rows=True,
+            )
+            manifest = finish(this_run.store, progress)
+        finally:
+            this_run.model.close()
+    return _conclude(args, job, this_run.uri, report.exhausted, manifest)
+
+
+def drain(args: argparse.Namespace) -> int:
+    """Join a planned run as one more replica; never publishes."""
+    from tasks.run import attach, new_invocation, read_record
+    from tasks.run import drain as drain_run
+
+    store = _store(args)
+    record = read_record(store)
+    job = load_job(record.job)
+    progress = Progress()
+    if args.with_parent:
+        _stop.follow_parent()
+    with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
+        this_run = attach(job, record, store, work_dir=work_dir, progress=progress)
+        try:
+            report = drain_run(
+                this_run,
+                invocation=args.invocation or new_invocation(),
+                progress=progress,
+                should_stop=_stop,
+            )
+        finally:
+            this_run.model.close()
+    document = {"outcomes": dict(report.outcomes), "failed_shards": report.exhausted}
+    _print(args, document, f"shards: {dict(report.outcomes) or 'none left'}")
+    return EXIT_PARTIAL if report.exhausted else EXIT_OK
+
+
+def status(args: argparse.Namespace) -> int:
+    """Say how far a run is; reads the store, never Prefect."""
+    from tasks.status import run_status
+
+    found = run_status(_store(args))
+    if args.json:
+        print(json.dumps(found.as_document()))
+    else:
+        console.print_status(found)
+    return EXIT_OK if found.is_published else EXIT_PARTIAL
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Prove what is stored."""
+    from tasks.run import read_record
+    from tasks.verify import verify_run
+
+    store = _store(args)
+    read_record(store)
+    with scratch_folder() as work_dir:
+        found = verify_run(store, work_dir)
+    document = {
+        "run": store.uri,
+        "is_whole": found.is_whole,
+        "is_published": found.is_published,
+        "num_parts": found.num_parts,
+        "num_rows": found.num_rows,
+        "rows_by_state": dict(found.counts),
+        "missing_shards": found.missing_shards,
+        "violations": found.violations,
+    }
+    if args.json:
+        print(json.dumps(document))
+    else:
+        console.print_verification(store.uri, found)
+    if found.violations:
+        return EXIT_UNVERIFIED
+    return EXIT_OK if found.is_whole else EXIT_PARTIAL
+
+
+def gc(args: argparse.Namespace) -> int:
+    """Delete what lost attempts of a run, or abandoned staging on this machine, left behind."""
+    if args.run is None:
+        return _gc_models(args)
+    from storage.garbage import collect_garbage
+    from tasks.run import read_record
+
+    store = _store(args)
+    read_record(store)
+    removed = collect_garbage(store, dry_run=args.dry_run)
+    verb = "would delete" if args.dry_run else "deleted"
+    text = f"{verb} {len(removed.keys)} objects, {removed.num_bytes:,} bytes"
+    _print(args, {"dry_run": args.dry_run, "keys": list(removed.keys)}, text)
+    return EXIT_OK
+
+
+def _gc_models(args: argparse.Namespace) -> int:
+    from storage import model_caches
+    from tasks.stage import describe_evictions
+
+    if args.dry_run:
+        raise JobError(
+            "gc --dry-run: give a run folder; `nightjar stage --list` shows staged models"
+        )
+    removed = model_caches.gc()
+    document = {"evicted": [eviction._asdict() for eviction in removed]}
+    _print(args, document, describe_evictions(removed))
+    return EXIT_OK
+
+
+def stage(args: argparse.Namespace) -> int:
+    """Stage, list, pin or evict models on this machine."""
+    from storage import model_caches
+    from tasks.stage import as_json, describe, describe_entries, describe_evictions
+    from tasks.stage import stage as stage_model
+
+    if args.list:
+        entries = model_caches.list_staged()
+        document = {"models": [_plain(entry._asdict()) for entry in entries]}
+        _print(args, document, describe_entries(entries))
+        return EXIT_OK
+    if args.model is None:
+        raise JobError("stage: name a model, or give --list")
+    if args.evict:
+        evictions = model_caches.evict(args.model)
+        document = {"evicted": [eviction._asdict() for eviction in evictions]}
+        _print(args, document, describe_evictions(evictions))
+        return EXIT_OK if all(not e.kept_because for e in evictions) else EXIT_REFUSED
+    if args.unpin:
+        model_caches.pin(args.model, pinned=False)
+        return EXIT_OK
+    with stage_model(args.model, storage=_storage(args), stage_to=args.to) as staged:
+        if args.pin:
+            model_caches.pin(staged.content_id)
+        _print(args, _plain(as_json(staged.report)), describe(staged.report))
+    return EXIT_OK
+
+
+def tiers(args: argparse.Namespace) -> int:
+    """Size a model from its config alone, on every GPU type known."""
+    from inference.tiers import tiers_table
+    from tasks.sizing import size
+
+    store = None
+    if args.job is not None:
+        store = open_store(args.job, _storage(args))
+    sizing = size(args.model, hardware=args.hardware, run=store)
+    rows = tiers_table(sizing, detail="all" if args.all else "smallest")
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        console.print_tiers(rows)
+    return EXIT_OK if sizing.best is not None else EXIT_REFUSED
+
+
+def refuse(args: argparse.Namespace, error: BaseException) -> int:
+    """One line on what is wrong and what to change."""
+    if getattr(args, "json", False):
+        print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+    print(f"nightjar {args.command}: {error}", file=sys.stderr)
+    # A store that was there at the start and went away leaves a run that can be resumed.
+    return EXIT_PARTIAL if getattr(error, "retryable", False) else EXIT_REFUSED
+
+
+def stopped(args: argparse.Namespace, stop: BaseException) -> int:
+    """Stopped by a signal: leases are released, what is committed stays."""
+    name = signal.Signals(_stop.signum).name
+    print(
+        f"nightjar {args.command}: stopped by {name}; run the same again to go on", file=sys.stderr
+    )
+    return 128 + _stop.signum
+
+
+def _conclude(
+    args: argparse.Namespace,
+    job: RunConfig,
+    uri: str,
+    exhausted: dict[int, str],
+    manifest: Any,
+) -> int:
+    from tasks.publish import num_failed
+    from tasks.status import run_status
+
+    store = open_store(uri, job.storage)
+    found = run_status(store)
+    if args.json:
+        failed = {f"{shard_id:05d}": error for shard_id, error in exhausted.items()}
+        print(json.dumps({**found.as_document(), "failed_shards": failed}))
+    else:
+        console.print_outcome(found, exhausted, console.samples(store))
+    if manifest is None:
+        return EXIT_PARTIAL
+    if job.max_failed_rows is not None and num_failed(manifest) > job.max_failed_rows:
+        print(
+            f"nightjar {args.command}: {num_failed(manifest)} rows failed, max_failed_rows allows "
+            f"{job.max_failed_rows}",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED_ROWS
+    return EXIT_OK
+
+
+def _store(args: argparse.Namespace) -> ObjectStore:
+    return open_store(args.run, _storage(args))
+
+
+def _storage(args: argparse.Namespace) -> StorageConfig:
+    return StorageConfig(endpoint_url=args.endpoint_url or os.environ.get("AWS_ENDPOINT_URL"))
+
+
+def _print(args: argparse.Namespace, document: dict[str, Any], text: str) -> None:
+    print(json.dumps(document) if args.json else text)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths as text, so that the document is JSON."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    old = {s: signal.signal(s, _stop.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)

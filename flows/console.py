@@ -1,0 +1,228 @@
+"""What people see: a live bar on a terminal, one line a minute elsewhere, a table at the end."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from storage import keys
+from storage.errors import NotFound
+from storage.object_store import ObjectStore
+from tasks.progress import Progress, Snapshot
+from tasks.status import RunStatus
+from tasks.verify import Verification
+
+_LINE_EVERY_S = 60.0
+_REFRESH_S = 0.25
+_SAMPLE_CHARS = 160
+
+
+@contextmanager
+def show(progress: Progress, *, as_json: bool) -> Iterator[None]:
+    """Render progress on stderr while the body runs."""
+    console = Console(stderr=True)
+    done = threading.Event()
+    target = _live if console.is_terminal and not as_json else _lines
+    thread = threading.Thread(target=target, args=(console, progress, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def show_cursor() -> None:
+    """Undo what a live bar does to the terminal, in a process that ends without its clean-up."""
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\x1b[?25h\n")
+
+
+def progress_line(snapshot: Snapshot) -> str:
+    """Return one plain line: phase, rows, tokens/s, ETA, shard states."""
+    shards = ", ".join(f"{count} {state}" for state, count in snapshot.shards.items())
+    parts = [snapshot.phase]
+    if snapshot.num_rows:
+        parts.append(f"{snapshot.rows_done:,}/{snapshot.num_rows:,} rows")
+        parts.append(f"{snapshot.tokens_per_s:,.0f} tokens/s")
+        parts.append(f"ETA {_duration(snapshot.eta_s)}")
+        parts.append(f"shards: {shards or 'none started'} of {snapshot.num_shards}")
+    return " | ".join(parts)
+
+
+def print_outcome(
+    status: RunStatus, exhausted: Mapping[int, str], completions: list[dict[str, Any]]
+) -> None:
+    """Print what happened, a few completions, and where everything is."""
+    console = Console()
+    console.print(_summary_table(status))
+    for shard_id, error in exhausted.items():
+        console.print(Text(f"shard {shard_id:05d} could not be finished: {error}", style="red"))
+    for row in completions:
+        console.print(Text(f"row {row['row_index']}: ", style="bold"), end="")
+        console.print(Text(_clipped(row["completion"])))
+    _print_places(console, status)
+
+
+def print_status(status: RunStatus) -> None:
+    """Print how far a run is."""
+    console = Console()
+    console.print(_summary_table(status))
+    for shard_id, error in status.failed_shards.items():
+        console.print(Text(f"shard {shard_id:05d}, last attempt: {error}", style="red"))
+    _print_places(console, status)
+
+
+def print_tiers(rows: list[dict[str, Any]]) -> None:
+    """Print what fits where, the best marked, then what does not fit and why."""
+    console = Console()
+    table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
+    for name in ("", "GPU", "weights"):
+        table.add_column(name, no_wrap=True)
+    for name in ("count", "TP", "copies", "KV tokens", "tokens/s", "hours", "$/M"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in (row for row in rows if row["fits"]):
+        price = row["usd_per_million_tokens"]
+        held = row["dtype"] if row["quantization"] == "none" else row["quantization"]
+        table.add_row(
+            "*" if row["best"] else "",
+            _gpu_name(row),
+            held,
+            str(row["num_gpus"]),
+            str(row["tensor_parallel_size"]),
+            str(row["replicas"]),
+            f"{row['kv_tokens']:,}",
+            f"{row['completion_tokens_per_s']:,.0f}",
+            f"{row['hours']:.2f}",
+            "-" if price is None else f"{price:.3f}",
+        )
+    console.print(table)
+    for row in rows:
+        if row["fits"] and row["best"]:
+            console.print(Text(f"* {row['reason']}"))
+        if not row["fits"]:
+            nearest = f"; {row['nearest']}" if row["nearest"] else ""
+            console.print(
+                Text(f"{row['gpu']} {row['quantization']}: {row['reason']}{nearest}", style="dim")
+            )
+
+
+def print_verification(uri: str, found: Verification) -> None:
+    """Print what `verify` found."""
+    console = Console()
+    states = ", ".join(f"{count:,} {state}" for state, count in sorted(found.counts.items()))
+    console.print(f"{found.num_parts} parts read, {found.num_rows:,} rows: {states or 'none'}")
+    for violation in found.violations:
+        console.print(Text(violation, style="red"))
+    if found.missing_shards:
+        console.print(f"{len(found.missing_shards)} shards are not committed yet")
+    verdict = "whole" if found.is_whole else "NOT whole"
+    console.print(f"{escape(uri)} is {verdict}")
+
+
+def samples(store: ObjectStore, count: int = 3) -> list[dict[str, Any]]:
+    """Return a few answered rows of the first part, for the eye."""
+    import tempfile
+    from pathlib import Path
+
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.parquet"
+        try:
+            store.download(keys.completions(0), path)
+        except NotFound:
+            return []
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(
+                batch_size=256, columns=["row_index", "state", "completion"]
+            ):
+                return [row for row in batch.to_pylist() if row["state"] == "ok"][:count]
+    return []
+
+
+def _summary_table(status: RunStatus) -> Table:
+    table = Table(title=f"run {status.run_id}", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    state = "published" if status.is_published else "not published"
+    if status.manifest and status.manifest.revision > 1:
+        state += f", revision {status.manifest.revision}"
+    table.add_row("state", state)
+    table.add_row("shards committed", f"{status.num_committed:,} of {status.num_shards:,}")
+    done = sum(status.rows_by_state.values())
+    table.add_row("rows", f"{done:,} of {status.num_rows:,}")
+    for name, rows in status.rows_by_state.items():
+        table.add_row(f"  {name}", f"{rows:,}")
+    table.add_row("prompt tokens", f"{status.num_prompt_tokens:,}")
+    table.add_row("completion tokens", f"{status.num_completion_tokens:,}")
+    rate = (status.manifest.totals if status.manifest else {}).get(
+        "completion_tokens_per_replica_s"
+    )
+    if rate:
+        table.add_row("completion tokens/s per replica", f"{rate:,.1f}")
+    return table
+
+
+def _print_places(console: Console, status: RunStatus) -> None:
+    console.print(Text(f"completions  {status.uri}/{keys.COMPLETIONS}", overflow="fold"))
+    console.print(Text(f"receipts     {status.uri}/{keys.METRICS}", overflow="fold"))
+    if status.is_published:
+        console.print(Text(f"manifest     {status.uri}/{keys.manifest()}", overflow="fold"))
+
+
+def _live(console: Console, progress: Progress, done: threading.Event) -> None:
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while not done.wait(_REFRESH_S):
+            for note in progress.take_notes():
+                live.console.print(Text(note))
+            live.update(_bar(progress.snapshot()), refresh=True)
+    for note in progress.take_notes():
+        console.print(Text(note))
+
+
+def _bar(snapshot: Snapshot) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    bar = ProgressBar(total=max(1, snapshot.num_rows), completed=snapshot.rows_done, width=30)
+    grid.add_row(bar, Text(progress_line(snapshot)))
+    return grid
+
+
+def _lines(console: Console, progress: Progress, done: threading.Event) -> None:
+    waited, shown = 0.0, ""
+    while not done.wait(_REFRESH_S):
+        waited += _REFRESH_S
+        for note in progress.take_notes():
+            print(note, file=sys.stderr, flush=True)
+        snapshot = progress.snapshot()
+        if waited >= _LINE_EVERY_S or snapshot.phase.split(",")[0] != shown:
+            waited, shown = 0.0, snapshot.phase.split(",")[0]
+            print(progress_line(snapshot), file=sys.stderr, flush=True)
+    for note in progress.take_notes():
+        print(note, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _gpu_name(row: dict[str, Any]) -> str:
+    return row["gpu"] if row["offload"] == "none" else f"{row['gpu']}, weights on {row['offload']}"
+
+
+def _clipped(text: str | None) -> str:
+    one_line = " ".join((text or "").split())
+    return one_line if len(one_line) <= _SAMPLE_CHARS else one_line[: _SAMPLE_CHARS - 3] + "..."

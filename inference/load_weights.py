@@ -1,0 +1,172 @@
+"""Every tensor of a model's safetensors files, on the device, one after the other.
+
+    for name, tensor in load_weights(paths, device="cuda"):
+        parameters[name].copy_(tensor)
+
+Two ways: `safetensors`, the library's own (the fallback, and the default on CPU), and `parallel`, which
+keeps disk, processor and bus busy together (`inference.weight_reader`). Under tensor parallel a rank
+asks for its slices only.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from inference.weight_reader import (
+    CudaMover,
+    Entry,
+    HostMover,
+    Slice,
+    WeightFileReader,
+    chunks_of,
+)
+from inference.weights import check_weight_file
+
+MAX_AHEAD_BYTES = 2 << 30
+"""Most bytes of tensors that are loaded before the caller has taken those in front of them."""
+
+Slicer = Callable[[str, tuple[int, ...]], Slice | None]
+"""(name, shape in the file) -> this rank's part; None for all of it."""
+
+Destination = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor | None]
+"""(name, shape, dtype of what is loaded) -> the contiguous tensor to fill; None to allocate one."""
+
+
+def load_weights(
+    paths: Iterable[Path],
+    *,
+    device: str | torch.device = "cpu",
+    method: Literal["auto", "safetensors", "parallel"] = "auto",
+    slicer: Slicer | None = None,
+    destination: Destination | None = None,
+    num_threads: int = 8,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) for every tensor of the files, in the files' order, on `device`.
+
+    Args:
+        method: auto is parallel on CUDA, else safetensors.
+        slicer: which part of each tensor to load.
+        destination: where to, such as the parameters themselves, so that no second copy is ever on
+            the device.
+        num_threads: readers, each with two pinned buffers of 32 MiB on CUDA.
+
+    Raises:
+        ModelError: a file is missing, truncated, unreadable, or of an unknown dtype.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    slicer = slicer or (lambda name, shape: None)
+    destination = destination or (lambda name, shape, dtype: None)
+    if method == "parallel" or (method == "auto" and device.type == "cuda"):
+        return _parallel(list(paths), device, slicer, destination, num_threads)
+    return _plain(list(paths), device, slicer, destination)
+
+
+def _plain(
+    paths: Sequence[Path], device: torch.device, slicer: Slicer, destination: Destination
+) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    for path in paths:
+        check_weight_file(path)
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.offset_keys():
+                view = file.get_slice(name)
+                part = slicer(name, tuple(view.get_shape()))
+                if part:
+                    index = (slice(None),) * part.dim + (slice(part.start, part.stop),)
+                    tensor = view[index].contiguous()
+                else:
+                    tensor = file.get_tensor(name)
+                target = destination(name, tuple(tensor.shape), tensor.dtype)
+                yield name, tensor if target is None else target.copy_(tensor)
+
+
+def _parallel(
+    paths: Sequence[Path],
+    device: torch.device,
+    slicer: Slicer,
+    destination: Destination,
+    num_threads: int,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    loader = _Loader(device, slicer, destination, num_threads)
+    try:
+        for path in paths:
+            for entry in loader.open(path):
+                loader.start(entry)
+                while loader.ahead_bytes > MAX_AHEAD_BYTES:
+                    yield loader.finish()
+        while loader.ahead_bytes:
+            yield loader.finish()
+    finally:
+        loader.close()
+
+
+@dataclass(slots=True)
+class _Loading:
+    """A tensor on its way."""
+
+    name: str
+    tensor: torch.Tensor
+    chunks: list["Future[Any]"] = field(default_factory=list)
+
+
+class _Loader:
+    """Starts tensors in order and hands them out in order; threads do the work in between."""
+
+    def __init__(
+        self, device: torch.device, slicer: Slicer, destination: Destination, num_threads: int
+    ) -> None:
+        self._device = device
+        self._slicer = slicer
+        self._destination = destination
+        self._mover: Any = CudaMover(device) if device.type == "cuda" else HostMover()
+        self._pool = ThreadPoolExecutor(num_threads)
+        self._files: list[WeightFileReader] = []
+        self._waiting: deque[_Loading] = deque()
+        self.ahead_bytes = 0
+        """Of tensors that were started and not handed out; empty ones count as one byte."""
+
+    def open(self, path: Path) -> list[Entry]:
+        """Take on one more file; return its tensors."""
+        self._files.append(WeightFileReader(path, direct=self._device.type == "cuda"))
+        return self._files[-1].entries
+
+    def start(self, entry: Entry) -> None:
+        """Begin to load one tensor of the file opened last."""
+        part = self._slicer(entry.name, entry.shape)
+        shape = part.shape_of(entry.shape) if part else entry.shape
+        target = self._destination(entry.name, shape, entry.dtype)
+        if target is None:
+            target = torch.empty(shape, dtype=entry.dtype, device=self._device)
+        assert target.is_contiguous(), f"{entry.name}: the destination is not contiguous"
+        assert (tuple(target.shape), target.dtype) == (shape, entry.dtype), entry.name
+        # Memory that the allocator hands out again may still be read by work queued before.
+        is_cuda = self._device.type == "cuda"
+        ready = torch.cuda.current_stream(self._device).record_event() if is_cuda else None
+        loading = _Loading(entry.name, target)
+        for chunk in chunks_of(self._files[-1], entry, part, target, ready=ready):
+            loading.chunks.append(self._pool.submit(self._mover.move, chunk))
+        self._waiting.append(loading)
+        self.ahead_bytes += max(1, target.nbytes)
+
+    def finish(self) -> tuple[str, torch.Tensor]:
+        """Wait for the tensor in front. Raises ModelError."""
+        loading = self._waiting.popleft()
+        for chunk in loading.chunks:
+            if (event := chunk.result()) is not None:
+                torch.cuda.current_stream(self._device).wait_event(event)
+        self.ahead_bytes -= max(1, loading.tensor.nbytes)
+        return loading.name, loading.tensor
+
+    def close(self) -> None:
+        """Stop the threads and close the files."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for file in self._files:
+            file.close()

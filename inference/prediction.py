@@ -1,0 +1,148 @@
+"""How long a replica takes for a whole workload: prefill, steady state, drain, or offloaded passes."""
+
+import math
+from dataclasses import dataclass
+
+from inference.roofline import PREFILL_CHUNK_TOKENS, Replica, SequenceClass, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Seconds of generation for one replica's share, start-up not counted."""
+
+    prefill_s: float
+    """Steps that only prefill; in the steady state prefill rides along and counts there."""
+
+    steady_s: float
+    drain_s: float
+    num_running: float
+    """Sequences that run at once while the batch is full."""
+
+    @property
+    def seconds(self) -> float:
+        """All phases together."""
+        return self.prefill_s + self.steady_s + self.drain_s
+
+
+def predict(replica: Replica, workload: Workload) -> Prediction:
+    """Predict one replica's time for `workload`; its KV room must hold the longest sequence."""
+    mean = _Means.of(workload)
+    held = mean.prompt - mean.reused + mean.age
+    room = replica.kv_tokens / max(held, 1.0)
+    running = max(min(room, replica.max_num_seqs, workload.num_sequences), min(1.0, mean.count))
+    steady_tokens = mean.count * mean.completion - running * mean.residual
+    if running >= workload.num_sequences or steady_tokens <= 0:
+        return _all_at_once(replica, workload, mean, running)
+    steps = steady_tokens / running
+    prefill = mean.count * (mean.prompt - mean.reused) / steps
+    steady = steps * replica.step_s(running, prefill, mean.prompt + mean.age, mean.prompt)
+    drain = _drain_s(replica, workload, _residual_survivors(workload, running, mean), mean.age)
+    return Prediction(prefill_s=0.0, steady_s=steady, drain_s=drain, num_running=running)
+
+
+def predict_offloaded(
+    replica: Replica, workload: Workload, *, source_bandwidth: float, num_ranks: int
+) -> tuple[Prediction, float]:
+    """Predict a replica whose weights pass through the GPU once a step, from host memory or NVMe.
+
+    `source_bandwidth` is the bytes a second one rank gets; `num_ranks` GPUs each read their part of a
+    layer and gather the rest. Returns the prediction for the whole workload and the seconds of a pass.
+    """
+    mean = _Means.of(workload)
+    weights = replica.shape.weight_bytes(replica.dtype, replica.quantization)
+    pass_s = weights / (source_bandwidth * num_ranks)
+    # Two layers are on the card at a time, one at work and one arriving.
+    resident = 2 * weights / replica.shape.num_layers
+    room = (replica.gpu.usable_bytes - resident) / replica.kv_bytes_per_token_per_gpu
+    held = max(mean.prompt - mean.reused + mean.age, 1.0)
+    per_rank = mean.count / num_ranks
+    running = max(min(room / held, replica.max_num_seqs, per_rank), min(1.0, per_rank))
+    waves = max(per_rank / running, 1.0)
+    longest = workload.classes[-1].num_completion_tokens
+    # While sequences wait, the batch is full; the last wave lasts as long as its longest completion.
+    steps = (waves - 1) * mean.completion + longest
+    chunks = math.ceil(per_rank * (mean.prompt - mean.reused) / PREFILL_CHUNK_TOKENS)
+    decode_s = max(pass_s, replica.step_s(running, 0, mean.prompt + mean.age, mean.prompt))
+    prefill_s = max(pass_s, replica.step_s(0, PREFILL_CHUNK_TOKENS, 0, mean.prompt))
+    prediction = Prediction(
+        prefill_s=chunks * prefill_s,
+        steady_s=(steps - longest) * decode_s,
+        drain_s=longest * decode_s,
+        num_running=running,
+    )
+    return prediction, pass_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """Means over a workload's sequences, in tokens."""
+
+    count: float
+    prompt: float
+    reused: float
+    completion: float
+    age: float
+    """Mean completion tokens a running sequence has so far: long ones are seen more often."""
+
+    residual: float
+    """Mean completion tokens a running sequence still has to go; by symmetry equal to `age`."""
+
+    @classmethod
+    def of(cls, workload: Workload) -> "_Means":
+        count = workload.num_sequences
+        completion = workload.num_completion_tokens / count
+        square = sum(c.count * c.num_completion_tokens**2 for c in workload.classes) / count
+        age = square / (2 * completion) if completion > 0 else 0.0
+        return cls(
+            count=count,
+            prompt=workload.num_prompt_tokens / count,
+            reused=workload.num_reused_prompt_tokens / count,
+            completion=completion,
+            age=age,
+            residual=age,
+        )
+
+
+def _all_at_once(replica: Replica, workload: Workload, mean: _Means, running: float) -> Prediction:
+    """Everything runs from the first step on: prefill it all, then decode until the last one ends."""
+    prefill_tokens = mean.count * (mean.prompt - mean.reused)
+    chunk = min(prefill_tokens, PREFILL_CHUNK_TOKENS)
+    prefill_s = 0.0
+    if prefill_tokens > 0:
+        prefill_s = prefill_tokens / chunk * replica.step_s(0, chunk, 0, mean.prompt)
+    survivors = [_survivors(workload.classes, index) for index in range(len(workload.classes))]
+    return Prediction(
+        prefill_s=prefill_s,
+        steady_s=0.0,
+        drain_s=_drain_s(replica, workload, survivors, 0.0),
+        num_running=running,
+    )
+
+
+def _drain_s(replica: Replica, workload: Workload, survivors: list[float], age: float) -> float:
+    """Seconds until the last sequence ends; `survivors[i]` run between completion lengths i-1 and i."""
+    prompt = workload.num_prompt_tokens / workload.num_sequences
+    total, before = 0.0, 0.0
+    for sequence_class, running in zip(workload.classes, survivors, strict=True):
+        length = sequence_class.num_completion_tokens
+        if running > 0 and length > before:
+            context = prompt + age + (before + length) / 2
+            total += (length - before) * replica.step_s(running, 0, context, prompt)
+        before = max(before, length)
+    return total
+
+
+def _survivors(classes: tuple[SequenceClass, ...], index: int) -> float:
+    return sum(c.count for c in classes[index:])
+
+
+def _residual_survivors(workload: Workload, running: float, mean: _Means) -> list[float]:
+    """Of `running` sequences at random ages, how many still run in each interval of lengths."""
+    classes, count = workload.classes, mean.count
+    survivors, before = [], 0.0
+    for sequence_class in classes:
+        middle = (before + sequence_class.num_completion_tokens) / 2
+        beyond = sum(c.count * max(c.num_completion_tokens - middle, 0.0) for c in classes) / count
+        survivors.append(running * beyond / mean.completion)
+        before = max(before, sequence_class.num_completion_tokens)
+    return survivors

@@ -1,0 +1,276 @@
+"""Roofline: how long a replica takes for a workload, from sizes and data sheets alone.
+
+One step costs its matrix products (bound by arithmetic or by reading the weights), the KV cache it
+reads, prefill attention, element-wise traffic, all-reduces, and a fixed overhead; kernels do not
+overlap. A run is then three phases, solved in closed form over classes of equal sequences:
+
+    prefill first    only when everything fits at once
+    steady           the batch stays full; prefill chunks ride along with decoding
+    drain            no sequence is waiting; the batch shrinks as sequences end
+
+    B running sequences   T tokens in a step   S mean context   L completion length
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from inference.hardware import LINK_EFFICIENCY, GpuType
+from inference.model_shape import DTYPE_BYTES, ModelShape
+
+# Fixed costs of the engine and shares of traffic left after fusing, to be fitted from measured runs.
+STEP_OVERHEAD_S = 0.3e-3
+ELEMENTWISE_SHARE = 0.6
+PREFILL_ATTENTION_SHARE = 0.5
+KV_BANDWIDTH_SHARE = 0.93
+ALL_REDUCE_LATENCY_S = {"nvlink": 12e-6, "xgmi": 15e-6, "pcie": 30e-6, "network": 60e-6}
+MAX_NUM_SEQS = 1024
+PREFILL_CHUNK_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceClass:
+    """`count` sequences of one prompt and one completion length, in tokens."""
+
+    count: float
+    num_prompt_tokens: float
+    num_completion_tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """The token counts of a run, as far as its speed depends on them."""
+
+    classes: tuple[SequenceClass, ...]
+    """Sorted by completion length, shortest first."""
+
+    max_sequence_tokens: int
+    """Longest prompt plus completion any row may need."""
+
+    num_reused_prompt_tokens: float = 0.0
+    """Prompt tokens that need no prefill because an earlier row shares the prefix."""
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Iterable[tuple[int, int]],
+        *,
+        num_classes: int = 32,
+        num_reused_prompt_tokens: float = 0.0,
+    ) -> "Workload":
+        """Group (prompt, completion) lengths into at most `num_classes` classes of equal size."""
+        rows = sorted(lengths, key=lambda row: (row[1], row[0]))
+        if not rows:
+            raise ValueError("a workload needs at least one sequence")
+        num_classes = min(num_classes, len(rows))
+        bounds = [round(i * len(rows) / num_classes) for i in range(num_classes + 1)]
+        groups = [rows[a:b] for a, b in itertools.pairwise(bounds)]
+        classes = tuple(
+            SequenceClass(
+                len(group),
+                sum(row[0] for row in group) / len(group),
+                sum(row[1] for row in group) / len(group),
+            )
+            for group in groups
+        )
+        # The longest completion ends the run; a mean would hide it.
+        longest = classes[-1]
+        if longest.count > 1:
+            classes = (
+                *classes[:-1],
+                SequenceClass(
+                    longest.count - 1,
+                    longest.num_prompt_tokens,
+                    (longest.num_completion_tokens * longest.count - rows[-1][1])
+                    / (longest.count - 1),
+                ),
+                SequenceClass(1, longest.num_prompt_tokens, rows[-1][1]),
+            )
+        return cls(
+            classes=classes,
+            max_sequence_tokens=max(sum(row) for row in rows),
+            num_reused_prompt_tokens=num_reused_prompt_tokens,
+        )
+
+    @classmethod
+    def from_totals(
+        cls,
+        num_sequences: int,
+        num_prompt_tokens: int,
+        num_completion_tokens: int,
+        *,
+        max_completion_tokens: int | None = None,
+        num_reused_prompt_tokens: float = 0.0,
+    ) -> "Workload":
+        """A workload of which only totals are known: completion lengths are taken as log-normal.
+
+        `max_completion_tokens` is the run's max_tokens, where long completions are cut.
+        """
+        if num_sequences < 1:
+            raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
+        prompt = num_prompt_tokens / num_sequences
+        mean = num_completion_tokens / num_sequences
+        limit = max(max_completion_tokens or 8 * mean, mean)
+        lengths = _cut_log_normal(mean, limit)
+        classes = tuple(
+            SequenceClass(num_sequences / len(lengths), prompt, length) for length in lengths
+        )
+        return cls(
+            classes=classes,
+            max_sequence_tokens=math.ceil(prompt + limit),
+            num_reused_prompt_tokens=num_reused_prompt_tokens,
+        )
+
+    @property
+    def num_sequences(self) -> float:
+        """Sequences in all."""
+        return sum(c.count for c in self.classes)
+
+    @property
+    def num_prompt_tokens(self) -> float:
+        """Prompt tokens in all, reused ones included."""
+        return sum(c.count * c.num_prompt_tokens for c in self.classes)
+
+    @property
+    def num_completion_tokens(self) -> float:
+        """Completion tokens in all."""
+        return sum(c.count * c.num_completion_tokens for c in self.classes)
+
+    def share(self, replicas: int) -> "Workload":
+        """What one of `replicas` equal replicas gets of it."""
+        return Workload(
+            classes=tuple(
+                SequenceClass(c.count / replicas, c.num_prompt_tokens, c.num_completion_tokens)
+                for c in self.classes
+            ),
+            max_sequence_tokens=self.max_sequence_tokens,
+            num_reused_prompt_tokens=self.num_reused_prompt_tokens / replicas,
+        )
+
+
+def _cut_log_normal(mean: float, limit: float) -> list[float]:
+    """Means of eight equal slices of a log-normal (sigma 0.8) cut at `limit`, whose mean is `mean`."""
+    slices = (0.19, 0.33, 0.46, 0.61, 0.81, 1.09, 1.55, 2.96)
+    low, high = mean, max(limit, mean) / slices[0]
+    for _ in range(60):
+        scale = (low + high) / 2
+        if sum(min(limit, scale * part) for part in slices) < mean * len(slices):
+            low = scale
+        else:
+            high = scale
+    return [min(limit, high * part) for part in slices]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One engine as the roofline sees it: a model on `tensor_parallel_size` GPUs of one type."""
+
+    shape: ModelShape
+    gpu: GpuType
+    tensor_parallel_size: int = 1
+    dtype: str = "bfloat16"
+    quantization: str = "none"
+    kv_cache_dtype: str = "auto"
+    max_num_seqs: int = MAX_NUM_SEQS
+
+    @property
+    def weight_bytes_per_gpu(self) -> int:
+        """Bytes of weights on each GPU."""
+        return self.shape.weight_bytes_per_rank(
+            self.tensor_parallel_size, self.dtype, self.quantization
+        )
+
+    @property
+    def kv_bytes_per_token_per_gpu(self) -> float:
+        """Bytes of KV cache one token takes on each GPU; the KV heads are split."""
+        kv_dtype = self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        return self.shape.kv_bytes_per_token(kv_dtype) / self.tensor_parallel_size
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens the KV cache holds beside the weights; negative when the weights do not fit."""
+        room = self.gpu.usable_bytes - self.weight_bytes_per_gpu
+        return math.floor(room / self.kv_bytes_per_token_per_gpu)
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether one replica needs more GPUs than a host has."""
+        return self.tensor_parallel_size > self.gpu.gpus_per_host
+
+    def step_s(self, num_decode: float, num_prefill: float, context: float, prompt: float) -> float:
+        """Seconds of one step: `num_decode` sequences at mean `context`, plus prefill tokens.
+
+        `prompt` is the mean prompt length: it sets the cost of prefill attention and how many
+        prompts end in the step, each of which needs one row of logits.
+        """
+        tokens = num_decode + num_prefill
+        rows = num_decode + (num_prefill / prompt if prompt > 0 else 0.0)
+        # A smooth maximum: near the ridge neither the units nor the memory are kept busy.
+        gemm = math.hypot(self._gemm_flops_s(tokens, rows), self._weight_read_s(tokens))
+        kv_bandwidth = self.gpu.achieved_bandwidth * KV_BANDWIDTH_SHARE
+        kv = num_decode * context * self.kv_bytes_per_token_per_gpu / kv_bandwidth
+        other = self._prefill_attention_s(num_prefill, prompt) + self._elementwise_s(tokens, rows)
+        return gemm + kv + other + self._all_reduce_s(tokens) + STEP_OVERHEAD_S
+
+    def _gemm_flops_s(self, tokens: float, rows: float) -> float:
+        shape, gpu = self.shape, self.gpu
+        layers = 2 * shape.num_active_params * tokens / gpu.achieved_flops(self._layer_dtype())
+        head = 2 * shape.num_embedding_params * rows / gpu.achieved_flops(self.dtype)
+        return (layers + head) / self.tensor_parallel_size
+
+    def _layer_dtype(self) -> str:
+        fp8 = self.quantization == "fp8" or (
+            self.shape.stored_bits == 8 and self.shape.stored_quantization != "bitsandbytes"
+        )
+        return "fp8" if fp8 and "fp8" in self.gpu.flops else self.dtype
+
+    def _weight_read_s(self, tokens: float) -> float:
+        shape, element = self.shape, DTYPE_BYTES[self.dtype]
+        linear = shape.linear_bytes_per_param(self.dtype, self.quantization)
+        if self.quantization in ("int8", "nf4"):
+            # bitsandbytes writes the weight out in 16 bits and reads it back on every call.
+            linear += 2 * element
+        expert = shape.expert_bytes_per_param(self.dtype, self.quantization)
+        read = (
+            (shape.num_attention_params + shape.num_mlp_params) * linear
+            + shape.num_expert_params * expert * self._expert_coverage(tokens)
+            + shape.num_embedding_params * element
+        )
+        return read / self.tensor_parallel_size / self.gpu.achieved_bandwidth
+
+    def _expert_coverage(self, tokens: float) -> float:
+        """Share of the experts that at least one of `tokens` tokens is routed to."""
+        if not self.shape.is_moe:
+            return 0.0
+        share = self.shape.num_experts_per_token / self.shape.num_experts
+        return float(1 - (1 - share) ** tokens)
+
+    def _prefill_attention_s(self, num_prefill: float, prompt: float) -> float:
+        shape, gpu = self.shape, self.gpu
+        width = shape.num_layers * shape.num_attention_heads * shape.head_dim
+        flops = 4 * width * num_prefill * prompt / 2
+        rate = gpu.achieved_flops(self.dtype) * PREFILL_ATTENTION_SHARE
+        return flops / self.tensor_parallel_size / rate
+
+    def _elementwise_s(self, tokens: float, rows: float) -> float:
+        shape, element = self.shape, DTYPE_BYTES[self.dtype]
+        q = shape.num_attention_heads * shape.head_dim
+        kv = shape.num_key_value_heads * shape.head_dim
+        permute = 2 * shape.num_experts_per_token * shape.hidden_size
+        split = (2 * q + 4 * kv + 3 * shape.intermediate_size + permute) / self.tensor_parallel_size
+        a_token = element * shape.num_layers * (8 * shape.hidden_size + split) * ELEMENTWISE_SHARE
+        logits = rows * shape.vocab_size * 2 * element / self.tensor_parallel_size
+        return (tokens * a_token + logits) / self.gpu.achieved_bandwidth
+
+    def _all_reduce_s(self, tokens: float) -> float:
+        ranks = self.tensor_parallel_size
+        if ranks == 1:
+            return 0.0
+        link = "network" if self.spans_hosts else self.gpu.link
+        bandwidth = self.gpu.network_bandwidth if self.spans_hosts else self.gpu.link_bandwidth
+        message = tokens * self.shape.hidden_size * DTYPE_BYTES[self.dtype]
+        moved = message * 2 * (ranks - 1) / ranks
+        latency = ALL_REDUCE_LATENCY_S.get(link, ALL_REDUCE_LATENCY_S["pcie"])
+        calls = 2 * self.shape.num_layers
+        return calls * (latency + moved / (bandwidth * LINK_EFFICIENCY))

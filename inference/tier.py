@@ -1,0 +1,100 @@
+"""Tier: one way to run a workload, and what is predicted of it. Also what was refused, and options."""
+
+from dataclasses import dataclass
+
+from inference.roofline import MAX_NUM_SEQS
+
+# Least change to the model first; `none` is the checkpoint as it is stored.
+QUANTIZATIONS = ("none", "fp8", "int8", "nf4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """One way to run a workload, with what it is predicted to do."""
+
+    gpu: str
+    num_gpus: int
+    tensor_parallel_size: int
+    replicas: int
+    quantization: str
+    dtype: str
+    kv_cache_dtype: str
+    backend: str
+    """paged, or zero when weights pass through the GPU once a step."""
+
+    offload: str
+    """Where the weights live: none (on the GPU), cpu or nvme."""
+
+    num_hosts: int
+    weight_bytes_per_gpu: int
+    kv_tokens: int
+    """Tokens one replica's KV cache holds."""
+
+    num_running: int
+    """Sequences one replica runs at once while its batch is full."""
+
+    completion_tokens_per_s: float
+    """All replicas together, start-up not counted."""
+
+    total_tokens_per_s: float
+    """Prompt tokens counted too."""
+
+    seconds: float
+    """The whole run, start-up included."""
+
+    usd: float | None
+    usd_per_million_tokens: float | None
+    """Dollars for a million completion tokens, start-up not counted."""
+
+    reason: str = ""
+    """One sentence; set on the tier that was chosen."""
+
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gpu_hours(self) -> float:
+        """What the run takes off a pool, start-up included."""
+        return self.num_gpus * self.seconds / 3600
+
+    @property
+    def label(self) -> str:
+        """For people: `2x H100, fp8, TP2, 1 replica`."""
+        precision = self.dtype if self.quantization == "none" else self.quantization
+        replicas = f"{self.replicas} replica{'s' if self.replicas > 1 else ''}"
+        where = f", weights on {self.offload}" if self.offload != "none" else ""
+        return (
+            f"{self.num_gpus}x {self.gpu}, {precision}, TP{self.tensor_parallel_size}, "
+            f"{replicas}{where}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A size that does not work, with the arithmetic."""
+
+    gpu: str
+    num_gpus: int
+    quantization: str
+    reason: str
+    nearest: str = ""
+    """Label of the nearest tier that fits; empty when none does."""
+
+    def __str__(self) -> str:
+        where = f"{self.num_gpus}x {self.gpu}, {self.quantization}"
+        return f"{where}: {self.reason}" + (
+            f"; nearest that fits: {self.nearest}" if self.nearest else ""
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user has fixed; everything else is searched."""
+
+    dtype: str = "auto"
+    quantizations: tuple[str, ...] = QUANTIZATIONS
+    kv_cache_dtype: str = "auto"
+    tensor_parallel_size: int | None = None
+    replicas: int | None = None
+    max_num_seqs: int = MAX_NUM_SEQS
+    backend: str = "auto"
+    """paged refuses to offload, zero does nothing else; auto offloads only what fits nowhere."""

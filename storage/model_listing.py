@@ -1,0 +1,102 @@
+"""What a source's model consists of: files to stage, files left out, and every promise about bytes."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from storage.checksums import SHA256, Checksum
+from storage.hub_source import HubSource
+from storage.model_manifest import ModelManifest, content_id
+from storage.stage_sources import LocalSource, S3Source, SourceFile
+from storage.weight_files import MANIFEST, RECORDS, SHA256_SUMS, read_sha256_sums, select
+
+GGUF_SUFFIX = ".gguf"
+_GGUF_EXPANSION = 4  # 4-bit blocks to bfloat16; fewer bits per weight are rare
+
+Source = S3Source | LocalSource | HubSource
+
+
+class Listing(NamedTuple):
+    """One model at one moment."""
+
+    source: Source
+    files: list[SourceFile]
+    """To be staged; small files first."""
+
+    records: list[SourceFile]
+    """Digest lists beside the model."""
+
+    skipped: list[str]
+    content_id: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is one GGUF file, to be converted while it is staged."""
+        return [file.name.endswith(GGUF_SUFFIX) for file in self.files] == [True]
+
+    @property
+    def staged_bytes(self) -> int:
+        """What it will take on disk; for GGUF an estimate: the file beside its unpacked weights."""
+        return self.num_bytes * (1 + _GGUF_EXPANSION) if self.is_gguf else self.num_bytes
+
+
+def list_model(source: Source) -> Listing:
+    """List a model and sort its files; one request.
+
+    Raises:
+        BadInput: it has no weights, no config, only refused formats, or a file name that leads outside.
+    """
+    by_name = {file.name: file for file in source.list_files()}
+    if source.uri.endswith(GGUF_SUFFIX):
+        (file,) = by_name.values()
+        name = content_id([file], identity=source.identity)
+        return Listing(source=source, files=[file], records=[], skipped=[], content_id=name)
+    names, skipped = select(by_name, source=source.uri)
+    files = [by_name[name] for name in names]
+    return Listing(
+        source=source,
+        files=files,
+        records=[by_name[name] for name in RECORDS if name in by_name],
+        skipped=skipped,
+        content_id=content_id(files, identity=source.identity),
+    )
+
+
+def with_promises(listing: Listing) -> list[SourceFile]:
+    """The model's files with what the store, or a list beside them, promises of their bytes.
+
+    Raises:
+        InputChanged: a file was replaced since the listing.
+        CorruptObject: a list of digests cannot be read.
+    """
+    if isinstance(listing.source, HubSource):
+        return listing.files
+    files = listing.source.describe(listing.files)
+    if all(file.checksum for file in files):
+        return files
+    recorded = recorded_checksums(listing)
+    return [
+        file
+        if file.checksum or file.name not in recorded
+        else replace(file, checksum=recorded[file.name][0], promised_by=recorded[file.name][1])
+        for file in files
+    ]
+
+
+def recorded_checksums(listing: Listing) -> dict[str, tuple[Checksum, str]]:
+    """Digests by file name from MANIFEST.json or SHA256SUMS beside the model; empty without them."""
+    source = listing.source
+    assert not isinstance(source, HubSource), "the Hub promises every digest itself"
+    found: dict[str, tuple[Checksum, str]] = {}
+    for record in reversed(listing.records):  # MANIFEST.json last: its CRCs cost nothing to compare
+        data, where = source.read(record), f"{source.uri} {record.name}"
+        if record.name == SHA256_SUMS:
+            sums = read_sha256_sums(data.decode(errors="replace"), source=source.uri)
+            found |= {name: (Checksum(SHA256, value), SHA256_SUMS) for name, value in sums.items()}
+        elif record.name == MANIFEST:
+            manifest = ModelManifest.from_json(data, source=where)
+            found |= {f.name: (Checksum.parse(f.checksum), MANIFEST) for f in manifest.files}
+    return found

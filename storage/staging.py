@@ -1,0 +1,301 @@
+"""Stage a model: from wherever it is to this machine's fastest disk that it fits, verified, once.
+
+    with stage_model("s3://bucket/models/qwen3-8b/", config=config) as staged:
+        load(staged.path)
+
+Many processes may call this at once: one moves the bytes, the others wait and share them. A model is
+whole when its MANIFEST.json is there, which is written last; nothing else is ever returned.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from storage.destinations import disk_kind
+from storage.disk_speed import disk_speed
+from storage.errors import BadInput, NoSpace
+from storage.hub_source import open_hub
+from storage.in_place import good_disk, read_in_place
+from storage.model_cache import FileLock, ModelCache
+from storage.model_caches import ANYWHERE, Place, open_places, place_model
+from storage.model_fill import Fill, Filled, FillOptions
+from storage.model_listing import Listing, Source, list_model
+from storage.model_manifest import ModelManifest
+from storage.object_store import StorageConfig
+from storage.s3_client import RetryPolicy
+from storage.stage_report import PhaseTimer, StageReport, wire_gb_per_s
+from storage.stage_sources import LocalSource, open_ranged
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ENGINE_BYTES = 4 << 30
+_WORTH_MEASURING_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedModel:
+    """A whole model on a local disk; not evicted until it is closed."""
+
+    path: Path
+    content_id: str
+    manifest: ModelManifest
+    report: StageReport
+    lock: FileLock | None
+    """Held while the model is used; None when it is read in place."""
+
+    def close(self) -> None:
+        """Allow the model to be evicted."""
+        if self.lock:
+            self.lock.close()
+
+    def __enter__(self) -> "StagedModel":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class ResolvedModel(NamedTuple):
+    """Which model a source means now, without moving any weights."""
+
+    uri: str
+    """As it can be given to every replica: a Hub revision is pinned to its commit."""
+
+    content_id: str
+    num_bytes: int
+
+
+def resolve_model(source: str, *, config: StorageConfig) -> ResolvedModel:
+    """Find out which model a source means: one listing. Raises as `stage_model` does."""
+    listing = list_model(_open(source, config, open_places("auto")))
+    return ResolvedModel(listing.source.uri, listing.content_id, listing.num_bytes)
+
+
+def stage_model(
+    source: str,
+    *,
+    config: StorageConfig,
+    stage_to: str = "auto",
+    reserve_bytes: int = DEFAULT_ENGINE_BYTES,
+    budget_bytes: int | None = None,
+    allowed_code: Collection[str] = (),
+    convert_gguf: Callable[[Path, Path], object] | None = None,
+    num_threads: int | None = None,
+    retry: RetryPolicy | None = None,
+    on_file: Callable[[Path], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> StagedModel:
+    """Return the model on a local disk, staging it if it is not there yet.
+
+    Args:
+        source: `s3://bucket/prefix/`, `hf://org/repo@revision`, a folder, or one .gguf file (local
+            or on S3).
+        stage_to: auto (the fastest disk it fits), shm (memory only), nvme (local disks only), none
+            (read in place), or a folder.
+        reserve_bytes: host memory that the engine will need beside weights in /dev/shm.
+        budget_bytes: most bytes that staged models may take in the chosen cache.
+        allowed_code: SHA-256 of config files that may name Python classes (`auto_map`).
+        convert_gguf: makes a model folder (second argument, to be created) from a GGUF file (first).
+        num_threads: readers of ranges; default: one a core, at least 8 and at most 32.
+        on_file: told of each file as soon as it is verified, small files first, so that loading can
+            begin before the model is whole; called by several threads.
+        on_progress: told (bytes done, bytes in all).
+
+    Raises:
+        NotFound, AccessDenied, StoreUnavailable: as the source answered.
+        BadInput: the model needs what is not staged: pickles, Python, missing weight files.
+        CorruptObject: bytes are not what was promised; nothing was published.
+        InputChanged: the source was replaced meanwhile; nothing was published.
+        NoSpace: no disk has room for it.
+    """
+    staging = _Staging(
+        stage_to=stage_to,
+        engine_bytes=reserve_bytes,
+        budget_bytes=budget_bytes,
+        options=FillOptions(
+            allowed_code=frozenset(allowed_code),
+            convert_gguf=convert_gguf,
+            num_threads=num_threads or _default_threads(),
+            retry=retry or RetryPolicy(),
+            on_file=on_file or (lambda path: None),
+            on_progress=on_progress or (lambda done, total: None),
+        ),
+    )
+    staged = staging.run(source, config)
+    report = staged.report
+    logger.info(
+        "model %s: content_id=%s path=%s bytes_moved=%d elapsed_s=%.2f why: %s",
+        *(report.outcome, report.content_id, report.path, report.bytes_moved, report.seconds),
+        report.reason,
+    )
+    return staged
+
+
+def _default_threads() -> int:
+    return max(8, min(32, os.cpu_count() or 1))
+
+
+def _open(source: str, config: StorageConfig, places: list[Place]) -> Source:
+    if not source.startswith("hf://"):
+        return open_ranged(source, config)
+    if not places:
+        raise NoSpace("no folder to stage to can be written; name one with stage_to")
+    return open_hub(source, places[0].cache.sources)
+
+
+class _Staging:
+    """One call of `stage_model`."""
+
+    def __init__(
+        self,
+        *,
+        stage_to: str,
+        engine_bytes: int,
+        budget_bytes: int | None,
+        options: FillOptions,
+    ) -> None:
+        self._stage_to = stage_to
+        self._engine_bytes = engine_bytes
+        self._budget_bytes = budget_bytes
+        self._options = options
+        self._timer = PhaseTimer()
+        self._filled = Filled()
+
+    def run(self, source: str, config: StorageConfig) -> StagedModel:
+        with self._timer("resolve"):
+            places = open_places(self._stage_to)
+            opened = _open(source, config, places)
+            reason = self._why_in_place(opened)
+        with self._timer("list"):
+            listing = list_model(opened)
+        if reason:
+            return self._in_place(listing, reason)
+        return self._find(places, listing) or self._stage(places, listing)
+
+    def _why_in_place(self, source: Source) -> str:
+        is_folder = isinstance(source, LocalSource) and source.path.is_dir()
+        if self._stage_to == "none" and not is_folder:
+            raise BadInput(f"{source.uri}: cannot be read in place; use stage_to auto or a folder")
+        if self._stage_to == "none":
+            return "read in place, as asked"
+        if self._stage_to == "auto" and is_folder and isinstance(source, LocalSource):
+            return good_disk(source)
+        return ""
+
+    def _in_place(self, listing: Listing, reason: str) -> StagedModel:
+        assert isinstance(listing.source, LocalSource), "only folders are read in place"
+        with self._timer("check"):
+            manifest = read_in_place(listing, allowed_code=self._options.allowed_code)
+        path = listing.source.path
+        report = self._report(listing, path, manifest, "in place", reason)
+        return StagedModel(
+            path=path, content_id=listing.content_id, manifest=manifest, report=report, lock=None
+        )
+
+    def _find(self, places: list[Place], listing: Listing) -> StagedModel | None:
+        """The model where it is already staged, on whatever disk."""
+        for _, cache in places:
+            if cache.path(listing.content_id).exists():
+                lock = cache.use(listing.content_id)
+                if cache.manifest(listing.content_id):
+                    return self._staged(listing, cache, lock, "hit", "it was staged already")
+                lock.close()
+        return None
+
+    def _stage(self, places: list[Place], listing: Listing) -> StagedModel:
+        refusals: list[str] = []
+        while True:
+            place, reason = place_model(
+                places,
+                listing.content_id,
+                num_bytes=listing.staged_bytes,
+                engine_bytes=self._engine_bytes,
+                budget_bytes=self._budget_bytes,
+                is_named=self._stage_to not in ANYWHERE,
+            )
+            try:
+                return self._stage_at(place, listing, "; ".join([*refusals, reason]))
+            except NoSpace as error:
+                place.cache.discard(listing.content_id)
+                places = [other for other in places if other != place]
+                refusals.append(str(error))
+                if not places:
+                    raise
+
+    def _stage_at(self, place: Place, listing: Listing, reason: str) -> StagedModel:
+        cache, name = place.cache, listing.content_id
+        lock = cache.use(name)
+        try:
+            with self._timer("wait"):
+                turn = cache.stage(name)
+            with turn:
+                if cache.manifest(name):
+                    return self._staged(listing, cache, lock, "hit", "another process staged it")
+                self._filled = self._fill(place, listing)
+            return self._staged(listing, cache, lock, "staged", reason)
+        except BaseException:
+            lock.close()
+            raise
+
+    def _fill(self, place: Place, listing: Listing) -> Filled:
+        return Fill(
+            listing,
+            place.cache,
+            direct=place.destination.kind != "memory",
+            budget_bytes=self._budget_bytes,
+            options=self._options,
+            timer=self._timer,
+        ).run()
+
+    def _staged(
+        self,
+        listing: Listing,
+        cache: ModelCache,
+        lock: FileLock,
+        outcome: Literal["staged", "hit"],
+        reason: str,
+    ) -> StagedModel:
+        path, manifest = cache.path(listing.content_id), cache.manifest(listing.content_id)
+        assert manifest is not None, f"{path} was touched while it was published"
+        report = self._report(listing, path, manifest, outcome, reason)
+        return StagedModel(
+            path=path, content_id=listing.content_id, manifest=manifest, report=report, lock=lock
+        )
+
+    def _report(
+        self,
+        listing: Listing,
+        path: Path,
+        manifest: ModelManifest,
+        outcome: Literal["staged", "hit", "in place"],
+        reason: str,
+    ) -> StageReport:
+        filled, kind = self._filled, disk_kind(path)
+        totals = self._timer.totals()
+        is_worth_it = kind != "memory" and filled.bytes_moved >= _WORTH_MEASURING_BYTES
+        speed = disk_speed(path.parents[1]) if is_worth_it else None
+        return StageReport(
+            source=listing.source.uri,
+            content_id=listing.content_id,
+            path=str(path),
+            outcome=outcome,
+            reason=reason,
+            disk=kind,
+            num_files=len(manifest.files),
+            num_bytes=manifest.num_bytes,
+            bytes_moved=filled.bytes_moved,
+            bytes_resumed=filled.bytes_resumed,
+            thread_s=filled.thread_s,
+            num_retries=filled.num_retries,
+            wire_gb_per_s=None if isinstance(listing.source, LocalSource) else wire_gb_per_s(),
+            disk_write_gb_per_s=speed.write_gb_per_s if speed else None,
+            disk_read_gb_per_s=speed.read_gb_per_s if speed else None,
+            verified_by=dict(Counter(file.verified_by for file in manifest.files)),
+            skipped=manifest.skipped,
+            evicted=filled.evicted,
+            **totals,
+        )

@@ -1,0 +1,157 @@
+"""A finished attempt becomes real: write the part, upload it, commit, reveal.
+
+part on local disk -> _attempts/00042/003/completions.parquet -> commits/00042.json -> completions/
+"""
+
+import logging
+import resource
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from inference.backends.base import Backend, BackendInfo, EngineStats
+from storage import keys
+from storage.attempts import PART
+from storage.commits import commit_attempt, new_nonce
+from storage.errors import CorruptObject, StorageError
+from storage.failpoints import failpoint
+from storage.manifest import CommitRecord, Json, PartFile
+from storage.object_store import ObjectStore
+from storage.reveal import reveal
+from storage.shard_writer import WrittenPart, file_digest
+from tasks.claims import Claim
+from tasks.receipt import EngineMark, shard_receipt
+from tasks.shard_work import ShardWork
+
+log = logging.getLogger("nightjar.commit")
+
+_RETRY_FOR_S = 600.0  # a finished shard is worth waiting ten minutes for its store
+T = TypeVar("T")
+
+
+class CommitResult(NamedTuple):
+    """How the commit ended: `committed`, `lost` or `unchanged`."""
+
+    outcome: str
+    record: CommitRecord | None
+
+
+@dataclass(slots=True, kw_only=True)
+class ShardCommitter:
+    """Runs in the replica's commit thread."""
+
+    store: ObjectStore
+    plan_digest: str
+    holder: str
+    stage_s: float = 0.0
+    stopping: threading.Event
+
+    def fetch_base(self, claim: Claim, folder: Path) -> Path | None:
+        """Download the part a retry starts from; None for a first attempt.
+
+        Raises:
+            CorruptObject: the stored part is not the one its commit names.
+        """
+        if claim.base is None:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        path, part = folder / "base.parquet", claim.base.part
+        self.store.download(part.key, path)
+        found = file_digest(path)
+        if found != part.sha256:
+            raise CorruptObject(f"{part.key}: digest {found}, its commit says {part.sha256}")
+        return path
+
+    def commit(
+        self,
+        work: ShardWork,
+        claim: Claim,
+        backend: Backend | None,
+        before: EngineMark | None,
+        after: EngineMark | None,
+    ) -> CommitResult:
+        """Write, upload and commit one attempt. Raises StorageError when the store stays away."""
+        started = time.monotonic()
+        part, states, tokens = work.write()
+        if claim.base is not None and not work.num_improved:
+            return CommitResult("unchanged", None)
+        info = backend.info if backend else _NO_ENGINE
+        mark = EngineMark.take(EngineStats(), at=work.started_at, starved_s=0.0)
+        idle = EngineMark.take(EngineStats(), at=time.monotonic(), starved_s=0.0)
+        receipt = shard_receipt(
+            info=info,
+            stats=backend.stats if backend else EngineStats(),
+            before=before or mark,
+            after=after or idle,
+            states=states,
+            tokens=tokens,
+            read_s=work.read_s,
+            write_s=time.monotonic() - started,
+            stage_s=self.stage_s,
+            host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        key = keys.attempt(work.shard.shard_id, work.attempt, PART)
+        self._patiently(lambda: self.store.upload(part.path, key))
+        failpoint("after_data")
+        record = self._record(work, claim, part, key, dict(states), receipt)
+        outcome = self._patiently(lambda: commit_attempt(self.store, record))
+        if outcome.record.tombstone is not None:
+            return CommitResult("lost", None)
+        self._patiently(lambda: reveal(self.store, outcome.record))
+        log.info(
+            "shard=%05d attempt=%d %s rows=%d num_completion_tokens=%d",
+            record.shard_id,
+            record.attempt,
+            "committed" if outcome.won else "lost to another attempt",
+            part.num_rows,
+            tokens["completion"],
+        )
+        return CommitResult("committed" if outcome.won else "lost", outcome.record)
+
+    def _record(
+        self,
+        work: ShardWork,
+        claim: Claim,
+        part: WrittenPart,
+        key: str,
+        counts: dict[str, int],
+        receipt: Json,
+    ) -> CommitRecord:
+        return CommitRecord(
+            shard_id=work.shard.shard_id,
+            revision=claim.revision,
+            nonce=new_nonce(),
+            attempt=work.attempt,
+            plan_digest=self.plan_digest,
+            row_start=work.shard.row_start,
+            row_end=work.shard.row_end,
+            part=PartFile(key=key, size=part.size, sha256=part.sha256, num_rows=part.num_rows),
+            counts=counts,
+            receipt=receipt,
+            holder=self.holder,
+            committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def _patiently(self, effect: Callable[[], T]) -> T:
+        """Repeat through a store outage: what was generated is dearer than the wait."""
+        deadline = time.monotonic() + _RETRY_FOR_S
+        pause_s = 1.0
+        while True:
+            try:
+                return effect()
+            except StorageError as error:
+                if not error.retryable or time.monotonic() > deadline:
+                    raise
+                log.warning("store unavailable, trying again in %.0f s: %s", pause_s, error)
+            if self.stopping.wait(pause_s):
+                return effect()
+            pause_s = min(30.0, pause_s * 2)
+
+
+_NO_ENGINE = BackendInfo(
+    backend="none", device="none", dtype="none", max_model_len=0, max_num_seqs=0
+)

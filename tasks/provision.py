@@ -1,0 +1,247 @@
+"""Tier -> the Prefect deployment of one replica and its job variables; pure, and checked before use.
+
+A work pool is a way to get machines; its base job template names the variables it reads. Prefect
+drops a variable the template does not name without a word, so `tasks.job_variables` refuses it first.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from inference.hardware import GpuType
+from inference.tier import Tier
+from tasks.job_variables import ProvisionError
+
+Provider = Literal["process", "kubernetes", "ecs", "command"]
+
+DEPLOYMENTS: dict[str, str] = {
+    "process": "generate-shards/replica",
+    "kubernetes": "generate-shards/kubernetes",
+    "ecs": "generate-shards/ecs",
+    "command": "generate-shards/command",
+}
+
+GIB = 2**30
+MIB = 2**20
+
+# Host memory beside the weights: the process, the rows in flight, and pinned buffers for each GPU.
+BASE_MEMORY_BYTES = 16 * GIB
+MEMORY_BYTES_PER_GPU = 4 * GIB
+CPUS_PER_GPU = 4
+
+# /dev/shm without weights in it: NCCL's buffers. With weights: their size, tokenizer and slack.
+SHM_BYTES = 8 * GIB
+SHM_SLACK = 1.02
+
+# Where the templates mount the NVMe, and the variable that sends staging there.
+WEIGHTS_FOLDER = "/weights"
+CACHE_VARIABLE = "NIGHTJAR_CACHE"
+
+# Share of a host's memory that staged weights may take before NVMe is used instead.
+STAGE_MEMORY_SHARE = 0.6
+
+# The label NVIDIA's feature discovery gives a node, and the EC2 instance types that carry the GPU.
+_NODE_LABEL = "nvidia.com/gpu.product"
+_PRODUCTS = {
+    "T4": "Tesla-T4",
+    "L4": "NVIDIA-L4",
+    "A10": "NVIDIA-A10",
+    "L40S": "NVIDIA-L40S",
+    "A100-40": "NVIDIA-A100-SXM4-40GB",
+    "A100-80": "NVIDIA-A100-SXM4-80GB",
+    "H100": "NVIDIA-H100-80GB-HBM3",
+    "H200": "NVIDIA-H200",
+    "B200": "NVIDIA-B200",
+}
+_INSTANCES = {
+    "T4": "g4dn.*",
+    "L4": "g6.*",
+    "A10": "g5.*",
+    "L40S": "g6e.*",
+    "A100-40": "p4d.*",
+    "A100-80": "p4de.*",
+    "H100": "p5.*",
+    "H200": "p5e.*",
+    "B200": "p6-b200.*",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What the owner of the platform fixes; the tier decides the rest."""
+
+    image: str | None = None
+    node_selector: Mapping[str, str] | None = None
+    """Kubernetes: replaces the selector by GPU product."""
+
+    weights_host_path: str | None = None
+    """Folder on the node's NVMe; without one Kubernetes gives the pod a volume of its own."""
+
+    launcher: str = ""
+    """Command provider: a prefix such as `srun --gres=gpu:{gpus} --mem={memory_mib}M`."""
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    job_variables: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the pool's template, taken as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLaunch:
+    """One replica as Prefect starts it: `run_deployment(deployment, job_variables=...)`."""
+
+    deployment: str
+    job_variables: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What one host of a replica needs."""
+
+    gpus: int
+    hosts: int
+    memory_bytes: int
+    shm_bytes: int
+    nvme_bytes: int
+    """0 when the weights are staged to /dev/shm."""
+
+
+def launch_of(
+    tier: Tier,
+    gpu: GpuType,
+    *,
+    provider: Provider,
+    weight_file_bytes: int,
+    stage_to: Literal["auto", "shm", "nvme"] = "auto",
+    placement: Placement | None = None,
+) -> ReplicaLaunch:
+    """Say how to start one of the tier's replicas; `weight_file_bytes` is the checkpoint on disk.
+
+    Raises:
+        ProvisionError: the provider cannot give what the tier needs.
+    """
+    placement = placement or Placement()
+    needs = _needs(tier, gpu, weight_file_bytes, stage_to)
+    build = {
+        "process": _process,
+        "kubernetes": _kubernetes,
+        "ecs": _ecs,
+        "command": _command,
+    }[provider]
+    variables = build(tier, needs, placement)
+    if placement.env:
+        variables["env"] = {**variables.get("env", {}), **placement.env}
+    if placement.image is not None and provider in ("kubernetes", "ecs"):
+        variables["image"] = placement.image
+    return ReplicaLaunch(
+        deployment=DEPLOYMENTS[provider], job_variables={**variables, **placement.job_variables}
+    )
+
+
+def _needs(tier: Tier, gpu: GpuType, weight_file_bytes: int, stage_to: str) -> _Needs:
+    ranks = tier.tensor_parallel_size if tier.offload == "none" else tier.num_gpus
+    hosts = math.ceil(ranks / gpu.gpus_per_host)
+    gpus = ranks // hosts
+    in_memory = math.ceil(weight_file_bytes * SHM_SLACK)
+    if stage_to == "auto":
+        fits = in_memory <= STAGE_MEMORY_SHARE * gpu.host_memory_bytes * gpus
+        # Offloaded weights fill the memory, or are wanted on NVMe in the first place.
+        stage_to = "shm" if fits and tier.offload == "none" else "nvme"
+    staged = in_memory if stage_to == "shm" else 0
+    shm = SHM_BYTES + staged
+    offloaded = weight_file_bytes if tier.offload == "cpu" else 0
+    memory = BASE_MEMORY_BYTES + MEMORY_BYTES_PER_GPU * gpus + shm + offloaded
+    nvme = 0 if staged else in_memory * (2 if tier.offload == "nvme" else 1)
+    return _Needs(gpus=gpus, hosts=hosts, memory_bytes=memory, shm_bytes=shm, nvme_bytes=nvme)
+
+
+def _process(tier: Tier, needs: _Needs, placement: Placement) -> dict[str, Any]:
+    if needs.hosts > 1:
+        raise ProvisionError(
+            f"{tier.label} spans {needs.hosts} hosts and a process runs on one; "
+            "use provider kubernetes or command, or a smaller tensor_parallel_size"
+        )
+    return {}
+
+
+def _kubernetes(tier: Tier, needs: _Needs, placement: Placement) -> dict[str, Any]:
+    selector = placement.node_selector
+    if selector is None and "node_selector" not in placement.job_variables:
+        selector = {_NODE_LABEL: _known(_PRODUCTS, tier, "node_selector", "node label")}
+    variables: dict[str, Any] = {
+        "gpu_count": needs.gpus,
+        "num_hosts": needs.hosts,
+        "completion_mode": "Indexed" if needs.hosts > 1 else "NonIndexed",
+        "node_selector": dict(selector or {}),
+        "shm_size": _gib(needs.shm_bytes),
+        "memory_request": _gib(needs.memory_bytes),
+        "memory_limit": _gib(needs.memory_bytes),
+        "cpu_request": str(CPUS_PER_GPU * needs.gpus),
+        "env": {
+            "NIGHTJAR_NUM_HOSTS": str(needs.hosts),
+            "NIGHTJAR_GPUS_PER_HOST": str(needs.gpus),
+            **({CACHE_VARIABLE: WEIGHTS_FOLDER} if needs.nvme_bytes else {}),
+        },
+    }
+    if placement.weights_host_path is not None:
+        source = {"path": placement.weights_host_path, "type": "Directory"}
+        return {**variables, "weights_host_path": source}
+    return {**variables, "weights_empty_dir": {"sizeLimit": _gib(needs.nvme_bytes + GIB)}}
+
+
+def _ecs(tier: Tier, needs: _Needs, placement: Placement) -> dict[str, Any]:
+    if needs.hosts > 1:
+        raise ProvisionError(
+            f"{tier.label} spans {needs.hosts} hosts and an ECS task runs on one; "
+            "use provider kubernetes, or a smaller tensor_parallel_size"
+        )
+    constraints: list[dict[str, str]] = []
+    if "placement_constraints" not in placement.job_variables:
+        instances = _known(_INSTANCES, tier, "placement_constraints", "EC2 instance type")
+        expression = f"attribute:ecs.instance-type =~ {instances}"
+        constraints = [{"type": "memberOf", "expression": expression}]
+    variables: dict[str, Any] = {
+        "gpu_count": str(needs.gpus),
+        "cpu": 1024 * CPUS_PER_GPU * needs.gpus,
+        "memory": math.ceil(needs.memory_bytes / MIB),
+        "shm_mib": math.ceil(needs.shm_bytes / MIB),
+        "placement_constraints": constraints,
+        "env": {CACHE_VARIABLE: WEIGHTS_FOLDER} if needs.nvme_bytes else {},
+    }
+    if placement.weights_host_path is not None:
+        variables["nvme_path"] = placement.weights_host_path
+    return variables
+
+
+def _command(tier: Tier, needs: _Needs, placement: Placement) -> dict[str, Any]:
+    if needs.hosts > 1 and "{hosts}" not in placement.launcher:
+        raise ProvisionError(
+            f"{tier.label} spans {needs.hosts} hosts and the launcher takes no {{hosts}}; "
+            "write it as in `srun --nodes={hosts} --gres=gpu:{gpus}`"
+        )
+    values = {
+        "gpus": needs.gpus,
+        "hosts": needs.hosts,
+        "memory_mib": math.ceil(needs.memory_bytes / MIB),
+        "cpus": CPUS_PER_GPU * needs.gpus,
+    }
+    try:
+        launcher = placement.launcher.format(**values)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ProvisionError(
+            f"launcher {placement.launcher!r} cannot be filled in ({error}); "
+            f"it may name {', '.join(f'{{{name}}}' for name in values)}"
+        ) from error
+    return {"gpu_count": needs.gpus, "launcher": launcher}
+
+
+def _known(table: Mapping[str, str], tier: Tier, setting: str, what: str) -> str:
+    if tier.gpu not in table:
+        raise ProvisionError(
+            f"no {what} is known for {tier.gpu}; give job variable {setting}, or use one of {', '.join(table)}"
+        )
+    return table[tier.gpu]
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{math.ceil(num_bytes / GIB)}Gi"

@@ -1,0 +1,347 @@
+"""One replica: an engine that drains shards until none is left.
+
+    claim -> read -> engine -> write and commit -> next
+
+Only the engine runs in the caller's thread; whatever waits for the store or for rows does so in
+another. The next shard's rows are read and submitted before this one's tail has drained, so the engine
+does not idle between shards. Everything outside arrives as a parameter; Prefect is not known here.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from inference.backends.base import Backend
+from inference.errors import InferenceError
+from storage.errors import AccessDenied, StorageError
+from storage.manifest import PlanManifest, Shard
+from tasks.claims import Claim, Claims
+from tasks.commit_shard import CommitResult, ShardCommitter
+from tasks.feed import PreparedBatch, PromptFeed
+from tasks.progress import Progress
+from tasks.receipt import EngineMark
+from tasks.results import ResultColumns, count_states
+from tasks.retry import ends_run, is_retryable
+from tasks.shard_work import SampleKey, ShardWork
+from tasks.stop import Stopped, StopSignal
+
+log = logging.getLogger("nightjar.replica")
+
+_MAX_ACTIVE = 3  # one draining, one running, one being read
+_NUM_THREADS = 3  # one claims or reads, the others commit
+_IDLE_WAIT_S = 0.05
+_OUTAGE_S = 600.0  # as long as a finished shard waits for its store
+_OUTAGE_PAUSE_S = 5.0
+
+
+class Outcome(StrEnum):
+    """How one attempt at one shard ended."""
+
+    COMMITTED = "committed"
+    LOST = "lost"  # another attempt committed first; its result stands
+    UNCHANGED = "unchanged"  # a retry improved nothing; the old revision stands
+    FAILED = "failed"
+
+
+class ShardOutcome(NamedTuple):
+    """What `finish_shard` reports."""
+
+    shard_id: int
+    outcome: Outcome
+    error: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Replica:
+    """An engine and the shards it has in hand. One thread drives it; `close` releases everything."""
+
+    plan: PlanManifest
+    claims: Claims
+    feed: PromptFeed
+    committer: ShardCommitter
+    build_backend: Callable[[], Backend]
+    columns: ResultColumns
+    input_schema: Any
+    work_dir: Path
+    progress: Progress
+    should_stop: StopSignal
+
+    _backend: Backend | None = None
+    _works: dict[int, ShardWork] = field(default_factory=dict)
+    _claims_of: dict[int, Claim] = field(default_factory=dict)
+    _owners: dict[int, tuple[int, SampleKey]] = field(default_factory=dict)
+    _claiming: Future[Claim | None] | None = None
+    _reading: tuple[int, Future[None]] | None = None
+    _committing: dict[int, Future[CommitResult]] = field(default_factory=dict)
+    _outcomes: dict[int, ShardOutcome] = field(default_factory=dict)
+    _next_seq_id: int = 0
+    _starved_s: float = 0.0
+    _mark: EngineMark | None = None
+    _away_since: float | None = None
+    _closing: threading.Event = field(default_factory=threading.Event)
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_NUM_THREADS, "nightjar-replica")
+    )
+
+    def next_shard(self) -> int | None:
+        """Return a shard that ended, or the oldest in hand, or a fresh one; None when all are taken.
+
+        Shards that failed here and may be tried again are waited for, and so is a store that is away.
+
+        Raises:
+            Stopped: `should_stop` was set.
+            StorageError: no shard can be claimed, for a reason that does not pass.
+        """
+        while not self._works and not self._outcomes:
+            if self.should_stop.is_set():
+                raise Stopped
+            if self._claiming is None:
+                self._claiming = self._threads.submit(self.claims.next)
+            _wait_any([self._claiming])
+            if self._poll_claiming() and not self._works:
+                pause_s = self._pause_s()
+                if pause_s is None:
+                    return None
+                time.sleep(min(pause_s, _IDLE_WAIT_S))
+        return next(iter(self._outcomes or self._works))
+
+    def finish_shard(self, shard_id: int) -> ShardOutcome:
+        """Run until this shard's attempt ends; later shards progress meanwhile.
+
+        Raises:
+            Stopped: `should_stop` was set.
+            InferenceError: fatal for the whole run, such as a model that cannot be loaded.
+        """
+        while shard_id not in self._outcomes:
+            if self.should_stop.is_set():
+                raise Stopped
+            self._turn()
+        return self._outcomes.pop(shard_id)
+
+    def close(self) -> None:
+        """Release leases and the engine. Safe to repeat; unfinished shards stay resumable."""
+        self._closing.set()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self.claims.close()
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+    def _turn(self) -> None:
+        self._poll_claiming()
+        self._poll_reading()
+        self._poll_commits()
+        if self._can_take_more():
+            self._claiming = self._threads.submit(self.claims.next)
+        backend = self._backend
+        if backend is not None and backend.num_unfinished:
+            self._step(backend)
+        else:
+            self._wait()
+
+    def _can_take_more(self) -> bool:
+        if self._claiming or self._reading or len(self._works) >= _MAX_ACTIVE:
+            return False
+        if not self.claims.may_have_more:
+            return False
+        if self._backend is None or not self._backend.num_unfinished:
+            return True
+        return self._backend.num_waiting <= self._backend.info.max_num_seqs
+
+    def _poll_claiming(self) -> bool:
+        """Take up a claim that has come; False while none was asked for or it is on its way."""
+        if self._claiming is None or not self._claiming.done():
+            return False
+        future, self._claiming = self._claiming, None
+        try:
+            claim = future.result()
+        except StorageError as error:
+            self._store_is_away(error)
+            return True
+        self._away_since = None
+        if claim is not None:
+            self._begin(claim)
+        return True
+
+    def _store_is_away(self, error: StorageError) -> None:
+        """Put up with an outage for a while: shards in hand go on, and no model is loaded again."""
+        now = time.monotonic()
+        self._away_since = since = self._away_since or now
+        if not error.retryable or now - since > _OUTAGE_S:
+            raise error
+        log.warning("no shard can be claimed now, trying again: %s", error)
+        self.claims.look_again_in(_OUTAGE_PAUSE_S)
+
+    def _pause_s(self) -> float | None:
+        """How long to wait for the next shard when none is in hand; None: there is none to wait for."""
+        return _OUTAGE_PAUSE_S if self._away_since is not None else self.claims.backoff_s
+
+    def _begin(self, claim: Claim) -> None:
+        shard_id = claim.shard.shard_id
+        work = ShardWork(
+            shard=claim.shard,
+            attempt=claim.attempt,
+            folder=self.work_dir / f"shard-{shard_id:05d}-{claim.attempt:03d}",
+            columns=self.columns,
+            input_schema=self.input_schema,
+            num_samples=self.plan.num_samples,
+            started_at=time.monotonic(),
+        )
+        self._works[shard_id], self._claims_of[shard_id] = work, claim
+        self.progress.shard("running")
+        log.info(
+            "shard=%05d attempt=%d rows=%d claimed", shard_id, work.attempt, work.shard.num_rows
+        )
+        self._reading = shard_id, self._threads.submit(self._read, work, claim)
+
+    def _read(self, work: ShardWork, claim: Claim) -> None:
+        started = time.monotonic()
+        work.base = self.committer.fetch_base(claim, work.folder)
+        work.read(self._until_closed(work.shard))
+        work.read_s = time.monotonic() - started
+
+    def _until_closed(self, shard: Shard) -> Iterator[PreparedBatch]:
+        for batch in self.feed.read(self.plan, shard.row_start, shard.row_end):
+            if self._closing.is_set():
+                raise Stopped
+            yield batch
+
+    def _poll_reading(self) -> None:
+        if self._reading is None or not self._reading[1].done():
+            return
+        shard_id, future = self._reading
+        self._reading = None
+        try:
+            future.result()
+        except (StorageError, InferenceError, OSError) as error:
+            self._fail(shard_id, error)
+            return
+        work = self._works[shard_id]
+        for result in work.refused:
+            self.progress.row_done(result.state, 0)
+        sequences = work.sequences(lambda key: self._register(shard_id, key))
+        if sequences:
+            try:
+                self._engine().submit(sequences)
+            except InferenceError as error:
+                self._engine_failed(error)
+                return
+        if work.is_complete:
+            self._commit(shard_id)
+
+    def _register(self, shard_id: int, key: SampleKey) -> int:
+        seq_id = self._next_seq_id
+        self._next_seq_id += 1
+        self._owners[seq_id] = shard_id, key
+        return seq_id
+
+    def _engine(self) -> Backend:
+        if self._backend is None:
+            self.progress.phase = "loading the model"
+            self._backend = self.build_backend()
+            self.progress.phase = "generating"
+        if self._mark is None:
+            self._mark = self._take_mark(self._backend)
+        return self._backend
+
+    def _take_mark(self, backend: Backend) -> EngineMark:
+        return EngineMark.take(backend.stats, at=time.monotonic(), starved_s=self._starved_s)
+
+    def _step(self, backend: Backend) -> None:
+        try:
+            completions = backend.step()
+        except InferenceError as error:
+            self._engine_failed(error)
+            return
+        for completion in completions:
+            shard_id, key = self._owners.pop(completion.seq_id)
+            work = self._works.get(shard_id)
+            if work is None:
+                continue  # its attempt failed while it ran
+            result = work.accept(key, completion)
+            self.progress.row_done(result.state, result.num_completion_tokens)
+            if work.is_complete:
+                self._commit(shard_id)
+
+    def _engine_failed(self, error: InferenceError) -> None:
+        """Fail every shard in the engine; go on with a fresh one if that can help."""
+        for shard_id in {owner[0] for owner in self._owners.values()} & self._works.keys():
+            self._fail(shard_id, error)
+        self._owners.clear()
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+        self._mark = None
+        if not error.retryable:
+            raise error
+
+    def _commit(self, shard_id: int) -> None:
+        work = self._works[shard_id]
+        backend = self._engine_if_used(work)
+        before = self._mark
+        after = self._take_mark(backend) if backend else None
+        self._mark = after
+        claim = self._claims_of[shard_id]
+
+        def commit() -> CommitResult:
+            result = self.committer.commit(work, claim, backend, before, after)
+            self.claims.release(shard_id, committed=True)
+            return result
+
+        self._committing[shard_id] = self._threads.submit(commit)
+
+    def _engine_if_used(self, work: ShardWork) -> Backend | None:
+        return self._backend if work.num_sequences else None
+
+    def _poll_commits(self) -> None:
+        for shard_id in [s for s, future in self._committing.items() if future.done()]:
+            future = self._committing.pop(shard_id)
+            try:
+                result = future.result()
+            except (StorageError, OSError) as error:
+                self._fail(shard_id, error)
+                if isinstance(error, AccessDenied):
+                    raise  # of the run folder: no other shard can be committed either
+                continue
+            self._done(shard_id, Outcome(result.outcome))
+
+    def _fail(self, shard_id: int, error: Exception) -> None:
+        work = self._works[shard_id]
+        log.warning("shard=%05d attempt=%d failed: %s", shard_id, work.attempt, error)
+        self.progress.note(f"shard {shard_id:05d}, attempt {work.attempt}: {error}")
+        self.progress.rows_undone(count_states(list(work.results.values())))
+        self.claims.failed(shard_id, error, retryable=is_retryable(error))
+        self.claims.release(shard_id, committed=False)
+        self._done(shard_id, Outcome.FAILED, str(error))
+        if ends_run(error):
+            raise error
+
+    def _done(self, shard_id: int, outcome: Outcome, error: str | None = None) -> None:
+        work = self._works.pop(shard_id)
+        del self._claims_of[shard_id]
+        work.discard()
+        state = "failed" if outcome is Outcome.FAILED else "committed"
+        self.progress.shard(state, was="running")
+        self._outcomes[shard_id] = ShardOutcome(shard_id, outcome, error)
+
+    def _wait(self) -> None:
+        """Nothing to run: wait briefly for rows or for a commit."""
+        started = time.monotonic()
+        first = [self._reading[1]] if self._reading else [self._claiming] if self._claiming else []
+        pending = [*first, *self._committing.values()]
+        if pending:
+            _wait_any(pending)
+        else:
+            time.sleep(_IDLE_WAIT_S)
+        if first:
+            self._starved_s += time.monotonic() - started
+
+
+def _wait_any(futures: list[Any]) -> None:
+    wait(futures, timeout=_IDLE_WAIT_S, return_when=FIRST_COMPLETED)

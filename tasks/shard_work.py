@@ -1,0 +1,240 @@
+"""One attempt at one shard: rows in, sequences out, completions back, one Parquet part.
+
+    read (feed thread) -> sequences -> accept ... accept -> is_complete -> write
+
+Input columns are spilled to a local Arrow file while reading and streamed back while writing, so
+only token ids, outcomes and completions of a shard are ever in memory.
+"""
+
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from inference.sampling import SamplingParams, draw_seed
+from inference.sequence import Completion, Sequence
+from storage import records
+from storage.manifest import Shard
+from storage.shard_writer import PartWriter, WrittenPart
+from tasks.feed import PreparedBatch, PreparedRow
+from tasks.results import (
+    ResultColumns,
+    RowOutcome,
+    SampleResult,
+    sample_result,
+    unrun_sample,
+)
+
+_PREFIX_TOKENS = 32  # rows whose prompts agree this far are started together
+_WRITE_ROWS = 1024
+
+
+class SampleKey(NamedTuple):
+    """Which output row of the shard a sequence becomes."""
+
+    offset: int  # row within the shard
+    sample_index: int
+
+
+class _Runnable(NamedTuple):
+    offset: int
+    token_ids: "array[int]"  # array.array is not subscriptable before Python 3.12
+    sampling: SamplingParams
+    row_key: int | str
+
+
+@dataclass(slots=True)
+class ShardWork:
+    """State of one attempt. Driven by one thread; `read` may run in another before the rest."""
+
+    shard: Shard
+    attempt: int
+    folder: Path
+    """A local folder of this attempt's own."""
+
+    columns: ResultColumns
+    input_schema: Any
+    """Arrow schema of the copied-through columns."""
+
+    num_samples: int
+    base: Path | None = None
+    """The part a retry starts from: its answered rows are kept, its failed ones redone."""
+
+    rows: list[RowOutcome] = field(default_factory=list)
+    results: dict[SampleKey, SampleResult] = field(default_factory=dict)
+    started_at: float = 0.0
+    read_s: float = 0.0
+    num_improved: int = 0
+    num_sequences: int = 0
+    _runnable: list[_Runnable] = field(default_factory=list)
+    _redo: set[SampleKey] | None = None
+    _num_open: int = 0
+
+    def read(self, batches: Iterable[PreparedBatch]) -> None:
+        """Take the shard's rows from the feed and spill their columns."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.base is not None:
+            self._redo = set(self._failed_in_base(self.base))
+        with (
+            pa.OSFile(str(self._spill), "wb") as file,
+            pa.ipc.new_stream(file, self.input_schema) as spill,
+        ):
+            for batch in batches:
+                spill.write_batch(batch.columns)
+                for row in batch.rows:
+                    self._take(row)
+        if len(self.rows) != self.shard.num_rows:
+            raise AssertionError(
+                f"shard {self.shard.shard_id}: read {len(self.rows)} rows, planned {self.shard.num_rows}"
+            )
+
+    def sequences(self, next_id: Callable[[SampleKey], int]) -> list[Sequence]:
+        """Return what the engine must run, neighbours by shared prefix, longest first."""
+        groups = Counter(_prefix(row) for row in self._runnable)
+        order = sorted(
+            self._runnable,
+            key=lambda row: (-groups[_prefix(row)], _prefix(row), -len(row.token_ids)),
+        )
+        found = [
+            Sequence(
+                seq_id=next_id(key),
+                prompt_token_ids=row.token_ids,
+                sampling=row.sampling,
+                draw_seed=draw_seed(row.sampling.seed, row.row_key, key.sample_index),
+            )
+            for row in order
+            for key in self._keys(row.offset)
+            if self._redo is None or key in self._redo
+        ]
+        self.num_sequences = self._num_open = len(found)
+        self._runnable = []
+        return found
+
+    def accept(self, key: SampleKey, completion: Completion) -> SampleResult:
+        """Take one finished sequence."""
+        result = sample_result(self.rows[key.offset], key.sample_index, completion)
+        self.results[key] = result
+        self._num_open -= 1
+        return result
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sequence has come back."""
+        return self._num_open == 0 and not self._runnable
+
+    @property
+    def refused(self) -> list[SampleResult]:
+        """Results of rows that never reached the engine."""
+        return [r for r in self.results.values() if self.rows[self._offset(r)].state is not None]
+
+    def write(self) -> tuple[WrittenPart, Counter[str], Counter[str]]:
+        """Write the part in input order; return it with rows by state and token counts."""
+        path = self.folder / "completions.parquet"
+        states: Counter[str] = Counter()
+        tokens: Counter[str] = Counter()
+        with PartWriter(path, self.columns.schema(self.input_schema)) as writer:
+            for batch in self._output_batches():
+                writer.write(batch)
+                states.update(batch.column("state").to_pylist())
+                _count_tokens(batch, tokens)
+            return writer.finish(), states, tokens
+
+    def discard(self) -> None:
+        """Remove the attempt's local files."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _spill(self) -> Path:
+        return self.folder / "columns.arrow"
+
+    def _keys(self, offset: int) -> list[SampleKey]:
+        return [SampleKey(offset, sample) for sample in range(self.num_samples)]
+
+    def _offset(self, result: SampleResult) -> int:
+        return result.row_index - self.shard.row_start
+
+    def _take(self, row: PreparedRow) -> None:
+        offset = len(self.rows)
+        outcome = RowOutcome(
+            row.row_index, row.num_prompt_tokens, row.is_thinking, row.state, row.error
+        )
+        self.rows.append(outcome)
+        if row.state is None:
+            tokens = array("i", row.token_ids)
+            self._runnable.append(_Runnable(offset, tokens, row.sampling, row.row_key))
+            return
+        for key in self._keys(offset):
+            self.results[key] = unrun_sample(outcome, key.sample_index)
+
+    def _failed_in_base(self, base: Path) -> Iterator[SampleKey]:
+        with pq.ParquetFile(base, page_checksum_verification=True) as file:
+            columns = ["row_index", "sample_index", "state"]
+            for batch in file.iter_batches(batch_size=65_536, columns=columns):
+                for row in batch.to_pylist():
+                    if row["state"] not in records.ANSWERED:
+                        offset = row["row_index"] - self.shard.row_start
+                        yield SampleKey(offset, row["sample_index"])
+
+    def _output_batches(self) -> Iterator[Any]:
+        return self._fresh_batches() if self.base is None else self._merged_batches(self.base)
+
+    def _fresh_batches(self) -> Iterator[Any]:
+        offset = 0
+        with pa.memory_map(str(self._spill)) as source, pa.ipc.open_stream(source) as spill:
+            for whole in spill:
+                for start in range(0, whole.num_rows, _WRITE_ROWS):
+                    batch = whole.slice(start, _WRITE_ROWS)
+                    keys = [key for i in range(batch.num_rows) for key in self._keys(offset + i)]
+                    offset += batch.num_rows
+                    yield self._with_results(batch, [self.results[key] for key in keys])
+
+    def _with_results(self, batch: Any, samples: list[SampleResult]) -> Any:
+        if self.num_samples > 1:
+            repeat = [i for i in range(batch.num_rows) for _ in range(self.num_samples)]
+            batch = batch.take(pa.array(repeat, pa.int64()))
+        arrays = [*batch.columns, *self.columns.arrays(samples, self.attempt)]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.columns.schema(self.input_schema))
+
+    def _merged_batches(self, base: Path) -> Iterator[Any]:
+        schema = self.columns.schema(self.input_schema)
+        width = len(self.input_schema)
+        with pq.ParquetFile(base, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=_WRITE_ROWS):
+                old = batch.select(range(width, len(schema))).to_pylist()
+                new = [self._redone(row) or row for row in old]
+                arrays = [
+                    pa.array([row[f.name] for row in new], f.type) for f in self.columns.fields
+                ]
+                yield pa.RecordBatch.from_arrays([*batch.columns[:width], *arrays], schema=schema)
+
+    def _redone(self, old: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the new result of a row that was redone with another outcome; None to keep the old."""
+        key = SampleKey(old["row_index"] - self.shard.row_start, old["sample_index"])
+        result = self.results.get(key)
+        if self._redo is None or key not in self._redo or result is None:
+            return None
+        if result.state == old["state"]:
+            return None
+        self.num_improved += 1
+        names = [f.name for f in self.columns.fields]
+        arrays = self.columns.arrays([result], self.attempt)
+        return {name: values[0].as_py() for name, values in zip(names, arrays, strict=True)}
+
+
+def _prefix(row: _Runnable) -> bytes:
+    return row.token_ids[:_PREFIX_TOKENS].tobytes()
+
+
+def _count_tokens(batch: Any, tokens: Counter[str]) -> None:
+    columns = ("sample_index", "state", "num_prompt_tokens", "num_completion_tokens")
+    for row in batch.select(columns).to_pylist():
+        if row["state"] in records.ANSWERED:
+            tokens["completion"] += row["num_completion_tokens"]
+            if row["sample_index"] == 0:
+                tokens["prompt"] += row["num_prompt_tokens"]

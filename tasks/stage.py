@@ -1,0 +1,217 @@
+"""Weights to this machine's fastest disk, and one paragraph on how that went."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from inference.config import Dtype
+from storage.model_cache import CacheEntry, Eviction
+from storage.object_store import DEFAULT_STORAGE, StorageConfig
+from storage.stage_report import StageReport
+from storage.staging import DEFAULT_ENGINE_BYTES, StagedModel, stage_model
+from tasks.job import RunConfig
+
+NVME_DEMAND_GB_PER_S = 1.0
+"""What staging must reach from and to NVMe; checked and said on every stage."""
+
+_PHASE_WORDS = {
+    "resolve": "opening the source",
+    "list": "listing it",
+    "describe": "asking for checksums",
+    "wait": "waiting for another process",
+    "resume": "checking what was there",
+    "allocate": "reserving room",
+    "transfer": "moving bytes",
+    "convert": "converting GGUF",
+    "publish": "publishing",
+    "check": "checking in place",
+}
+_THREAD_WORDS = {"read": "waiting for the source", "checksum": "checksums", "write": "writing"}
+
+
+def stage(
+    source: str,
+    *,
+    storage: StorageConfig = DEFAULT_STORAGE,
+    stage_to: str = "auto",
+    dtype: Dtype = "auto",
+    reserve_bytes: int = DEFAULT_ENGINE_BYTES,
+    budget_bytes: int | None = None,
+    allowed_code: Iterable[str] = (),
+    on_file: Callable[[Path], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> StagedModel:
+    """Stage a model; like `storage.staging.stage_model`, and GGUF files are converted.
+
+    Args:
+        source: also `pkg:NAME`, the one .gguf file inside that installed package.
+        dtype: of the weights that a GGUF file is unpacked to.
+
+    Raises:
+        StorageError: as `stage_model` does.
+        ModelError: a GGUF file cannot be converted.
+    """
+    if source.startswith("pkg:"):
+        from inference.gguf import find_gguf
+
+        source = str(find_gguf(source))
+
+    def convert(gguf: Path, folder: Path) -> Path:
+        from inference.gguf import convert_gguf
+
+        return convert_gguf(gguf, folder, dtype)
+
+    return stage_model(
+        source,
+        config=storage,
+        stage_to=stage_to,
+        reserve_bytes=reserve_bytes,
+        budget_bytes=budget_bytes,
+        allowed_code=frozenset(allowed_code),
+        convert_gguf=convert,
+        on_file=on_file,
+        on_progress=on_progress,
+    )
+
+
+def stage_for(
+    job: RunConfig,
+    *,
+    reserve_bytes: int = DEFAULT_ENGINE_BYTES,
+    on_file: Callable[[Path], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> StagedModel:
+    """Stage the model of a job where the job says; raises as `stage` does."""
+    return stage(
+        job.model.source,
+        storage=job.storage,
+        stage_to=job.hardware.stage_to,
+        dtype=job.model.dtype,
+        reserve_bytes=reserve_bytes,
+        on_file=on_file,
+        on_progress=on_progress,
+    )
+
+
+def as_json(report: StageReport) -> dict[str, Any]:
+    """The report for `--json`, with the judgement on its speed."""
+    return {
+        **asdict(report),
+        "gb_per_s": round(report.gb_per_s, 3),
+        "demand_gb_per_s": NVME_DEMAND_GB_PER_S,
+        "meets_demand": meets_demand(report),
+    }
+
+
+def meets_demand(report: StageReport) -> bool | None:
+    """Whether the transfer reached 1 GB/s; None when too little was moved to tell."""
+    if report.bytes_moved < 100_000_000:
+        return None
+    return report.gb_per_s >= NVME_DEMAND_GB_PER_S
+
+
+def describe(report: StageReport) -> str:
+    """One paragraph: what was staged where and why, how fast, and where the time went."""
+    head = (
+        f"{report.source}: {report.num_files} files, {_gb(report.num_bytes)}, {report.outcome} at "
+        f"{report.path} ({report.disk}) in {report.seconds:.2f} s: {report.reason}."
+    )
+    parts = [head, *_speed(report), _verification(report)]
+    if report.evicted:
+        parts.append(f"{len(report.evicted)} older models were evicted to make room.")
+    if report.skipped:
+        shown = ", ".join(report.skipped[:4]) + (", ..." if len(report.skipped) > 4 else "")
+        parts.append(f"Not staged: {shown}.")
+    return " ".join(parts)
+
+
+def describe_entries(entries: list[CacheEntry]) -> str:
+    """A table of staged models for `nightjar stage --list`."""
+    if not entries:
+        return "no staged models on this machine"
+    lines = []
+    for entry in entries:
+        flags = [
+            word
+            for word, is_set in (
+                ("pinned", entry.is_pinned),
+                ("in use", entry.is_in_use),
+                ("partial", not entry.is_whole),
+            )
+            if is_set
+        ]
+        name = entry.source or "(not whole)"
+        lines.append(
+            f"{entry.content_id[:12]}  {_gb(entry.num_bytes):>9}  {name}  "
+            f"{entry.path.parents[1]}  {', '.join(flags)}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def describe_evictions(evictions: list[Eviction]) -> str:
+    """What `--evict` and `gc` did, a line each."""
+    lines = [
+        f"{eviction.content_id}: kept, {eviction.kept_because}"
+        if eviction.kept_because
+        else f"{eviction.content_id}: evicted, {_gb(eviction.freed_bytes)} freed"
+        for eviction in evictions
+    ]
+    return "\n".join(lines) or "nothing to evict"
+
+
+def _speed(report: StageReport) -> list[str]:
+    if not report.bytes_moved:
+        return []
+    transfer_s = report.phases.get("transfer", 0.0)
+    said = f"Moved {_gb(report.bytes_moved)} in {transfer_s:.2f} s = {report.gb_per_s:.2f} GB/s"
+    shares = _share(report.gb_per_s, report.wire_gb_per_s, "the wire")
+    shares += _share(report.gb_per_s, report.disk_write_gb_per_s, "what the disk can write")
+    verdict = {
+        True: f"the {NVME_DEMAND_GB_PER_S:.0f} GB/s that NVMe must give is met",
+        False: f"below the {NVME_DEMAND_GB_PER_S:.0f} GB/s that NVMe must give",
+        None: "too little to judge its speed by",
+    }[meets_demand(report)]
+    sentences = ["; ".join([said, *shares, verdict]) + "."]
+    if report.bytes_resumed:
+        sentences.append(f"{_gb(report.bytes_resumed)} were there from an earlier try.")
+    if report.disk_read_gb_per_s is not None:
+        sentences.append(f"The disk reads {report.disk_read_gb_per_s:.2f} GB/s.")
+    return [*sentences, _where_time_went(report)]
+
+
+def _share(gb_per_s: float, limit: float | None, name: str) -> list[str]:
+    return [f"{gb_per_s / limit:.0%} of {name} ({limit:.2f} GB/s)"] if limit else []
+
+
+def _where_time_went(report: StageReport) -> str:
+    longest = sorted(report.phases.items(), key=lambda item: -item[1])[:3]
+    phases = ", ".join(
+        f"{_PHASE_WORDS.get(name, name)} {seconds:.2f} s" for name, seconds in longest if seconds
+    )
+    thread_s = sum(report.thread_s.values())
+    if not thread_s:
+        return f"Time: {phases}."
+    threads = ", ".join(
+        f"{seconds / thread_s:.0%} {_THREAD_WORDS[name]}"
+        for name, seconds in report.thread_s.items()
+    )
+    cpu = report.cpu_s / (report.bytes_moved / 1e9)
+    retries = f", {report.num_retries} ranges asked for again" if report.num_retries else ""
+    return f"Time: {phases}; the threads spent {threads}; {cpu:.2f} CPU s/GB{retries}."
+
+
+def _verification(report: StageReport) -> str:
+    vouched = [f"{count} by {who}" for who, count in report.verified_by.items() if who]
+    unvouched = report.verified_by.get("", 0)
+    said = f"Verified: {', '.join(vouched)}" if vouched else "Verified: nothing"
+    if unvouched:
+        said += (
+            f"; {unvouched} files have no recorded checksum, only their structure was checked: "
+            "upload with a CRC64NVME checksum, or put SHA256SUMS beside them"
+        )
+    return said + "."
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,280 @@
+"""Real processes, a real S3 server, and a proxy that spoils what passes: nothing damaged is ever whole."""
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace, StoreUnavailable
+from storage.object_store import StorageConfig
+from storage.s3_client import RetryPolicy, make_client
+from storage.staging import StagedModel, stage_model
+from tests.faults.fault_proxy import FaultProxy
+from tests.model_files import folder_bytes, write_model
+from tests.seaweed import Seaweed
+
+MIB = 1 << 20
+FAST = RetryPolicy(max_attempts=6, base_s=0.01)
+NUM_RANGES = 2 * 2  # two weight files of two ranges each
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return write_model(folder, num_weight_files=2, weight_bytes=20 * MIB)
+
+
+@pytest.fixture
+def source(seaweed: Seaweed, model: Path) -> str:
+    """The model in a bucket of its own, with the checksums that the store verified."""
+    client = make_client(seaweed.config)
+    for path in model.iterdir():
+        client.put_object(
+            Bucket=seaweed.bucket,
+            Key=f"models/m/{path.name}",
+            Body=path.read_bytes(),
+            ChecksumAlgorithm="CRC64NVME",
+        )
+    client.close()
+    return f"{seaweed.uri}/models/m/"
+
+
+@pytest.fixture
+def proxy(seaweed: Seaweed) -> Iterator[FaultProxy]:
+    with FaultProxy(seaweed.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def cache() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def stage(proxy: FaultProxy, source: str, cache: Path, **options: object) -> StagedModel:
+    config = StorageConfig(endpoint_url=proxy.endpoint_url, region="us-east-1")
+    return stage_model(source, config=config, stage_to=str(cache), retry=FAST, **options)  # type: ignore[arg-type]
+
+
+def is_whole(cache: Path) -> bool:
+    return bool(list(cache.rglob("MANIFEST.json")))
+
+
+PROGRAM = """
+import sys
+from storage.object_store import StorageConfig
+from storage.staging import stage_model
+source, endpoint, cache = sys.argv[1:]
+config = StorageConfig(endpoint_url=endpoint, region="us-east-1")
+with stage_model(source, config=config, stage_to=cache, num_threads=2) as staged:
+    print(staged.report.outcome, staged.path)
+"""
+
+
+def start(proxy: FaultProxy, source: str, cache: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", PROGRAM, source, proxy.endpoint_url, str(cache)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_model_on_s3_is_staged_and_checked_against_the_store(
+    proxy: FaultProxy, source: str, cache: Path, model: Path
+) -> None:
+    with stage(proxy, source, cache) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(model)
+        assert staged.report.verified_by == {"the store": 6}
+        assert staged.report.gb_per_s > 0
+    assert proxy.count(r"^GET .*-of-00002\.safetensors") == NUM_RANGES
+    before = len(proxy.requests)
+    with stage(proxy, source, cache) as again:
+        assert again.report.outcome == "hit"
+        assert again.report.seconds < 0.2
+    assert len(proxy.requests) == before + 1, "the second stage is one listing"
+
+
+def test_killed_at_random_moments_it_finishes_identical(
+    proxy: FaultProxy, source: str, cache: Path, model: Path
+) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    rng = random.Random(seed)
+    num_killed = 0
+    for _ in range(5):
+        process = start(proxy, source, cache)
+        seen = len(proxy.requests)
+        target = seen + rng.randint(1, 9)
+        while len(proxy.requests) < target and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        num_killed += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert num_killed, "no process was killed before it was done"
+    process = start(proxy, source, cache)
+    outcome, path = process.communicate(timeout=60)[0].split()
+    assert outcome in ("staged", "hit")
+    assert folder_bytes(Path(path)) == folder_bytes(model)
+    assert sorted(p.name for p in cache.rglob("*") if p.suffix in (".partial", ".journal")) == []
+
+
+def test_four_processes_at_once_move_the_bytes_once(
+    proxy: FaultProxy, source: str, cache: Path, model: Path
+) -> None:
+    processes = [start(proxy, source, cache) for _ in range(4)]
+    outcomes, paths = zip(
+        *(process.communicate(timeout=100)[0].split() for process in processes), strict=True
+    )
+    assert sorted(outcomes) == ["hit", "hit", "hit", "staged"]
+    assert len(set(paths)) == 1
+    assert folder_bytes(Path(paths[0])) == folder_bytes(model)
+    assert proxy.count(r"^GET .*-of-00002\.safetensors") == NUM_RANGES
+    assert proxy.count(r"^GET .*config\.json") == 1
+
+
+def test_truncations_refusals_and_drops_are_outlived(
+    proxy: FaultProxy, source: str, cache: Path, model: Path
+) -> None:
+    for kind, count in (("truncate", 3), ("status", 2), ("drop_before", 2), ("drop_after", 1)):
+        proxy.add(kind, r"^(GET|HEAD) .*models/m/", count=count)  # type: ignore[arg-type]
+    with stage(proxy, source, cache) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(model)
+        assert staged.report.verified_by == {"the store": 6}
+    assert proxy.pending() == 0
+
+
+def test_a_body_that_stalls_is_asked_for_again(
+    proxy: FaultProxy, source: str, cache: Path, model: Path
+) -> None:
+    proxy.add("stall", r"^GET .*00001-of", seconds=0.5)
+    with stage(proxy, source, cache) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(model)
+        assert staged.report.num_retries == 1
+
+
+def test_a_store_that_stays_down_is_given_up_and_resumed_later(
+    proxy: FaultProxy, source: str, cache: Path, model: Path
+) -> None:
+    rule = proxy.add("status", r"^GET .*00002-of", count=1000)
+    with pytest.raises(StoreUnavailable, match="gave up after 6 attempts"):
+        stage(proxy, source, cache, num_threads=1)
+    assert not is_whole(cache)
+    rule.count = 0
+    with stage(proxy, source, cache) as staged:
+        assert staged.report.bytes_resumed > 20 * MIB, "the first file was there already"
+        assert folder_bytes(staged.path) == folder_bytes(model)
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "config.json"])
+def test_one_flipped_bit_is_refused_with_nothing_published(
+    proxy: FaultProxy, source: str, cache: Path, model: Path, name: str
+) -> None:
+    proxy.add("flip", rf"^GET .*{name}")
+    with pytest.raises(CorruptObject, match=rf"{name}: the store promises crc64nvme"):
+        stage(proxy, source, cache)
+    assert not is_whole(cache)
+    with stage(proxy, source, cache) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(model)
+
+
+def test_an_object_replaced_midway_ends_in_a_clean_error(
+    proxy: FaultProxy, seaweed: Seaweed, source: str, cache: Path, model: Path
+) -> None:
+    client = make_client(seaweed.config)
+    name = "model-00002-of-00002.safetensors"
+    other = bytearray((model / name).read_bytes())
+    other[-1] ^= 1
+
+    def replace_once(path: Path) -> None:
+        if path.name == "tokenizer.json":
+            client.put_object(Bucket=seaweed.bucket, Key=f"models/m/{name}", Body=bytes(other))
+
+    with pytest.raises(InputChanged, match=r"00002-of-00002.*stage it again"):
+        stage(proxy, source, cache, on_file=replace_once)
+    assert not is_whole(cache)
+    with stage(proxy, source, cache) as staged:
+        assert folder_bytes(staged.path) == {**folder_bytes(model), name: bytes(other)}
+    client.close()
+
+
+def test_a_partial_damaged_after_it_was_journaled_is_not_believed(
+    proxy: FaultProxy, source: str, cache: Path, model: Path
+) -> None:
+    rule = proxy.add("status", r"^GET .*00002-of", count=1000)
+    with pytest.raises(StoreUnavailable):
+        stage(proxy, source, cache, num_threads=1)
+    (first,) = cache.rglob("model-00001-of-00002.safetensors")
+    with first.open("r+b") as file:
+        file.seek(17 * MIB)
+        file.write(b"XX")
+    rule.count = 0
+    with stage(proxy, source, cache) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(model)
+
+
+def test_a_file_missing_from_the_store_is_named_before_weights_move(
+    proxy: FaultProxy, seaweed: Seaweed, source: str, cache: Path
+) -> None:
+    client = make_client(seaweed.config)
+    name = "model-00001-of-00002.safetensors"
+    client.delete_object(Bucket=seaweed.bucket, Key=f"models/m/{name}")
+    client.close()
+    with pytest.raises(BadInput, match=rf"index\.json names {name}"):
+        stage(proxy, source, cache)
+    assert proxy.count(r"^GET .*-of-00002\.safetensors") == 0
+
+
+def test_a_store_without_checksums_gives_an_unverified_model_and_says_so(
+    seaweed: Seaweed, cache: Path, tmp_path: Path
+) -> None:
+    write_model(tmp_path, num_weight_files=1)
+    client = make_client(seaweed.config)
+    for path in tmp_path.iterdir():
+        client.put_object(Bucket=seaweed.bucket, Key=f"plain/{path.name}", Body=path.read_bytes())
+    with stage_model(f"{seaweed.uri}/plain", config=seaweed.config, stage_to=str(cache)) as staged:
+        assert sum(staged.report.verified_by.values()) == staged.report.num_files
+        assert staged.report.verified_by.get("", 0) == len(staged.manifest.unverified)
+    client.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 96 KiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    folder = tmp_path / "small"
+    folder.mkdir(mode=0o700)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k,mode=700", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounts")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=False, capture_output=True)
+
+
+def test_a_full_staging_disk_is_said_and_the_next_try_starts_clean(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model", num_weight_files=2, weight_bytes=60_000)
+    with pytest.raises(NoSpace, match=rf"{small_disk}.*: \d+ bytes needed, \d+ free; make room"):
+        stage_model(str(model), config=StorageConfig(), stage_to=str(small_disk))
+    assert list(small_disk.rglob("*.safetensors*")) == []
+    assert not is_whole(small_disk)
+    subprocess.run(["umount", str(small_disk)], check=True)
+    with stage_model(str(model), config=StorageConfig(), stage_to=str(small_disk)) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(model)
+
+
+def test_a_disk_that_fits_only_by_evicting_makes_room(small_disk: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        model = write_model(tmp_path / name, num_weight_files=1, weight_bytes=40_000)
+        (model / "name.txt").write_text(name)
+        with stage_model(str(model), config=StorageConfig(), stage_to=str(small_disk)) as staged:
+            assert folder_bytes(staged.path) == folder_bytes(model)
+    assert len(staged.report.evicted) == 1
+    assert len(list(small_disk.rglob("MANIFEST.json"))) == 1

@@ -1,0 +1,143 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage import hub_source
+from storage.errors import AccessDenied, CorruptObject, NotFound, StoreUnavailable
+from storage.object_store import StorageConfig
+from storage.staging import resolve_model, stage_model
+from tests.fake_hub import COMMIT, FakeHub
+from tests.model_files import folder_bytes, write_model
+
+CONFIG = StorageConfig()
+SOURCE = "hf://org/model@main"
+RESOLVE = "/api/models/org/model/revision/"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    files = folder_bytes(write_model(tmp_path / "model"))
+    files["modeling_x.py"] = b"print('no')"
+    with FakeHub(files) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", "")
+        monkeypatch.setenv("NIGHTJAR_CACHE", str(tmp_path / "cache"))
+        yield hub
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_source, "_backoff_s", lambda attempt: 0.01)
+
+
+def test_a_repo_is_staged_pinned_and_verified(hub: FakeHub, tmp_path: Path) -> None:
+    with stage_model(SOURCE, config=CONFIG) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(tmp_path / "model")
+        assert staged.report.source == f"hf://org/model@{COMMIT}"
+        assert staged.report.verified_by == {"the Hub": 6}
+        assert staged.report.skipped == ["modeling_x.py"]
+        assert not list(staged.path.glob(".hub*"))
+    before = len(hub.requests)
+    with stage_model(SOURCE, config=CONFIG) as again:
+        assert again.report.outcome == "hit"
+        assert again.report.seconds < 0.2
+    assert len(hub.requests) == before, "the second stage asks the Hub nothing"
+
+
+def test_the_pinned_commit_is_what_replicas_are_given(hub: FakeHub) -> None:
+    resolved = resolve_model(SOURCE, config=CONFIG)
+    assert resolved.uri == f"hf://org/model@{COMMIT}"
+    with stage_model(resolved.uri, config=CONFIG) as staged:
+        assert staged.content_id == resolved.content_id
+
+
+STAGE = "import sys; from storage.staging import stage_model; from storage.object_store import StorageConfig; print(stage_model(sys.argv[1], config=StorageConfig()).report.outcome)"
+
+
+def test_many_processes_in_a_storm_of_429_resolve_once_and_download_once(hub: FakeHub) -> None:
+    hub.refusals, hub.retry_after = 3, "1"
+    began = time.monotonic()
+    processes = [
+        subprocess.Popen([sys.executable, "-c", STAGE, SOURCE], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    outcomes = [process.communicate(timeout=100)[0].strip() for process in processes]
+    assert sorted(outcomes) == ["hit", "hit", "hit", "staged"]
+    assert hub.count(f"GET {RESOLVE}") == 3 + 1, "one process asks, as often as it was refused"
+    assert time.monotonic() - began > 3, "Retry-After is honoured"
+    for name in hub.files:
+        if name != "modeling_x.py":
+            assert hub.count(f"GET /org/model/resolve/{COMMIT}/{name}") == 1
+
+
+def test_whoever_waited_for_a_failed_resolve_does_not_ask_again(
+    hub: FakeHub, quick: None, tmp_path: Path
+) -> None:
+    hub.refusals, hub.retry_after = 1000, "1"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", STAGE, SOURCE], stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert all("StoreUnavailable" in error and "429" in error for error in errors)
+    assert hub.count(RESOLVE) == 6
+    hub.refusals = 0
+    assert resolve_model(SOURCE, config=CONFIG).uri.endswith(COMMIT), "a failure is not remembered"
+
+
+def test_refused_file_requests_are_repeated(hub: FakeHub, quick: None, tmp_path: Path) -> None:
+    resolve_model(SOURCE, config=CONFIG)
+    hub.refusals = 4
+    with stage_model(SOURCE, config=CONFIG) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(tmp_path / "model")
+
+
+def test_a_file_with_other_bytes_of_the_same_size_is_refused(hub: FakeHub, tmp_path: Path) -> None:
+    name = "model-00002-of-00002.safetensors"
+    right = hub.files[name]
+    hub.spoiled[name] = right[:-1] + bytes([right[-1] ^ 1])
+    with pytest.raises(CorruptObject, match=rf"{name}.*the Hub promises"):
+        stage_model(SOURCE, config=CONFIG)
+    assert not list((tmp_path / "cache").rglob("MANIFEST.json"))
+    hub.spoiled.clear()
+    before = hub.count("GET /org/model/resolve")
+    with stage_model(SOURCE, config=CONFIG) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(tmp_path / "model")
+    assert hub.count("GET /org/model/resolve") == before + 1, "only the damaged file came again"
+
+
+@pytest.mark.parametrize("source", ["hf://org/other", "hf://org/other@v1"])
+def test_a_repo_that_is_not_there_is_refused_at_once(hub: FakeHub, source: str) -> None:
+    with pytest.raises((NotFound, AccessDenied), match=source) as caught:
+        stage_model(source, config=CONFIG)
+    assert "\n" not in str(caught.value)
+    assert len(hub.requests) == 1
+
+
+def test_a_hub_that_is_down_is_passing_and_named(
+    hub: FakeHub, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StoreUnavailable, match="hf://org/model@main"):
+        stage_model(SOURCE, config=CONFIG)
+
+
+def test_a_branch_is_looked_up_again_after_a_while_and_a_commit_never(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    for revision, expected in (("main", 2), (COMMIT, 1)):
+        pins = tmp_path / ("a" if revision == "main" else "b")
+        hub.requests.clear()
+        hub_source.open_hub(f"hf://org/model@{revision}", pins, ttl_s=0.05)
+        hub_source.open_hub(f"hf://org/model@{revision}", pins, ttl_s=100)
+        time.sleep(0.06)
+        hub_source.open_hub(f"hf://org/model@{revision}", pins, ttl_s=0.05)
+        assert hub.count(RESOLVE) == expected
+    assert os.listdir(tmp_path / "a")

@@ -1,0 +1,143 @@
+"""A job file is understood whole or refused in one line that says what to change."""
+
+from datetime import UTC, datetime
+
+import pytest
+
+from flows.config import JobError, dump_job, load_job
+from flows.yaml_text import parse_yaml
+
+BASE = {"model": {"source": "m"}, "input": {"uri": "in"}, "output": {"uri": "out"}}
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(JobError) as caught:
+        load_job(BASE, overrides=overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_only_source_input_and_output_are_required():
+    job = load_job(BASE)
+    assert (job.model.source, job.input.uri, job.output.uri) == ("m", "in", "out")
+    assert job.sampling.max_tokens == 512
+
+
+@pytest.mark.parametrize("missing", ["model", "input", "output"])
+def test_a_missing_section_is_named(missing):
+    with pytest.raises(JobError, match=f"^{missing}: missing"):
+        load_job({key: value for key, value in BASE.items() if key != missing})
+
+
+def test_a_missing_field_is_named_with_its_path():
+    with pytest.raises(JobError, match=r"model\.source: missing; .*--set model\.source="):
+        load_job({**BASE, "model": {}})
+
+
+def test_a_misspelt_key_names_the_nearest_known_one():
+    assert (
+        refused("sampling.max_token=3")
+        == "sampling.max_token: unknown key; did you mean max_tokens?"
+    )
+    assert "known keys are" in refused("engine.zzzz=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("sampling.max_tokens=many", "sampling.max_tokens: got 'many'"),
+        ("sampling.temperature=-1", "sampling.temperature must be between"),
+        ("sampling.top_p=0", "sampling.top_p must be above 0"),
+        ("engine.backend=vllm", "engine.backend: got 'vllm'"),
+        ("engine.max_num_seqs=lots", "or input should be 'auto'"),
+        ("shards.max_rows=0", "shards.max_rows: must be at least 1, got 0"),
+        ("name=a/b", "name: got 'a/b'"),
+        ("run_id=../x", "run_id: got '../x'"),
+        ("timezone=Mars/Olympus", "timezone: 'Mars/Olympus' is not known"),
+        ("model.trust_remote_code=true", "never run"),
+        ("output=3", "output: expected a mapping"),
+        ("sampling", "write it as key=value"),
+        ("name.first=x", "has no keys below it"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(override, named):
+    values = {**BASE, "name": "n"}
+    with pytest.raises(JobError) as caught:
+        load_job(values, overrides=[override])
+    assert named in str(caught.value)
+
+
+def test_two_sources_of_prompts_are_refused():
+    message = refused("input.prompt='{a}'", "input.messages_column=m")
+    assert message == "input: prompt and messages_column are both given; keep one of them"
+
+
+def test_overrides_are_yaml_values_and_leave_the_rest():
+    job = load_job(
+        BASE, overrides=["sampling.stop=[a, b]", "shards.target_tokens=2_000", "input.uri=[x, y]"]
+    )
+    assert job.sampling.stop == ["a", "b"]
+    assert job.shards.target_tokens == 2000
+    assert job.input.uri == ["x", "y"]
+
+
+def test_one_stop_string_needs_no_list():
+    assert load_job(BASE, overrides=["sampling.stop=END"]).sampling.params().stop == ("END",)
+
+
+def test_date_is_the_day_in_the_jobs_timezone():
+    values = {
+        **BASE,
+        "timezone": "America/New_York",
+        "output": {"uri": "out/{date:%Y-%m-%d}/{date}"},
+    }
+    job = load_job(values, now=datetime(2026, 11, 25, 3, 0, tzinfo=UTC))
+    assert job.output.uri == "out/2026-11-24/2026-11-24"
+
+
+def test_a_dumped_job_reads_back_equal():
+    job = load_job(BASE, overrides=["sampling.stop=[x]", "budget.usd=3"])
+    assert load_job(dump_job(job)) == job
+
+
+def test_broken_yaml_names_file_and_line(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("model: {source: m\ninput: [")
+    with pytest.raises(JobError, match=r"job\.yaml line \d"):
+        load_job(path)
+
+
+def test_an_absent_job_file_is_one_line():
+    with pytest.raises(JobError, match="not found; give the path of a YAML file"):
+        load_job("nowhere.yaml")
+
+
+def test_a_job_file_that_is_a_list_is_refused(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(JobError, match="expected a mapping of settings, found a list"):
+        load_job(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[on, no, yes]", ["on", "no", "yes"]),
+        ("20:00", "20:00"),
+        ("2026-11-25", "2026-11-25"),
+        ("1e6", 1e6),
+        ("2_000_000", 2_000_000),
+        ("010", 10),
+        ("0x1f", 31),
+        ("true", True),
+        ("-0.5", -0.5),
+        ("~", None),
+        ("a: ", {"a": None}),
+        ("'12'", "12"),
+        ("<<: {a: 1}\nb: 2", {"a": 1, "b": 2}),
+    ],
+)
+def test_yaml_scalars_are_what_people_mean(text, value):
+    assert parse_yaml(text) == value
+    assert type(parse_yaml(text)) is type(value)

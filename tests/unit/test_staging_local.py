@@ -1,0 +1,258 @@
+import errno
+import hashlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.destinations import CACHE_VARIABLE, HostMemory
+from storage.errors import BadInput, CorruptObject, NotFound
+from storage.model_manifest import ModelManifest
+from storage.object_store import StorageConfig
+from storage.staging import resolve_model, stage_model
+from tests.model_files import folder_bytes, write_model
+
+CONFIG = StorageConfig()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", num_weight_files=3)
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    """A folder in memory, which tmp_path may not be."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def write_sums(model: Path) -> None:
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}"
+        for path in model.iterdir()
+        if path.name != "SHA256SUMS"
+    ]
+    (model / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+
+
+def test_a_folder_on_a_local_disk_is_read_in_place(model: Path) -> None:
+    with stage_model(str(model), config=CONFIG) as staged:
+        assert staged.path == model
+        assert staged.report.outcome == "in place"
+        assert "local disk" in staged.report.reason
+        assert staged.report.verified_by == {"": 7}
+        assert staged.lock is None
+
+
+def test_a_folder_on_a_network_disk_is_copied(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.in_place.disk_kind", lambda path: "network")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    with stage_model(str(model), config=CONFIG) as staged:
+        assert staged.path.is_relative_to(tmp_path / "cache" / "models")
+        assert staged.report.outcome == "staged"
+        assert "free on" in staged.report.reason
+
+
+def test_a_copy_is_identical_and_the_second_one_is_a_hit(model: Path, tmp_path: Path) -> None:
+    with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as first:
+        assert folder_bytes(first.path) == folder_bytes(model)
+        assert first.report.bytes_moved == first.manifest.num_bytes
+    with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as second:
+        assert second.path == first.path
+        assert second.report.outcome == "hit"
+        assert second.report.bytes_moved == 0
+
+
+def test_the_content_id_is_the_same_wherever_the_model_is_read(model: Path, tmp_path: Path) -> None:
+    in_place = stage_model(str(model), config=CONFIG)
+    with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "c")) as copied:
+        assert in_place.content_id == copied.content_id
+    assert resolve_model(f"file://{model}", config=CONFIG).content_id == in_place.content_id
+    os.utime(model / "config.json")
+    assert resolve_model(str(model), config=CONFIG).content_id == in_place.content_id
+    weights = model / "model-00002-of-00003.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    assert resolve_model(str(model), config=CONFIG).content_id != in_place.content_id
+
+
+def test_files_are_announced_as_they_become_whole_and_weights_last(
+    model: Path, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    progress: list[tuple[int, int]] = []
+    with stage_model(
+        str(model),
+        config=CONFIG,
+        stage_to=str(tmp_path / "cache"),
+        num_threads=1,
+        on_file=lambda path: seen.append(path.name),
+        on_progress=lambda done, total: progress.append((done, total)),
+    ) as staged:
+        assert sorted(seen) == sorted(file.name for file in staged.manifest.files)
+        assert all(name.endswith(".safetensors") for name in seen[-3:])
+        assert progress[-1] == (staged.manifest.num_bytes, staged.manifest.num_bytes)
+
+
+def test_a_missing_shard_is_named_and_no_weights_are_moved(model: Path, tmp_path: Path) -> None:
+    (model / "model-00002-of-00003.safetensors").unlink()
+    for stage_to in ("auto", str(tmp_path / "cache")):
+        with pytest.raises(BadInput, match=r"model-00002-of-00003\.safetensors"):
+            stage_model(str(model), config=CONFIG, stage_to=stage_to)
+    assert not list((tmp_path / "cache").rglob("model-*"))
+    assert not list((tmp_path / "cache").rglob("MANIFEST.json"))
+
+
+def test_what_is_skipped_is_listed(model: Path, tmp_path: Path) -> None:
+    for name in ("modeling_x.py", "pytorch_model.bin", "extra.safetensors"):
+        (model / name).write_bytes((model / "model-00001-of-00003.safetensors").read_bytes())
+    with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as staged:
+        skipped = ["extra.safetensors", "modeling_x.py", "pytorch_model.bin"]
+        assert staged.report.skipped == staged.manifest.skipped == skipped
+        assert not set(skipped) & {path.name for path in staged.path.iterdir()}
+
+
+def test_a_model_touched_after_staging_is_staged_again(model: Path, tmp_path: Path) -> None:
+    with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as first:
+        (first.path / "config.json").write_text("{}")
+    with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as second:
+        assert second.report.outcome == "staged"
+        assert folder_bytes(second.path) == folder_bytes(model)
+
+
+def test_a_reader_of_a_touched_model_keeps_the_files_it_opened(model: Path, tmp_path: Path) -> None:
+    with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as first:
+        weights = first.path / "model-00001-of-00003.safetensors"
+        before = weights.read_bytes()
+        with weights.open("rb") as opened:
+            os.utime(weights)
+            stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")).close()
+            assert opened.read() == before
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_recorded_sha256_sums_are_compared(model: Path, tmp_path: Path, stage_to: str) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    write_sums(model)
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert staged.report.verified_by == {"SHA256SUMS": 7}
+    weights = model / "model-00003-of-00003.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(CorruptObject, match=r"00003-of-00003\.safetensors.*SHA"):
+        stage_model(str(model), config=CONFIG, stage_to=target)
+    found = list((tmp_path / "cache").rglob("MANIFEST.json")) if stage_to == "cache" else []
+    assert len(found) <= 1, "only the first, right one is whole"
+
+
+def test_a_staged_folder_vouches_for_its_copies(model: Path, tmp_path: Path) -> None:
+    with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "a")) as first:
+        with stage_model(str(first.path), config=CONFIG, stage_to=str(tmp_path / "b")) as second:
+            assert second.report.verified_by == {"MANIFEST.json": 7}
+        assert stage_model(str(first.path), config=CONFIG).report.verified_by == {
+            "MANIFEST.json": 7
+        }
+        (first.path / "tokenizer.json").write_text("{'other'}")
+        with pytest.raises(CorruptObject, match=r"tokenizer\.json: MANIFEST\.json promises"):
+            stage_model(str(first.path), config=CONFIG)
+
+
+def test_a_partial_or_missing_manifest_is_never_a_hit(model: Path, tmp_path: Path) -> None:
+    with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as first:
+        manifest = first.path / "MANIFEST.json"
+    whole = manifest.read_bytes()
+    for damaged in (b"", whole[:100], whole.replace(b'"format": 1', b'"format": 9'), b"[]"):
+        manifest.write_bytes(damaged)
+        with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as again:
+            assert again.report.outcome == "staged"
+            assert (
+                again.manifest.files
+                == ModelManifest.from_json(manifest.read_bytes(), source="test").files
+            )
+
+
+def test_several_threads_stage_one_model_once(model: Path, tmp_path: Path) -> None:
+    outcomes: list[str] = []
+
+    def stage() -> None:
+        with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as staged:
+            outcomes.append(staged.report.outcome)
+            time.sleep(0.05)
+
+    threads = [threading.Thread(target=stage) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["hit"] * 4 + ["staged"]
+
+
+def test_little_memory_sends_the_model_to_disk(
+    model: Path, tmp_path: Path, shm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.in_place.disk_kind", lambda path: "network")
+    monkeypatch.setenv(CACHE_VARIABLE, f"{shm}:{tmp_path}/cache")
+    monkeypatch.setattr("storage.model_caches.host_memory", lambda: HostMemory(5000, "test"))
+    with stage_model(str(model), config=CONFIG, reserve_bytes=4000) as staged:
+        assert staged.path.is_relative_to(tmp_path)
+        assert "+ engine 0.0 MB = 0.0 MB > 0.0 MB of memory (test)" in staged.report.reason
+    monkeypatch.setattr("storage.model_caches.host_memory", lambda: HostMemory(10**9, "test"))
+    with stage_model(str(model), config=CONFIG, reserve_bytes=4000) as staged:
+        assert staged.report.outcome == "hit", "it stays where it is"
+    write_model(model, num_weight_files=4)
+    with stage_model(str(model), config=CONFIG, reserve_bytes=4000) as staged:
+        assert staged.path.is_relative_to(shm)
+        assert staged.report.disk == "memory"
+
+
+def test_a_disk_that_fills_up_meanwhile_sends_the_model_to_the_next_one(
+    model: Path, tmp_path: Path, shm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.in_place.disk_kind", lambda path: "network")
+    monkeypatch.setenv(CACHE_VARIABLE, f"{shm}:{tmp_path}/cache")
+
+    def fail_in_memory(fd: int, offset: int, num_bytes: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(str(shm)):
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("os.posix_fallocate", fail_in_memory)
+    with stage_model(str(model), config=CONFIG) as staged:
+        assert staged.path.is_relative_to(tmp_path)
+        assert f"{shm}/models/{staged.content_id}: " in staged.report.reason
+    assert list((shm / "models").iterdir()) == [], "nothing is left where it did not fit"
+
+
+@pytest.mark.parametrize(
+    ("source", "stage_to", "error", "message"),
+    [
+        ("/nowhere/at/all", "auto", NotFound, "no such folder"),
+        ("ftp://host/model", "auto", BadInput, "unknown scheme ftp"),
+        ("s3://bucket", "auto", BadInput, "needs a bucket and a prefix"),
+        ("s3://bucket/m/", "none", BadInput, "cannot be read in place"),
+        ("hf://a/b/c", "auto", BadInput, "not of the form"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    source: str,
+    stage_to: str,
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    with pytest.raises(error, match=message) as caught:
+        stage_model(source, config=CONFIG, stage_to=stage_to)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_second_stage_takes_no_time(model: Path, tmp_path: Path) -> None:
+    stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")).close()
+    began = time.perf_counter()
+    stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")).close()
+    assert time.perf_counter() - began < 0.2

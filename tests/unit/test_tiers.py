@@ -1,0 +1,275 @@
+"""Which tiers fit, which one is chosen and why, and what a refusal says."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from inference.errors import EngineConfigError
+from inference.model_config import model_shape
+from inference.roofline import Workload
+from inference.tier import Options
+from inference.tiers import choose_tier, size_model, tiers_table
+from tasks.hardware import load_hardware
+
+GPUS = {gpu.name: gpu for gpu in load_hardware()}
+PRICES = {"L4": 0.8, "A100-80": 2.0, "H100": 4.0}
+WORKLOAD = Workload.from_totals(20_000, 10_000_000, 5_000_000, max_completion_tokens=1024)
+
+
+def shape(layers, hidden, ffn, heads, kv_heads, family="qwen3", vocab=151936, **extra):
+    return model_shape(
+        {
+            "model_type": family,
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "intermediate_size": ffn,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": 128,
+            "vocab_size": vocab,
+            "dtype": "bfloat16",
+            **extra,
+        }
+    )
+
+
+QWEN3_8B = shape(36, 4096, 12288, 32, 8)
+QWEN3_14B = shape(40, 5120, 17408, 40, 8)
+QWEN3_32B = shape(64, 5120, 25600, 64, 8)
+LLAMA_70B = shape(80, 8192, 28672, 64, 8, family="llama", vocab=128256)
+LLAMA_405B = shape(126, 16384, 53248, 128, 8, family="llama", vocab=128256)
+QWEN3_235B = shape(
+    94, 4096, 12288, 64, 4,
+    family="qwen3_moe", num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536,
+)  # fmt: skip
+
+
+def smallest(model, gpu, quantization="none"):
+    """(GPUs, tensor parallel, offload) of the smallest tier that fits; None when none does."""
+    sizing = size_model(
+        model, [GPUS[gpu]], WORKLOAD, options=Options(quantizations=(quantization,))
+    )
+    if not sizing.tiers:
+        return None
+    tier = sizing.tiers[0]
+    return tier.num_gpus, tier.tensor_parallel_size, tier.offload
+
+
+def priced(*names):
+    return [replace(GPUS[name], price_per_hour=PRICES[name]) for name in names]
+
+
+# The three sizes people speak of, as the function itself puts them.
+@pytest.mark.parametrize(
+    ("model", "gpu", "quantization", "expected"),
+    [
+        # about 7B: one card
+        (QWEN3_8B, "L4", "none", (1, 1, "none")),
+        (QWEN3_8B, "A10", "none", (1, 1, "none")),
+        (QWEN3_8B, "A100-40", "none", (1, 1, "none")),
+        (QWEN3_8B, "H100", "none", (1, 1, "none")),
+        (QWEN3_8B, "T4", "none", (2, 2, "none")),
+        (QWEN3_8B, "T4", "nf4", (1, 1, "none")),
+        # 14B to 70B: quantisation, or several cards
+        (QWEN3_14B, "L4", "none", (2, 2, "none")),
+        (QWEN3_14B, "L4", "fp8", (1, 1, "none")),
+        (QWEN3_32B, "H100", "none", (1, 1, "none")),
+        (QWEN3_32B, "L40S", "none", (2, 2, "none")),
+        (QWEN3_32B, "L40S", "fp8", (1, 1, "none")),
+        (QWEN3_32B, "A10", "nf4", (1, 1, "none")),
+        (LLAMA_70B, "H100", "none", (2, 2, "none")),
+        (LLAMA_70B, "H100", "fp8", (1, 1, "none")),
+        (LLAMA_70B, "A100-80", "nf4", (1, 1, "none")),
+        (LLAMA_70B, "H200", "none", (1, 1, "none")),
+        # 140B and more: eight cards and beyond
+        (QWEN3_235B, "H100", "fp8", (4, 4, "none")),
+        (QWEN3_235B, "H200", "none", (4, 4, "none")),
+        (LLAMA_405B, "H100", "fp8", (8, 8, "none")),
+        (LLAMA_405B, "H200", "none", (8, 8, "none")),
+        (LLAMA_405B, "H100", "nf4", (4, 4, "none")),
+        # and where it fits on no number of cards, from host memory or NVMe
+        (QWEN3_235B, "H100", "none", (6, 1, "cpu")),
+        (QWEN3_235B, "A100-80", "none", (6, 1, "cpu")),
+        (LLAMA_405B, "H100", "none", (8, 1, "cpu")),
+    ],
+)
+def test_the_smallest_tier_of_each_size(model, gpu, quantization, expected):
+    if expected[2] == "none":
+        assert smallest(model, gpu, quantization) == expected
+    else:
+        sizing = size_model(model, [GPUS[gpu]], WORKLOAD, options=Options(quantizations=("none",)))
+        found = [t for t in sizing.tiers if t.offload == expected[2]]
+        assert (found[0].num_gpus, found[0].tensor_parallel_size) == expected[:2]
+        assert found[0].backend == "zero"
+        assert all(tier.offload != "none" for tier in sizing.tiers)
+
+
+def test_every_tier_holds_the_longest_sequence_and_divides_the_heads():
+    for model in (QWEN3_8B, QWEN3_32B, QWEN3_235B):
+        for tier in size_model(model, list(GPUS.values()), WORKLOAD).tiers:
+            assert tier.kv_tokens >= WORKLOAD.max_sequence_tokens
+            assert model.num_key_value_heads % tier.tensor_parallel_size == 0
+            assert (
+                tier.offload != "none" or tier.num_gpus == tier.replicas * tier.tensor_parallel_size
+            )
+
+
+def test_more_gpus_of_a_type_are_never_predicted_to_be_slower():
+    sizing = size_model(
+        QWEN3_32B, [GPUS["H100"]], WORKLOAD, options=Options(quantizations=("none",))
+    )
+    rates = [tier.completion_tokens_per_s for tier in sizing.tiers]
+    assert rates == sorted(rates)
+
+
+def test_the_cheapest_tier_is_chosen_when_prices_are_known():
+    tier = choose_tier(QWEN3_8B, priced("L4", "A100-80", "H100"), WORKLOAD)
+    costs = [
+        other.usd
+        for other in size_model(QWEN3_8B, priced("L4", "A100-80", "H100"), WORKLOAD).tiers
+        if other.quantization == "none"
+    ]
+    assert tier.usd == min(costs)
+    assert f"the cheapest (${tier.usd:.2f})" in tier.reason
+    assert tier.usd_per_million_tokens is not None
+
+
+def test_a_type_without_a_price_is_listed_but_not_chosen_over_priced_ones():
+    sizing = size_model(QWEN3_8B, [*priced("L4"), GPUS["B200"]], WORKLOAD)
+    assert sizing.best.gpu == "L4"
+    assert any(tier.gpu == "B200" for tier in sizing.tiers)
+
+
+def test_a_deadline_takes_as_many_gpus_as_it_needs():
+    slow = choose_tier(QWEN3_8B, priced("L4"), WORKLOAD)
+    fast = choose_tier(QWEN3_8B, priced("L4"), WORKLOAD, deadline_s=slow.seconds / 3)
+    assert fast.seconds <= slow.seconds / 3
+    assert fast.num_gpus > slow.num_gpus
+    assert "that meets the deadline" in fast.reason
+
+
+def test_a_deadline_nobody_can_meet_gives_the_fastest_and_says_how_late():
+    tier = choose_tier(QWEN3_8B, [GPUS["L4"]], WORKLOAD, deadline_s=60)
+    everything = size_model(QWEN3_8B, [GPUS["L4"]], WORKLOAD).tiers
+    assert tier.seconds == min(t.seconds for t in everything if t.quantization == tier.quantization)
+    assert "nothing meets the deadline" in tier.reason
+    assert "h late" in tier.reason
+
+
+def test_precision_is_given_up_only_for_what_would_not_fit_or_not_end_in_time():
+    h100 = [replace(GPUS["H100"], max_count=1)]
+    plain = choose_tier(QWEN3_32B, h100, WORKLOAD)
+    assert plain.quantization == "none"
+    assert (
+        choose_tier(QWEN3_32B, h100, WORKLOAD, deadline_s=plain.seconds * 0.8).quantization == "fp8"
+    )
+    assert choose_tier(LLAMA_70B, h100, WORKLOAD).quantization == "fp8"
+
+
+def test_the_fastest_uses_every_gpu_there_is():
+    tier = choose_tier(
+        QWEN3_8B, [replace(GPUS["H100"], max_count=8)], WORKLOAD, objective="fastest",
+        options=Options(quantizations=("none",)),
+    )  # fmt: skip
+    assert tier.num_gpus == 8
+
+
+def test_a_budget_that_cannot_hold_is_refused_with_both_sums():
+    with pytest.raises(
+        EngineConfigError, match=r"budget\.usd is 0\.01 .* raise the budget or send fewer"
+    ):
+        choose_tier(QWEN3_8B, priced("H100"), WORKLOAD, budget_usd=0.01)
+    plain = Options(quantizations=("none",))
+    cheapest = choose_tier(QWEN3_8B, priced("L4"), WORKLOAD, options=plain)
+    with pytest.raises(EngineConfigError, match="move the deadline"):
+        choose_tier(
+            QWEN3_8B,
+            priced("L4"),
+            WORKLOAD,
+            options=plain,
+            budget_usd=cheapest.usd * 1.001,
+            deadline_s=cheapest.seconds / 6,
+        )
+
+
+def test_too_little_memory_is_refused_with_need_have_and_the_nearest_that_fits():
+    one = [replace(GPUS["H100"], max_count=1)]
+    with pytest.raises(EngineConfigError) as caught:
+        choose_tier(
+            LLAMA_70B, one, WORKLOAD, options=Options(quantizations=("none",), backend="paged")
+        )
+    message = str(caught.value)
+    assert "needs 141.1 GB of weights" in message
+    assert "has 80.6 GB of 85.5" in message
+    assert "nearest that fits: 1x H100, fp8, TP1, 1 replica" in message
+    assert "\n" not in message
+
+
+def test_tensor_parallel_that_does_not_divide_the_kv_heads_names_the_heads():
+    one_kv_head = shape(2, 24, 48, 4, 1, vocab=331)
+    for size in (2, 3):
+        options = Options(tensor_parallel_size=size, replicas=1, backend="paged")
+        with pytest.raises(
+            EngineConfigError, match=f"tensor parallel {size} does not divide 1 KV heads"
+        ):
+            choose_tier(
+                one_kv_head, [replace(GPUS["H100"], gpus_per_host=size)], WORKLOAD, options=options
+            )
+
+
+def test_a_235b_model_at_full_precision_on_h100s_is_refused_for_its_heads_and_its_size():
+    sizing = size_model(QWEN3_235B, [GPUS["H100"]], WORKLOAD, options=Options(backend="paged"))
+    refusal = next(r for r in sizing.refusals if r.quantization == "none" and r.num_gpus == 8)
+    assert "at tensor parallel 4 a GPU needs 118.6 GB of weights" in refusal.reason
+    assert "tensor parallel 8 does not divide 4 KV heads" in refusal.reason
+    assert refusal.nearest == "4x H100, fp8, TP4, 1 replica"
+    experts = next(r for r in sizing.refusals if r.quantization == "nf4")
+    assert "bitsandbytes leaves the experts whole" in experts.reason
+
+
+def test_a_checkpoint_stored_quantised_is_not_quantised_again():
+    stored = replace(QWEN3_8B, stored_quantization="gptq", stored_bits=4.2)
+    sizing = size_model(stored, [GPUS["T4"]], WORKLOAD)
+    assert {tier.quantization for tier in sizing.tiers} == {"none"}
+    assert any("stored as gptq already" in refusal.reason for refusal in sizing.refusals)
+
+
+def test_a_bfloat16_model_runs_in_float16_where_bfloat16_is_missing():
+    tier = size_model(QWEN3_8B, [GPUS["T4"]], WORKLOAD).tiers[0]
+    assert tier.dtype == "float16"
+    assert "runs in float16" in tier.notes[0]
+
+
+def test_the_zero_backend_can_be_asked_for_although_the_model_fits():
+    tier = choose_tier(QWEN3_8B, [GPUS["H100"]], WORKLOAD, options=Options(backend="zero"))
+    assert (tier.backend, tier.offload) == ("zero", "cpu")
+    assert "stay on cpu" in tier.reason
+
+
+def test_no_hardware_is_refused():
+    with pytest.raises(EngineConfigError, match="no GPU type"):
+        choose_tier(QWEN3_8B, [], WORKLOAD)
+
+
+def test_the_table_marks_one_best_row_and_is_plain_json():
+    sizing = size_model(QWEN3_32B, priced("L4", "H100"), WORKLOAD)
+    small, powers, everything = (
+        tiers_table(sizing, detail=detail) for detail in ("smallest", "powers", "all")
+    )
+    assert len(small) < len(powers) < len(everything)
+    for rows in (small, powers, everything):
+        best = [row for row in rows if row.get("best")]
+        assert len(best) == 1
+        assert best[0]["reason"].startswith("1x H100") or best[0]["reason"].startswith("2x H100")
+        assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert {row["num_gpus"] for row in powers if row["fits"]} <= {1, 2, 4, 8, 16}
+
+
+def test_a_type_that_fits_at_no_count_is_one_row_with_the_reason():
+    rows = tiers_table(
+        size_model(QWEN3_235B, [GPUS["L4"]], WORKLOAD, options=Options(backend="paged"))
+    )
+    assert [row["quantization"] for row in rows] == ["none", "fp8", "int8", "nf4"]
+    assert not any(row["fits"] for row in rows)
+    assert all(row["reason"] for row in rows)
