@@ -6,6 +6,7 @@ Leases only save GPU time. Whether a shard is done is asked of its commit, never
 """
 
 import logging
+import math
 import random
 import threading
 import time
@@ -21,6 +22,7 @@ from storage.failpoints import failpoint
 from storage.lease import Lease, Leases
 from storage.manifest import CommitRecord, Shard
 from storage.object_store import ObjectStore
+from tasks.cancel import is_cancelled
 
 log = logging.getLogger("nightjar.claims")
 
@@ -60,11 +62,11 @@ class Claims:
     bases: Mapping[int, CommitRecord] = field(default_factory=dict)
     """For a retry of failed rows: the commits to improve on."""
 
+    claim_until: float = math.inf
+    """Monotonic time after which no further shard is claimed."""
+
     exhausted: dict[int, str] = field(default_factory=dict)
     """Shards given up in this invocation, with the last error."""
-
-    is_cancelled: bool = False
-    """Somebody has cancelled the run; what is in hand is finished, nothing else is begun."""
 
     _pending: dict[int, Shard] = field(init=False)
     _held: dict[int, Lease] = field(default_factory=dict)
@@ -93,10 +95,10 @@ class Claims:
         if not self.may_have_more:
             return None
         now = time.monotonic()
-        self.is_cancelled = self._exists(keys.CANCEL)
-        if self.is_cancelled:
-            log.info("run is cancelled; no further shard is claimed")
+        if is_cancelled(self.store, self.invocation):
+            log.info("invocation=%s is cancelled; no further shard is claimed", self.invocation)
             self._pending.clear()
+            return None
         if self._others_seen:
             self._drop_committed()
         for shard in list(self._pending.values()):
@@ -109,7 +111,7 @@ class Claims:
     @property
     def may_have_more(self) -> bool:
         """Whether asking for the next shard makes sense now."""
-        return bool(self._pending) and time.monotonic() >= self._look_at
+        return bool(self._pending) and self._look_at <= time.monotonic() <= self.claim_until
 
     def look_again_in(self, pause_s: float) -> None:
         """Leave the store in peace for so long."""
@@ -118,8 +120,8 @@ class Claims:
     @property
     def backoff_s(self) -> float | None:
         """Seconds until a shard that failed here may be tried again; None when there is none."""
-        waits = self._backoffs()
-        return max(0.0, min(waits) - time.monotonic()) if waits else None
+        now, waits = time.monotonic(), self._backoffs()
+        return max(0.0, min(waits) - now) if waits and now <= self.claim_until else None
 
     def release(self, shard_id: int, *, committed: bool) -> None:
         """Give the lease back; a shard that is not committed becomes pending again."""

@@ -4,8 +4,10 @@ Everything hostile (files, templates, prompts) is handled in a child process wit
 only receives token ids and Arrow batches.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,7 +19,7 @@ from tasks.ahead import ahead
 from tasks.converted_inputs import fetch_converted
 from tasks.feed_batches import PreparedBatch, PreparedRow, error_batch, from_rows
 from tasks.feed_process import FeedProcess
-from tasks.feed_spec import FeedLimits, FeedSpec, run_sampling
+from tasks.feed_spec import FeedLimits, run_sampling
 from tasks.job import RunConfig
 from tasks.prompt_columns import PromptColumns
 
@@ -47,17 +49,20 @@ class PromptFeed:
         max_model_len: int,
         limits: FeedLimits | None = None,
         files: InputFiles | None = None,
+        process: FeedProcess | None = None,
     ) -> None:
-        """Make a feed; nothing is started or read yet. `store` is the run folder."""
-        limits = limits or FeedLimits()
-        spec = FeedSpec.of(
-            job, model_dir=str(model_dir), max_model_len=max_model_len, limits=limits
-        )
+        """Make a feed; nothing is started or read yet. `store` is the run folder.
+
+        A `process` that planned this very job can be handed on, warm; its owner closes it.
+        """
         self._job = job
         self._store = store
         self._work_dir = work_dir
         self._files = files or InputFiles(work_dir, job.storage)
-        self._process = FeedProcess(spec, limits)
+        self._owns_process = process is None
+        self._process = process or FeedProcess.of(
+            job, model_dir=model_dir, max_model_len=max_model_len, limits=limits
+        )
         self._run_sampling = run_sampling(job.sampling)
         self._paths: dict[str, Path] = {}
 
@@ -68,8 +73,9 @@ class PromptFeed:
         self.close()
 
     def close(self) -> None:
-        """End the child process; safe to repeat."""
-        self._process.close()
+        """End the child process, unless it was handed in; safe to repeat."""
+        if self._owns_process:
+            self._process.close()
 
     @property
     def warnings(self) -> list[str]:
@@ -98,6 +104,26 @@ class PromptFeed:
             end = min(row_end, file.row_start + file.num_rows)
             yield from self._read_file(plan, file, path, first, end)
 
+    def show(self, plan: PlanManifest, *, num_samples: int, num_rows: int) -> dict[str, Any]:
+        """Return the first rows and the first prompt, for the eye.
+
+        `schema` lists the copied-through columns; `samples` the first rows as clipped text; `prompt`
+        is what the model is given for `row`, or null when none of the first `num_rows` can run.
+        Raises as `read` does.
+        """
+        schema = [{"name": f.name, "type": str(f.type)} for f in input_schema(plan)]
+        shown: dict[str, Any] = {"schema": schema, "samples": [], "prompt": None, "row": None}
+        for file in plan.inputs:
+            if file.error is not None or not file.num_rows:
+                continue
+            path = self._path(file)
+            self._process.load(PromptColumns.from_json(plan.prompt_columns, self._job.input.prompt))
+            request = {"op": "show", "path": str(path), "name": file.uri, "first": file.row_start}
+            limits = {"num_samples": num_samples, "num_rows": num_rows}
+            told = self._process.ask_file({**request, **limits, "schema": plan.input_schema})
+            return shown | {name: told[name] for name in ("samples", "prompt", "row")}
+        return shown
+
     def _read_file(
         self,
         plan: PlanManifest,
@@ -125,7 +151,9 @@ class PromptFeed:
             "mode": "rows",
         }
         for frame in self._process.prepare(request):
-            yield from_rows(frame.payload, frame.header["row_start"], self._run_sampling)
+            batch = from_rows(frame.payload, frame.header["row_start"], self._run_sampling)
+            took = {name: frame.header[name] for name in ("read_s", "tokenise_s")}
+            yield dataclasses.replace(batch, **took)
 
     def _path(self, file: InputFile) -> Path:
         """Return the Parquet file to read, after checking once that the input is the planned one."""

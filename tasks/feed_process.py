@@ -37,6 +37,7 @@ from tasks.frames import (
     read_frame,
     write_frame,
 )
+from tasks.job import RunConfig
 from tasks.prompt_columns import PromptColumns
 
 _STDERR_TAIL = 2000
@@ -66,6 +67,22 @@ class FeedProcess:
         self._is_asking = False
         self._num_hard = 0
         self.warnings: list[str] = []
+
+    @classmethod
+    def of(
+        cls,
+        job: RunConfig,
+        *,
+        model_dir: Path,
+        max_model_len: int,
+        limits: FeedLimits | None = None,
+    ) -> "FeedProcess":
+        """Make the process for one job on one model; it starts with the first request."""
+        limits = limits or FeedLimits()
+        spec = FeedSpec.of(
+            job, model_dir=str(model_dir), max_model_len=max_model_len, limits=limits
+        )
+        return cls(spec, limits)
 
     def __enter__(self) -> "FeedProcess":
         return self

@@ -6,10 +6,11 @@ module composes them. `flows.config` turns a job file into a `RunConfig`.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_type_hints
 
 from inference.config import Auto, Backend, Dtype, Quantization
 from inference.sampling import SamplingParams
+from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
 
 
@@ -95,6 +96,12 @@ class OutputConfig:
     """Input column -> name in the output, for names that clash with result columns."""
 
     token_ids: bool = False
+    private: bool = False
+    """Keep prompts and completions out of reports and letters; counts and lengths stay."""
+
+    history: str | None = None
+    """Where lengths and speeds of earlier runs are kept, for forecasts; default: `_history/` beside
+    the results, above any `{date}` part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +135,9 @@ class HardwareConfig:
     replicas: int | Auto = "auto"
     stage_to: str = "auto"
     """auto, none (read weights in place), or a folder."""
+
+    price_per_hour: float | None = None
+    """US dollars for one GPU (or one replica without one) and hour; default: the hardware file's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,3 +174,20 @@ class RunConfig:
 
     deadline: str | None = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+
+
+def job_of(record: RunRecord) -> RunConfig:
+    """Rebuild the job a run was made of. Fields of later versions take their defaults."""
+    return cast(RunConfig, _built(RunConfig, record.job))
+
+
+def _built(cls: Any, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(cls)
+    kwargs = {
+        f.name: _built(hints[f.name], values[f.name])
+        if dataclasses.is_dataclass(hints[f.name])
+        else values[f.name]
+        for f in dataclasses.fields(cls)
+        if f.name in values
+    }
+    return cls(**kwargs)

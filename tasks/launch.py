@@ -14,8 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tasks.cancel import exempt
 from tasks.progress import Progress
-from tasks.run import DrainReport, Run, drain, new_invocation
+from tasks.replica import Replica
+from tasks.run import DrainReport, Run, RunShard, drain, new_invocation
 from tasks.stop import Stopped, StopSignal
 
 log = logging.getLogger("nightjar.launch")
@@ -24,18 +26,37 @@ _POLL_S = 1.0
 _STOP_GRACE_S = 30.0
 
 
-def run_replicas(run: Run, *, progress: Progress, should_stop: StopSignal) -> DrainReport:
+def run_replicas(
+    run: Run,
+    *,
+    progress: Progress,
+    should_stop: StopSignal,
+    run_shard: RunShard = Replica.finish_shard,
+) -> DrainReport:
     """Drain the run with as many local replicas as the job asks for; wait for shards others hold.
+
+    Args:
+        run: The planned run.
+        progress: Counters to keep.
+        should_stop: Ends the drain with `Stopped`.
+        run_shard: What runs one shard in this process; see `tasks.run.drain`.
 
     Returns:
         This process's report; `exhausted` has the shards nobody could finish.
     """
     invocation = new_invocation()
+    exempt(run.store, invocation)
     with _children(run, invocation, num_replicas(run) - 1) as children:
         while True:
-            report = drain(run, invocation=invocation, progress=progress, should_stop=should_stop)
+            report = drain(
+                run,
+                invocation=invocation,
+                progress=progress,
+                should_stop=should_stop,
+                run_shard=run_shard,
+            )
             missing = run.plan.num_shards - len(run.commits())
-            if missing <= len(report.exhausted) or report.is_cancelled:
+            if missing <= len(report.exhausted):
                 return report
             if should_stop.is_set():
                 raise Stopped

@@ -5,6 +5,7 @@ Shards are contiguous and about equal in prompt tokens. The plan is written once
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from storage.inputs import InputFiles
 from storage.manifest import PlanManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore
 from tasks.feed_process import FeedProcess
-from tasks.feed_spec import FeedLimits, FeedSpec, run_sampling
+from tasks.feed_spec import FeedLimits, run_sampling
 from tasks.job import RunConfig
 from tasks.plan_count import Count, count_rows
 from tasks.plan_inputs import PlannedInput, plan_inputs
@@ -40,8 +41,11 @@ def make_plan(
     on_progress: Progress | None = None,
     limits: FeedLimits | None = None,
     files: InputFiles | None = None,
+    process: FeedProcess | None = None,
 ) -> PlanManifest:
     """Plan the run, or return the plan that is stored already. `store` is the run folder.
+
+    A `process` that is handed in stays open, for the feed to go on with.
 
     Raises:
         BadInput: the input or the job's use of it is wrong; names file, place and remedy.
@@ -53,11 +57,10 @@ def make_plan(
     if stored is not None:
         return _adopted(stored, record, store)
     _check_job(job)
-    limits = limits or FeedLimits()
     work_dir.mkdir(parents=True, exist_ok=True)
     files = files or InputFiles(work_dir, job.storage)
-    spec = FeedSpec.of(job, model_dir=str(model_dir), max_model_len=max_model_len, limits=limits)
-    with FeedProcess(spec, limits) as process:
+    own = FeedProcess.of(job, model_dir=model_dir, max_model_len=max_model_len, limits=limits)
+    with own if process is None else nullcontext(process) as process:
         planned = plan_inputs(job, files, process, store, work_dir)
         output = _output_schema(job, planned.schema)
         process.load(planned.columns)

@@ -7,6 +7,7 @@ another. The next shard's rows are read and submitted before this one's tail has
 does not idle between shards. Everything outside arrives as a parameter; Prefect is not known here.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inference.backends.base import Backend
+from inference.backends.base import Backend, EngineStats
 from inference.errors import InferenceError
 from storage.errors import AccessDenied, StorageError
 from storage.manifest import PlanManifest, Shard
@@ -25,11 +26,11 @@ from tasks.claims import Claim, Claims
 from tasks.commit_shard import CommitResult, ShardCommitter
 from tasks.feed import PreparedBatch, PromptFeed
 from tasks.progress import Progress
-from tasks.receipt import EngineMark
+from tasks.receipt import Mark, Meter
 from tasks.results import ResultColumns, count_states
 from tasks.retry import ends_run, is_retryable
 from tasks.shard_work import SampleKey, ShardWork
-from tasks.stop import Stopped, StopSignal
+from tasks.stop import Stoppable, Stopped
 
 log = logging.getLogger("nightjar.replica")
 
@@ -70,7 +71,7 @@ class Replica:
     input_schema: Any
     work_dir: Path
     progress: Progress
-    should_stop: StopSignal
+    should_stop: Stoppable
 
     _backend: Backend | None = None
     _works: dict[int, ShardWork] = field(default_factory=dict)
@@ -81,8 +82,8 @@ class Replica:
     _committing: dict[int, Future[CommitResult]] = field(default_factory=dict)
     _outcomes: dict[int, ShardOutcome] = field(default_factory=dict)
     _next_seq_id: int = 0
-    _starved_s: float = 0.0
-    _mark: EngineMark | None = None
+    _meter: Meter = field(default_factory=Meter)
+    _mark: Mark | None = None
     _away_since: float | None = None
     _closing: threading.Event = field(default_factory=threading.Event)
     _threads: ThreadPoolExecutor = field(
@@ -183,6 +184,8 @@ class Replica:
         return _OUTAGE_PAUSE_S if self._away_since is not None else self.claims.backoff_s
 
     def _begin(self, claim: Claim) -> None:
+        if self._mark is None:
+            self._start_meter()
         shard_id = claim.shard.shard_id
         work = ShardWork(
             shard=claim.shard,
@@ -244,21 +247,40 @@ class Replica:
     def _engine(self) -> Backend:
         if self._backend is None:
             self.progress.phase = "loading the model"
+            started = time.monotonic()
             self._backend = self.build_backend()
+            warmup_s = self._backend.info.warmup_s
+            self._meter.warmup_s += warmup_s
+            self._meter.load_s += max(0.0, time.monotonic() - started - warmup_s)
             self.progress.phase = "generating"
-        if self._mark is None:
-            self._mark = self._take_mark(self._backend)
         return self._backend
 
-    def _take_mark(self, backend: Backend) -> EngineMark:
-        return EngineMark.take(backend.stats, at=time.monotonic(), starved_s=self._starved_s)
+    def _start_meter(self) -> None:
+        """Count from now on; what staging took before is the first shard's."""
+        stage_s, self.committer.stage_s = self.committer.stage_s, 0.0
+        self._mark = Mark(at=time.monotonic() - stage_s)
+        self._meter = Meter(stage_s=stage_s)
+
+    def _take_mark(self) -> Mark:
+        stats = self._backend.stats if self._backend is not None else EngineStats()
+        return Mark.take(stats, self._meter, at=time.monotonic())
 
     def _step(self, backend: Backend) -> None:
+        # Nothing waits and nothing is being read: from here on the batch only shrinks.
+        is_tail = (
+            self._reading is None
+            and not backend.num_waiting
+            and backend.num_unfinished < backend.info.max_num_seqs
+        )
+        started, decoded_s = time.monotonic(), backend.stats.decode_s
         try:
             completions = backend.step()
         except InferenceError as error:
             self._engine_failed(error)
             return
+        self._meter.step_s += time.monotonic() - started
+        if is_tail:
+            self._meter.tail_s += backend.stats.decode_s - decoded_s
         for completion in completions:
             shard_id, key = self._owners.pop(completion.seq_id)
             work = self._works.get(shard_id)
@@ -277,16 +299,22 @@ class Replica:
         if self._backend is not None:
             self._backend.close()
             self._backend = None
-        self._mark = None
+        self._mark = self._take_mark()
         if not error.retryable:
             raise error
 
     def _commit(self, shard_id: int) -> None:
         work = self._works[shard_id]
         backend = self._engine_if_used(work)
-        before = self._mark
-        after = self._take_mark(backend) if backend else None
+        if self._reading is None and not (self._backend and self._backend.num_unfinished):
+            # Nothing else to do: the time of writing is this shard's, and nobody's who follows.
+            started = time.monotonic()
+            with contextlib.suppress(OSError):  # the commit thread meets it again, and reports it
+                work.write()
+            self._meter.write_s += time.monotonic() - started
+        before, after = self._mark, self._take_mark()
         self._mark = after
+        assert before is not None, shard_id
         claim = self._claims_of[shard_id]
 
         def commit() -> CommitResult:
@@ -339,8 +367,11 @@ class Replica:
             _wait_any(pending)
         else:
             time.sleep(_IDLE_WAIT_S)
-        if first:
-            self._starved_s += time.monotonic() - started
+        waited = time.monotonic() - started
+        if self._reading:
+            self._meter.starved(waited, self._works[self._reading[0]].tokenise_share)
+        elif self._committing:
+            self._meter.write_s += waited
 
 
 def _wait_any(futures: list[Any]) -> None:

@@ -10,8 +10,10 @@ finish    reveal what is committed, publish when all is
 
 import dataclasses
 import logging
+import math
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -23,13 +25,15 @@ from inference.config import EngineConfig
 from inference.errors import ModelError
 from storage import keys
 from storage.commits import CommitCache, current_commits, read_commits
-from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
+from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound, StorageError
 from storage.failpoints import failpoint
 from storage.inputs import InputFiles
 from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
+from storage.reveal import read_manifest
+from tasks.cancel import CancelWatch, is_cancelled
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
@@ -40,15 +44,17 @@ from tasks.fingerprint import (
     fingerprint_fields,
     versions,
 )
+from tasks.history import past_run, remember
 from tasks.holder import holder_name, is_dead
-from tasks.job import RunConfig
+from tasks.job import RunConfig, job_of
 from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
 from tasks.replica import Replica, ShardOutcome
 from tasks.results import ResultColumns
-from tasks.stop import StopSignal
+from tasks.stop import Stopped, StopSignal
+from tasks.yardstick import Yardstick
 
 log = logging.getLogger("nightjar.run")
 
@@ -95,9 +101,6 @@ class DrainReport:
     exhausted: dict[int, str] = dataclasses.field(default_factory=dict)
     num_pending: int = 0
     """Shards that others hold."""
-
-    is_cancelled: bool = False
-    """Somebody has cancelled the run; shards that were in hand are finished."""
 
 
 def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
@@ -184,6 +187,7 @@ def drain(
     should_stop: StopSignal,
     run_shard: RunShard = Replica.finish_shard,
     failed_rows: bool = False,
+    budget_s: float = math.inf,
     build_backend: Callable[[EngineConfig], Any] = create_backend,
 ) -> DrainReport:
     """Run one replica until no shard can be had; with `failed_rows`, redo failed rows instead.
@@ -195,6 +199,7 @@ def drain(
         should_stop: Ends the drain with `Stopped`, leases released.
         run_shard: What runs one shard; a flow passes a task around `Replica.finish_shard`.
         failed_rows: Redo rows without an answer, in new revisions of their shards.
+        budget_s: No further shard is claimed after this many seconds.
         build_backend: Loads the engine; replaced by tests only to break it.
     """
     standing = read_commits(run.store, run.plan_digest, cache=run.commit_cache)
@@ -218,13 +223,16 @@ def drain(
         invocation=invocation,
         max_attempts=run.job.shards.max_attempts,
         bases=bases,
+        claim_until=time.monotonic() + budget_s,
     )
+    watch = CancelWatch(run.store, invocation, should_stop)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
         holder=holder,
         stage_s=run.model.stage_s,
         stopping=stopping,
+        measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
     with PromptFeed(
         job=run.job,
@@ -243,20 +251,22 @@ def drain(
             input_schema=input_schema(run.plan),
             work_dir=run.work_dir,
             progress=progress,
-            should_stop=should_stop,
+            should_stop=watch,
         )
-        with should_stop.watched():
-            try:
+        try:
+            with should_stop.watched():
                 while (next_id := replica.next_shard()) is not None:
                     report.outcomes[run_shard(replica, next_id).outcome] += 1
-            finally:
-                stopping.set()
-                replica.close()
+                if is_cancelled(run.store, invocation):
+                    raise Stopped
+        finally:
+            stopping.set()
+            replica.close()
+            watch.close()
         for warning in feed.warnings:
             progress.note(warning)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
-    report.is_cancelled = claims.is_cancelled
     return report
 
 
@@ -277,7 +287,35 @@ def finish(
     healed = reveal_all(store, commits)
     if healed:
         log.info("completions brought in line for %d shards", len(healed))
-    return publish_run(store, plan, plan_digest, commits)
+    before = read_manifest(store)
+    manifest = publish_run(store, plan, plan_digest, commits)
+    if manifest is not None and (before is None or before.revision != manifest.revision):
+        remember_run(store, manifest, commits)
+        draw_report(store)
+    return manifest
+
+
+def remember_run(
+    store: ObjectStore, manifest: RunManifest, commits: Mapping[int, CommitRecord]
+) -> None:
+    """Keep lengths and speed for the next forecast; a store that refuses costs only that."""
+    record = read_record(store)
+    if any(commit.revision > 1 for commit in commits.values()):
+        return  # the receipts of redone shards cover their redone rows only
+    try:
+        remember(job_of(record), past_run(record, manifest, commits))
+    except StorageError as error:
+        log.warning("history not written: %s", error)
+
+
+def draw_report(store: ObjectStore) -> None:
+    """Draw report.html; what goes wrong with it costs the report, never the run."""
+    from tasks.report import write_report  # draws, and drawing is heavy
+
+    try:
+        write_report(store)
+    except StorageError as error:
+        log.warning("report not written: %s", error)
 
 
 def planned(store: ObjectStore) -> PlanManifest:

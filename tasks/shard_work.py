@@ -7,6 +7,7 @@ only token ids, outcomes and completions of a shard are ever in memory.
 """
 
 import shutil
+import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ from storage import records
 from storage.manifest import Shard
 from storage.shard_writer import PartWriter, WrittenPart
 from tasks.feed import PreparedBatch, PreparedRow
+from tasks.lengths import bucket, merged
+from tasks.repetition import is_repetitive
 from tasks.results import (
     ResultColumns,
     RowOutcome,
@@ -40,6 +43,18 @@ class SampleKey(NamedTuple):
 
     offset: int  # row within the shard
     sample_index: int
+
+
+class Written(NamedTuple):
+    """A part and what it holds."""
+
+    part: WrittenPart
+    states: Counter[str]
+    tokens: Counter[str]
+    """See `tasks.receipt.ShardFacts`."""
+
+    lengths: dict[str, int]
+    """Answered samples by completion tokens; see `tasks.lengths.bucket`."""
 
 
 class _Runnable(NamedTuple):
@@ -70,11 +85,16 @@ class ShardWork:
     results: dict[SampleKey, SampleResult] = field(default_factory=dict)
     started_at: float = 0.0
     read_s: float = 0.0
+    tokenise_s: float = 0.0
+    write_s: float = 0.0
+    num_repetitive: int = 0
     num_improved: int = 0
     num_sequences: int = 0
+    _fed_s: float = 0.0
     _runnable: list[_Runnable] = field(default_factory=list)
     _redo: set[SampleKey] | None = None
     _num_open: int = 0
+    _written: "Written | None" = None
 
     def read(self, batches: Iterable[PreparedBatch]) -> None:
         """Take the shard's rows from the feed and spill their columns."""
@@ -87,6 +107,8 @@ class ShardWork:
         ):
             for batch in batches:
                 spill.write_batch(batch.columns)
+                self._fed_s += batch.read_s + batch.tokenise_s
+                self.tokenise_s += batch.tokenise_s
                 for row in batch.rows:
                     self._take(row)
         if len(self.rows) != self.shard.num_rows:
@@ -120,6 +142,7 @@ class ShardWork:
         """Take one finished sequence."""
         result = sample_result(self.rows[key.offset], key.sample_index, completion)
         self.results[key] = result
+        self.num_repetitive += is_repetitive(completion.token_ids)
         self._num_open -= 1
         return result
 
@@ -133,17 +156,30 @@ class ShardWork:
         """Results of rows that never reached the engine."""
         return [r for r in self.results.values() if self.rows[self._offset(r)].state is not None]
 
-    def write(self) -> tuple[WrittenPart, Counter[str], Counter[str]]:
-        """Write the part in input order; return it with rows by state and token counts."""
+    @property
+    def tokenise_share(self) -> float:
+        """Of the time rows took so far, what went into rendering and tokenising them."""
+        return self.tokenise_s / self._fed_s if self._fed_s > 0 else 0.0
+
+    def write(self) -> Written:
+        """Write the part in input order, once; return it with what it holds."""
+        if self._written is None:
+            started = time.monotonic()
+            self._written = self._write()
+            self.write_s = time.monotonic() - started
+        return self._written
+
+    def _write(self) -> Written:
         path = self.folder / "completions.parquet"
         states: Counter[str] = Counter()
         tokens: Counter[str] = Counter()
+        lengths: Counter[str] = Counter()
         with PartWriter(path, self.columns.schema(self.input_schema)) as writer:
             for batch in self._output_batches():
                 writer.write(batch)
                 states.update(batch.column("state").to_pylist())
-                _count_tokens(batch, tokens)
-            return writer.finish(), states, tokens
+                _count_tokens(batch, tokens, lengths)
+            return Written(writer.finish(), states, tokens, merged([lengths]))
 
     def discard(self) -> None:
         """Remove the attempt's local files."""
@@ -231,10 +267,13 @@ def _prefix(row: _Runnable) -> bytes:
     return row.token_ids[:_PREFIX_TOKENS].tobytes()
 
 
-def _count_tokens(batch: Any, tokens: Counter[str]) -> None:
+def _count_tokens(batch: Any, tokens: Counter[str], lengths: Counter[str]) -> None:
     columns = ("sample_index", "state", "num_prompt_tokens", "num_completion_tokens")
     for row in batch.select(columns).to_pylist():
         if row["state"] in records.ANSWERED:
-            tokens["completion"] += row["num_completion_tokens"]
+            count = row["num_completion_tokens"]
+            tokens["completion"] += count
+            tokens["context"] += count * row["num_prompt_tokens"] + count * (count - 1) // 2
+            lengths[str(bucket(count))] += 1
             if row["sample_index"] == 0:
                 tokens["prompt"] += row["num_prompt_tokens"]

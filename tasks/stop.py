@@ -3,10 +3,18 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 
 class Stopped(Exception):
     """The work was asked to stop; leases are released and every shard is resumable."""
+
+
+class Stoppable(Protocol):
+    """Whatever can say that it is time to stop."""
+
+    def is_set(self) -> bool:
+        """Whether to stop now."""
 
 
 class StopSignal(threading.Event):
