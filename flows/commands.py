@@ -300,7 +300,7 @@ def _conclude(args: argparse.Namespace, ended: "Ended") -> int:
     from tasks.publish import num_failed
     from tasks.status import run_status
 
-    found = run_status(ended.store)
+    found = run_status(ended.store, cache=ended.commit_cache)
     if args.json:
         failed = {f"{shard_id:05d}": error for shard_id, error in ended.exhausted.items()}
         print(json.dumps({**found.as_document(), "failed_shards": failed}))

@@ -5,9 +5,10 @@ shown (`Step`) and who drains the shards (`Drainer`).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from storage.commits import CommitCache
 from storage.manifest import RunManifest
 from storage.object_store import ObjectStore
 from tasks.cancel import exempt
@@ -46,6 +47,9 @@ class Ended:
     manifest: RunManifest | None
     """None while shards are missing."""
 
+    commit_cache: CommitCache = field(default_factory=dict, repr=False)
+    """What was read of the store already."""
+
     @property
     def is_within_limit(self) -> bool:
         """Whether no more rows failed than `max_failed_rows` allows; true while unpublished."""
@@ -55,7 +59,7 @@ class Ended:
     def sentence(self) -> str:
         """One line without any text of the rows."""
         if self.manifest is None:
-            found = run_status(self.store)
+            found = run_status(self.store, cache=self.commit_cache)
             missing = found.num_shards - found.num_committed
             first = next(iter(sorted(self.exhausted.items())), None)
             why = f" (shard {first[0]:05d}: {first[1]})" if first else ""
@@ -110,10 +114,16 @@ def generate(
                 exhausted = run_replicas(
                     run, progress=progress, should_stop=should_stop, run_shard=run_shard
                 ).exhausted
-            manifest = step("publish", lambda: finish(run.store, progress))
+            manifest = step("publish", lambda: finish(run.store, progress, cache=run.commit_cache))
         finally:
             run.model.close()
-    return Ended(job=job, store=run.store, exhausted=exhausted, manifest=manifest)
+    return Ended(
+        job=job,
+        store=run.store,
+        exhausted=exhausted,
+        manifest=manifest,
+        commit_cache=run.commit_cache,
+    )
 
 
 def redo(
@@ -139,7 +149,13 @@ def redo(
                 run_shard=run_shard,
                 failed_rows=True,
             )
-            manifest = step("publish", lambda: finish(store, progress))
+            manifest = step("publish", lambda: finish(store, progress, cache=run.commit_cache))
         finally:
             run.model.close()
-    return Ended(job=job, store=store, exhausted=report.exhausted, manifest=manifest)
+    return Ended(
+        job=job,
+        store=store,
+        exhausted=report.exhausted,
+        manifest=manifest,
+        commit_cache=run.commit_cache,
+    )

@@ -291,7 +291,7 @@ def finish(
     manifest = publish_run(store, plan, plan_digest, commits)
     if manifest is not None and (before is None or before.revision != manifest.revision):
         remember_run(store, manifest, commits)
-        draw_report(store)
+        draw_report(store, cache)
     return manifest
 
 
@@ -308,12 +308,12 @@ def remember_run(
         log.warning("history not written: %s", error)
 
 
-def draw_report(store: ObjectStore) -> None:
+def draw_report(store: ObjectStore, cache: CommitCache | None = None) -> None:
     """Draw report.html; what goes wrong with it costs the report, never the run."""
     from tasks.report import write_report  # draws, and drawing is heavy
 
     try:
-        write_report(store)
+        write_report(store, cache=cache)
     except StorageError as error:
         log.warning("report not written: %s", error)
 
