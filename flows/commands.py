@@ -30,14 +30,14 @@ from storage.object_store import ObjectStore, StorageConfig, open_store
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
 from tasks.scratch import scratch_folder
-from tasks.stop import Stopped, StopSignal
+from tasks.stop import Broken, Stopped, StopSignal
 
 _ORPHAN_GRACE_S = 60.0
 
 if TYPE_CHECKING:
     from tasks.orchestrate import Ended
 
-REFUSALS = (JobError, StorageError, InferenceError, ProvisionError)
+REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, Broken)
 STOPS = (Stopped, KeyboardInterrupt)
 
 

@@ -4,11 +4,14 @@ The command line and the Prefect flow call `generate` alike; what differs is han
 shown (`Step`) and who drains the shards (`Drainer`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from inference.errors import InferenceError
 from storage.commits import CommitCache
+from storage.errors import StorageError
 from storage.manifest import RunManifest
 from storage.object_store import ObjectStore
 from tasks.cancel import exempt
@@ -20,7 +23,7 @@ from tasks.replica import Replica
 from tasks.run import Run, RunShard, attach, drain, finish, new_invocation, prepare, read_record
 from tasks.scratch import scratch_folder
 from tasks.status import run_status
-from tasks.stop import StopSignal
+from tasks.stop import Broken, StopSignal
 
 T = TypeVar("T")
 
@@ -33,6 +36,28 @@ class Step(Protocol):
 
     def __call__(self, name: str, work: Callable[[], T], /) -> T:
         """Return what `work` returns, or raise what it raises."""
+
+
+@contextmanager
+def _breakable(run: Run) -> Iterator[None]:
+    """Tell a run that broke with something to show from one that never began.
+
+    Raises:
+        Broken: something is committed; running again goes on from there.
+    """
+    try:
+        yield
+    except (StorageError, InferenceError) as error:
+        if _has_results(run):
+            raise Broken(str(error)) from error
+        raise
+
+
+def _has_results(run: Run) -> bool:
+    try:
+        return bool(run.commits())
+    except StorageError:
+        return True  # the store is what broke; nothing is known to be wrong with the job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,20 +126,24 @@ def generate(
 
     Raises:
         StorageError, InferenceError: before any shard, what is wrong and what to change.
+        Broken: the same, with some shards committed.
         Stopped: `should_stop` was set.
     """
     with scratch_folder() as work_dir:
         run = step("plan", lambda: prepare(job, work_dir=work_dir, progress=progress))
         try:
-            progress.phase = "looking for what is committed"
-            reveal_all(run.store, run.commits())
-            if drainer is not None:
-                exhausted = drainer(run)
-            else:
-                exhausted = run_replicas(
-                    run, progress=progress, should_stop=should_stop, run_shard=run_shard
-                ).exhausted
-            manifest = step("publish", lambda: finish(run.store, progress, cache=run.commit_cache))
+            with _breakable(run):
+                progress.phase = "looking for what is committed"
+                reveal_all(run.store, run.commits())
+                if drainer is not None:
+                    exhausted = drainer(run)
+                else:
+                    exhausted = run_replicas(
+                        run, progress=progress, should_stop=should_stop, run_shard=run_shard
+                    ).exhausted
+                manifest = step(
+                    "publish", lambda: finish(run.store, progress, cache=run.commit_cache)
+                )
         finally:
             run.model.close()
     return Ended(
@@ -141,15 +170,16 @@ def redo(
         try:
             invocation = new_invocation()
             exempt(store, invocation)
-            report = drain(
-                run,
-                invocation=invocation,
-                progress=progress,
-                should_stop=should_stop,
-                run_shard=run_shard,
-                failed_rows=True,
-            )
-            manifest = step("publish", lambda: finish(store, progress, cache=run.commit_cache))
+            with _breakable(run):
+                report = drain(
+                    run,
+                    invocation=invocation,
+                    progress=progress,
+                    should_stop=should_stop,
+                    run_shard=run_shard,
+                    failed_rows=True,
+                )
+                manifest = step("publish", lambda: finish(store, progress, cache=run.commit_cache))
         finally:
             run.model.close()
     return Ended(
