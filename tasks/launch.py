@@ -99,12 +99,16 @@ def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
     command += ["--invocation", invocation]
     if run.job.storage.endpoint_url:
         command += ["--endpoint-url", run.job.storage.endpoint_url]
-    env = {**os.environ, **_device_env(index, _ranks(run)), **_aws_env(run)}
+    env = {**os.environ, **device_env(run, index), **_aws_env(run)}
     # Its own session: a Ctrl-C in the terminal reaches this process, which stops its children.
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def _device_env(index: int, ranks: int) -> dict[str, str]:
+def device_env(run: Run, index: int) -> dict[str, str]:
+    """Return what gives a replica of this machine its own devices; empty when there are too few."""
+    ranks = _ranks(run)
+    if run.record.fingerprint_fields["engine.backend"] == "dummy":
+        return {}
     if _num_devices() <= index * ranks:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -221,7 +221,6 @@ def drain(
         bases=bases,
         claim_until=time.monotonic() + budget_s,
     )
-    watch = CancelWatch(run.store, invocation, should_stop)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
@@ -236,6 +235,7 @@ def drain(
         work_dir=run.work_dir,
         max_model_len=run.max_model_len,
     ) as feed:
+        watch = CancelWatch(run.store, invocation, should_stop)
         replica = Replica(
             plan=run.plan,
             claims=claims,
