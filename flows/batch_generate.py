@@ -17,7 +17,7 @@ from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state, as_task_run, ended_state, shard_as_task_run
 from tasks.orchestrate import Ended, generate
 from tasks.progress import Progress
-from tasks.replica import Stopped, StopSignal
+from tasks.stop import Stopped, StopSignal
 
 
 def stop_replicas(flow: Any, flow_run: Any, state: Any) -> None:

@@ -36,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", "re-read everything stored and prove it whole")
     drain = _command(commands, "drain", "join a planned run as one more replica")
     drain.add_argument("--invocation", help="name of the start this replica belongs to")
+    drain.add_argument(
+        "--with-parent", action="store_true", help="stop when standard input is closed"
+    )
     gc = _command(
         commands,
         "gc",

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,10 @@ from storage.errors import StorageError
 from storage.object_store import ObjectStore, StorageConfig, open_store
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
-from tasks.replica import Stopped
 from tasks.scratch import scratch_folder
+from tasks.stop import Stopped, StopSignal
+
+_ORPHAN_GRACE_S = 60.0
 
 if TYPE_CHECKING:
     from tasks.orchestrate import Ended
@@ -37,17 +40,36 @@ REFUSALS = (JobError, StorageError, InferenceError, ProvisionError)
 STOPS = (Stopped, KeyboardInterrupt)
 
 
-class Stop(threading.Event):
-    """Set by the first SIGINT or SIGTERM; remembers which. A second one ends at once."""
+class Stop(StopSignal):
+    """Set by the first SIGINT or SIGTERM; remembers which. A second one ends the process at once."""
 
     signum: int = signal.SIGINT
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler."""
+        """Signal handler.
+
+        Raises:
+            Stopped: nobody watches, as while planning: the step in hand is given up.
+        """
         if self.is_set():
-            raise KeyboardInterrupt
+            console.show_cursor()
+            os._exit(128 + signum)
         self.signum = signum
         self.set()
+        if not self.is_watched:
+            raise Stopped
+
+    def follow_parent(self) -> None:
+        """Stop when standard input closes, as it does when the process that started this one ends."""
+        threading.Thread(target=self._follow, name="nightjar-parent", daemon=True).start()
+
+    def _follow(self) -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            continue
+        self.signum = signal.SIGTERM
+        self.set()
+        time.sleep(_ORPHAN_GRACE_S)
+        os._exit(128 + signal.SIGTERM)
 
 
 _stop = Stop()
@@ -98,6 +120,8 @@ def drain(args: argparse.Namespace) -> int:
     record = read_record(store)
     job = load_job(record.job)
     progress = Progress()
+    if args.with_parent:
+        _stop.follow_parent()
     with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
         this_run = attach(job, record, store, work_dir=work_dir, progress=progress)
         try:

@@ -13,9 +13,9 @@ from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state, drained_state, shard_as_task_run
 from storage.object_store import ObjectStore, StorageConfig, open_store
 from tasks.progress import Progress
-from tasks.replica import StopSignal
 from tasks.run import DrainReport, attach, drain, read_record
 from tasks.scratch import scratch_folder
+from tasks.stop import StopSignal
 
 
 @flow(name="generate-shards", persist_result=False)

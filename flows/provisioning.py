@@ -14,9 +14,9 @@ from tasks.cancel import exempt
 from tasks.deadline import next_time
 from tasks.launch import device_env, num_replicas
 from tasks.provision import DEPLOYMENTS, Provider, ReplicaLaunch, launch_of
-from tasks.replica import StopSignal
 from tasks.run import Run, new_invocation
 from tasks.sizing import choose
+from tasks.stop import StopSignal
 from tasks.waves import Limits, drain_by_waves
 
 _DEFAULT_MAX_REPLICAS = 8

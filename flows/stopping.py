@@ -13,22 +13,33 @@ from types import FrameType
 
 from prefect.exceptions import TerminationSignal
 
-from tasks.replica import StopSignal
+from tasks.stop import StopSignal
 
 _GRACE_S = 10.0  # a cancelled flow run is killed after 30
 
 
-class StopRequest:
+class StopRequest(StopSignal):
     """Set by SIGTERM, or when the signal it stands in for is set."""
 
     def __init__(self, outer: StopSignal | None = None) -> None:
         """Stop when `outer` is set, too."""
-        self._outer = outer
-        self.is_terminated = False
+        super().__init__()
+        self._outer = outer or StopSignal()
+
+    @property
+    def is_terminated(self) -> bool:
+        """Whether SIGTERM came."""
+        return super().is_set()
 
     def is_set(self) -> bool:
         """Whether to stop now."""
-        return self.is_terminated or (self._outer is not None and self._outer.is_set())
+        return self.is_terminated or self._outer.is_set()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Promise to look while the body runs; raises as `StopSignal.watched` does."""
+        with self._outer.watched(), super().watched():
+            yield
 
 
 @contextmanager
@@ -36,7 +47,8 @@ def stop_on_sigterm(outer: StopSignal | None = None) -> Iterator[StopRequest]:
     """Yield what SIGTERM sets.
 
     Raises:
-        TerminationSignal: at the end if SIGTERM came; anywhere, when it came ten seconds ago.
+        TerminationSignal: at the end if SIGTERM came; at once while nobody watches, and when it
+            came ten seconds ago.
     """
     request = StopRequest(outer)
     if threading.current_thread() is not threading.main_thread():
@@ -46,9 +58,9 @@ def stop_on_sigterm(outer: StopSignal | None = None) -> Iterator[StopRequest]:
     timer.daemon = True
 
     def on_sigterm(signum: int, frame: FrameType | None) -> None:
-        if request.is_terminated:
+        if request.is_terminated or not request.is_watched:
             raise TerminationSignal(signum)
-        request.is_terminated = True
+        request.set()
         timer.start()
 
     before = signal.signal(signal.SIGTERM, on_sigterm)

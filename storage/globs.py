@@ -3,6 +3,8 @@
 import functools
 import re
 
+from storage.errors import BadInput
+
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -37,11 +39,21 @@ def _compiled(pattern: str) -> re.Pattern[str]:
             pieces.append(".*")
             index += 2
         elif char == "[" and end > 0:
-            inner = pattern[index + 1 : end].replace("\\", "\\\\")
-            inner = f"^{inner[1:]}" if inner.startswith("!") else inner
-            pieces.append(f"[{inner}]")
+            pieces.append(_character_class(pattern[index + 1 : end]))
             index = end + 1
         else:
             pieces.append({"*": "[^/]*", "?": "[^/]"}.get(char) or re.escape(char))
             index += 1
-    return re.compile("".join(pieces), re.DOTALL)
+    try:
+        return re.compile("".join(pieces), re.DOTALL)
+    except re.error:
+        raise BadInput(
+            f"{pattern}: not a glob: a range in brackets is the wrong way round"
+        ) from None
+
+
+def _character_class(inner: str) -> str:
+    """Return `[abc]`, `[a-z]` or `[!a]` as a regular expression."""
+    negated = inner.startswith("!")
+    chars = (char if char == "-" else re.escape(char) for char in inner[negated:])
+    return f"[{'^' if negated else ''}{''.join(chars)}]"

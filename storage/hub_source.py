@@ -92,7 +92,7 @@ class HubSource:
 
     def _download(self, file: SourceFile, folder: Path) -> Checksum:
         assert file.checksum is not None, f"{file.name} was listed without a digest"
-        target = folder / file.name
+        target = weight_files.safe_path(folder, file.name)
         if target.exists() and file_checksum(target, file.checksum.algorithm) == file.checksum:
             return file.checksum
         try:

@@ -12,6 +12,7 @@ Locks are flocks: the kernel drops them when their process dies, however it dies
 """
 
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -24,6 +25,8 @@ from storage.disk_space import NO_SPACE, free_bytes, no_space, used_bytes
 from storage.errors import AccessDenied, CorruptObject
 from storage.model_manifest import ModelManifest
 from storage.weight_files import MANIFEST
+
+logger = logging.getLogger(__name__)
 
 _TRASH_PREFIX = ".trash-"
 
@@ -125,6 +128,10 @@ class ModelCache:
 
     def stage(self, content_id: str) -> FileLock:
         """Become the one process that stages this model; waits for whoever is at it."""
+        try:
+            return self._lock(f"{content_id}.stage", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for the process that stages content_id=%s", content_id)
         return self._lock(f"{content_id}.stage", fcntl.LOCK_EX)
 
     def reserve(self) -> FileLock:

@@ -56,6 +56,11 @@ def open_places(stage_to: str) -> list[Place]:
     return places
 
 
+def roots_of(stage_to: str) -> list[Path] | None:
+    """The `roots` to look in for what was staged with `stage_to`: one folder, or None for all of ours."""
+    return None if stage_to in ANYWHERE else [Path(stage_to).expanduser().absolute()]
+
+
 def list_staged(roots: Iterable[Path] | None = None) -> list[CacheEntry]:
     """Every model on this node, whole or not, least recently used first in each cache."""
     return [entry for cache in _caches(roots) for entry in cache.entries()]

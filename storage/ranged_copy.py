@@ -21,7 +21,7 @@ from storage.partial_file import PartialFile
 from storage.s3_client import RetryPolicy
 from storage.stage_sources import RangeBody, RangedSource, SourceFile
 
-BUFFER_BYTES = 4 << 20
+BUFFER_BYTES = 2 << 20
 
 Task = TypeVar("Task")
 
@@ -91,11 +91,10 @@ class RangedCopy:
     def allocate(self) -> None:
         """Reserve room for every file taken on. Raises NoSpace."""
         try:
-            for copied in self._files:
-                copied.allocate()
-        except OSError as error:
+            self._in_threads(PartialFile.allocate, iter(list(self._files)))
+        except BaseException:
             self._give_up_room()
-            raise self._explained(error) from None
+            raise
 
     def run(self, on_file: Callable[[Path], None] | None = None) -> None:
         """Copy every range that is missing; `on_file` is told of each file as it becomes whole.

@@ -7,6 +7,8 @@ Many processes may call this at once: one moves the bytes, the others wait and s
 whole when its MANIFEST.json is there, which is written last; nothing else is ever returned.
 """
 
+import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ from storage.object_store import StorageConfig
 from storage.s3_client import RetryPolicy
 from storage.stage_report import PhaseTimer, StageReport, wire_gb_per_s
 from storage.stage_sources import LocalSource, open_ranged
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_ENGINE_BYTES = 4 << 30
 _WORTH_MEASURING_BYTES = 1 << 30
@@ -80,7 +84,7 @@ def stage_model(
     budget_bytes: int | None = None,
     allowed_code: Collection[str] = (),
     convert_gguf: Callable[[Path, Path], object] | None = None,
-    num_threads: int = 8,
+    num_threads: int | None = None,
     retry: RetryPolicy | None = None,
     on_file: Callable[[Path], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -96,6 +100,7 @@ def stage_model(
         budget_bytes: most bytes that staged models may take in the chosen cache.
         allowed_code: SHA-256 of config files that may name Python classes (`auto_map`).
         convert_gguf: makes a model folder (second argument, to be created) from a GGUF file (first).
+        num_threads: readers of ranges; default: one a core, at least 8 and at most 32.
         on_file: told of each file as soon as it is verified, small files first, so that loading can
             begin before the model is whole; called by several threads.
         on_progress: told (bytes done, bytes in all).
@@ -114,13 +119,24 @@ def stage_model(
         options=FillOptions(
             allowed_code=frozenset(allowed_code),
             convert_gguf=convert_gguf,
-            num_threads=num_threads,
+            num_threads=num_threads or _default_threads(),
             retry=retry or RetryPolicy(),
             on_file=on_file or (lambda path: None),
             on_progress=on_progress or (lambda done, total: None),
         ),
     )
-    return staging.run(source, config)
+    staged = staging.run(source, config)
+    report = staged.report
+    logger.info(
+        "model %s: content_id=%s path=%s bytes_moved=%d elapsed_s=%.2f why: %s",
+        *(report.outcome, report.content_id, report.path, report.bytes_moved, report.seconds),
+        report.reason,
+    )
+    return staged
+
+
+def _default_threads() -> int:
+    return max(8, min(32, os.cpu_count() or 1))
 
 
 def _open(source: str, config: StorageConfig, places: list[Place]) -> Source:

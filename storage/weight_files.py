@@ -65,6 +65,18 @@ def select(names: Iterable[str], *, source: str) -> Selection:
     return Selection(sorted(files, key=is_weights), skipped)
 
 
+def safe_path(folder: Path, name: str) -> Path:
+    """Where a file of that name lies in the model folder.
+
+    Raises:
+        BadInput: it would lie outside, by its name or by a link on the way.
+    """
+    path = folder / _checked(name, str(folder))
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BadInput(f"{folder}: {name} leads outside the model folder; remove the link")
+    return path
+
+
 def is_weights(name: str) -> bool:
     """Whether the name is that of a weight file."""
     return name.endswith(".safetensors")

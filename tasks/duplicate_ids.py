@@ -48,16 +48,10 @@ def _locate(planned: PlannedInput, column: str, row: int, process: FeedProcess) 
         for item in files
         if item.file.row_start <= row < item.file.row_start + item.file.num_rows
     )
-    told = process.ask_file(
-        {
-            "op": "locate",
-            "path": str(local.path),
-            "name": local.file.uri,
-            "row": row - local.file.row_start,
-            "column": column,
-        }
-    )
-    where = f"line {told['line']}" if told["line"] is not None else f"row {row}"
+    own = row - local.file.row_start
+    request = {"op": "locate", "path": str(local.path), "name": local.file.uri}
+    told = process.ask_file({**request, "row": own, "column": column})
+    where = f"line {told['line']}" if told["line"] is not None else f"row {own}"
     if len(files) > 1:
         where = f"{local.file.uri} {where}"
     return repr(told["value"])[:_MAX_ID_CHARS], where

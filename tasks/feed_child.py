@@ -34,6 +34,9 @@ from tasks.frames import IDLE, READING, Recorder, read_frame, write_frame
 from tasks.prepare import RowPreparer, cells
 from tasks.prompt_columns import PromptColumns
 
+_LOAD_BYTES = 2 << 30
+"""Address space that importing transformers and loading a tokenizer may take."""
+
 
 class Child:
     """Answers requests one after the other."""
@@ -64,7 +67,8 @@ class Child:
 
     def do_load(self, columns: dict[str, Any]) -> None:
         """Load the tokenizer. The memory limit counts from here on."""
-        limit_memory(None)
+        # Not lifted altogether: compiling a template folds its constants, and those can be huge.
+        limit_memory(max(_LOAD_BYTES, self._spec.memory_bytes))
         chosen = PromptColumns.from_json(columns, self._job.input.prompt)
         config = self._spec.prompt_config(has_messages=chosen.kind == "messages")
         with torch_hidden():
@@ -79,6 +83,8 @@ class Child:
             run_sampling(self._job.sampling),
             recorder=self._recorder,
             row_cpu_s=self._spec.row_cpu_s,
+            max_hard_rows=self._spec.max_hard_rows,
+            on_hard_row=lambda: self._reply({"kind": "progress"}),
         )
         self._reply({"kind": "loaded", "warnings": builder.warnings})
 
@@ -172,14 +178,14 @@ def torch_hidden() -> Iterator[None]:
         importlib.util.find_spec = find_spec
 
 
-def limit_memory(above_now: int | None) -> None:
-    """Bound the address space to what it is now and this much more; None lifts the bound."""
+def limit_memory(above_now: int) -> None:
+    """Bound the address space to what it is now and this many bytes more (on Linux)."""
+    if sys.platform != "linux":
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    soft = hard
-    if above_now is not None and sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        soft = pages * resource.getpagesize() + above_now
-        soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft = pages * resource.getpagesize() + above_now
+    soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from inference.errors import EngineConfigError
 from inference.prompt import PromptConfig
 from inference.sampling import SamplingParams
 from tasks.job import InputConfig, ModelConfig, OutputConfig, RunConfig, SamplingConfig
@@ -47,6 +48,7 @@ class FeedSpec:
     output: dict[str, Any]
     row_cpu_s: float
     memory_bytes: int
+    max_hard_rows: int
 
     @classmethod
     def of(
@@ -61,6 +63,7 @@ class FeedSpec:
             output={"uri": "", "columns": job.output.columns, "rename": job.output.rename},
             row_cpu_s=limits.row_cpu_s,
             memory_bytes=limits.memory_bytes,
+            max_hard_rows=limits.max_hard_rows,
         )
 
     def job(self) -> RunConfig:
@@ -92,4 +95,12 @@ def run_sampling(config: SamplingConfig) -> SamplingParams:
     values = dataclasses.asdict(config)
     return SamplingParams(
         **{**values, "stop": tuple(config.stop), "stop_token_ids": tuple(config.stop_token_ids)}
+    )
+
+
+def too_many_hard_rows(limit: int) -> EngineConfigError:
+    """Return the refusal of a run whose rows keep running into the limits."""
+    return EngineConfigError(
+        f"more than {limit} rows took too long or too much memory to render or tokenise; the chat "
+        "template or these prompts cannot be used"
     )

@@ -1,7 +1,8 @@
 """Replicas on this machine: this process is one, the others are children that join the run.
 
 Children are ordinary `nightjar drain RUN` processes, one per device; they are stopped by their own
-process id when this one stops, and their failures cost nothing but time.
+process id when this one stops, and by themselves when it dies: a device must be free for the next
+start. Their failures cost nothing but time.
 """
 
 import logging
@@ -15,12 +16,13 @@ from contextlib import contextmanager
 
 from tasks.cancel import exempt
 from tasks.progress import Progress
-from tasks.replica import Replica, Stopped, StopSignal
+from tasks.replica import Replica
 from tasks.run import DrainReport, Run, RunShard, drain, new_invocation
+from tasks.stop import Stopped, StopSignal
 
 log = logging.getLogger("nightjar.launch")
 
-_POLL_S = 2.0
+_POLL_S = 1.0
 _STOP_GRACE_S = 30.0
 
 
@@ -54,7 +56,7 @@ def run_replicas(
                 run_shard=run_shard,
             )
             missing = run.plan.num_shards - len(run.commits())
-            if missing <= len(report.exhausted):
+            if missing <= len(report.exhausted) or report.is_cancelled:
                 return report
             if should_stop.is_set():
                 raise Stopped
@@ -96,12 +98,19 @@ def _children(run: Run, invocation: str, count: int) -> Iterator[list[subprocess
 
 def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "flows.cli", "drain", run.uri, "--json"]
-    command += ["--invocation", invocation]
+    command += ["--invocation", invocation, "--with-parent"]
     if run.job.storage.endpoint_url:
         command += ["--endpoint-url", run.job.storage.endpoint_url]
     env = {**os.environ, **device_env(run, index), **_aws_env(run)}
     # Its own session: a Ctrl-C in the terminal reaches this process, which stops its children.
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    # Its standard input stays open as long as this process lives: that is how it learns.
+    return subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def device_env(run: Run, index: int) -> dict[str, str]:
@@ -130,5 +139,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+    if child.stdin is not None:
+        child.stdin.close()
     if child.returncode not in (0, 3, -signal.SIGTERM, 128 + signal.SIGTERM):
         log.warning("replica process %d ended with exit code %d", child.pid, child.returncode)

@@ -5,7 +5,7 @@ Rows never fail together: whatever is wrong with one is its own state and error.
 
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from inference.prompt_template import decode
 from inference.row_sampling import row_overrides, row_sampling
 from inference.sampling import SamplingParams
 from storage.convert import ERROR, JSON_PREFIX
+from tasks.feed_spec import too_many_hard_rows
 from tasks.frames import ENCODING, RENDERING, Recorder
 from tasks.prompt_columns import PromptColumns
 
@@ -49,7 +50,10 @@ class Row:
 
 
 class RowPreparer:
-    """Turns batches into rows. `recorder` is told each row before anything can go wrong with it."""
+    """Turns batches into rows. `recorder` is told each row before anything can go wrong with it.
+
+    Rows that run into a limit are reported as they happen; too many of them end the run.
+    """
 
     def __init__(
         self,
@@ -59,12 +63,17 @@ class RowPreparer:
         *,
         recorder: Recorder,
         row_cpu_s: float,
+        max_hard_rows: int,
+        on_hard_row: Callable[[], None],
     ) -> None:
         self._columns = columns
         self._builder = builder
         self._sampling = sampling
         self._recorder = recorder
         self._row_cpu_s = row_cpu_s
+        self._max_hard_rows = max_hard_rows
+        self._on_hard_row = on_hard_row
+        self._num_hard = 0
         signal.signal(signal.SIGVTALRM, _raise_limit)
 
     def prepare(
@@ -88,6 +97,8 @@ class RowPreparer:
             elif row.state is None:
                 self._recorder.write(RENDERING, row.index, row.index + 1)
                 self._render(row)
+                if row.is_hard:
+                    self._note_hard_row()
         live = [row for row in rows if row.text is not None and row.state is None]
         step = 1 if careful else max(1, len(live))
         for first in range(0, len(live), step):
@@ -126,6 +137,12 @@ class RowPreparer:
             message = f"the chat template took more than {self._row_cpu_s:g} s for this row"
             row.refuse(PromptError(INVALID, message))
             row.is_hard = True
+
+    def _note_hard_row(self) -> None:
+        self._num_hard += 1
+        self._on_hard_row()
+        if self._num_hard > self._max_hard_rows:
+            raise too_many_hard_rows(self._max_hard_rows)
 
     def _text(self, row: Row) -> str:
         columns, values = self._columns, row.values

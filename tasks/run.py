@@ -24,14 +24,15 @@ from inference.backends import create_backend, resolve_backend
 from inference.config import EngineConfig
 from inference.errors import ModelError
 from storage import keys
-from storage.commits import current_commits, read_commits
+from storage.commits import CommitCache, current_commits, read_commits
 from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
+from storage.failpoints import failpoint
 from storage.inputs import InputFiles
 from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
-from tasks.cancel import CancelWatch, is_cancelled
+from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
@@ -48,12 +49,11 @@ from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
-from tasks.replica import Replica, ShardOutcome, Stopped, StopSignal
+from tasks.replica import Replica, ShardOutcome
 from tasks.results import ResultColumns
+from tasks.stop import Stopped, StopSignal
 
 log = logging.getLogger("nightjar.run")
-
-_RETRY_POLL_S = 1.0
 
 RunShard = Callable[[Replica, int], ShardOutcome]
 
@@ -71,6 +71,7 @@ class Run:
     model: RunModel
     work_dir: Path
     max_model_len: int
+    commit_cache: CommitCache = dataclasses.field(default_factory=dict)
 
     @property
     def uri(self) -> str:
@@ -86,7 +87,7 @@ class Run:
 
     def commits(self) -> dict[int, CommitRecord]:
         """Return what is committed now, by shard."""
-        return current_commits(self.store, self.plan_digest)
+        return current_commits(self.store, self.plan_digest, cache=self.commit_cache)
 
 
 @dataclasses.dataclass(slots=True)
@@ -97,6 +98,9 @@ class DrainReport:
     exhausted: dict[int, str] = dataclasses.field(default_factory=dict)
     num_pending: int = 0
     """Shards that others hold."""
+
+    is_cancelled: bool = False
+    """Somebody has cancelled the run; shards that were in hand are finished."""
 
 
 def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
@@ -198,7 +202,7 @@ def drain(
         budget_s: No further shard is claimed after this many seconds.
         build_backend: Loads the engine; replaced by tests only to break it.
     """
-    standing = read_commits(run.store, run.plan_digest)
+    standing = read_commits(run.store, run.plan_digest, cache=run.commit_cache)
     commits = standing.current
     todo, bases = _work_left(run.shards, commits, failed_rows)
     progress.expect(num_rows=run.plan.num_rows * run.plan.num_samples, num_shards=len(run.shards))
@@ -248,32 +252,23 @@ def drain(
             progress=progress,
             should_stop=watch,
         )
-        try:
-            while (next_id := _next_shard(replica, claims, watch)) is not None:
-                report.outcomes[run_shard(replica, next_id).outcome] += 1
-            if is_cancelled(run.store, invocation):
-                raise Stopped
-        finally:
-            stopping.set()
-            replica.close()
-            watch.close()
+        with should_stop.watched():
+            try:
+                while (next_id := replica.next_shard()) is not None:
+                    report.outcomes[run_shard(replica, next_id).outcome] += 1
+            except Stopped:
+                if not watch.is_cancelled:
+                    raise
+            finally:
+                stopping.set()
+                replica.close()
+                watch.close()
         for warning in feed.warnings:
             progress.note(warning)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
+    report.is_cancelled = claims.is_cancelled or watch.is_cancelled
     return report
-
-
-def _next_shard(replica: Replica, claims: Claims, should_stop: StopSignal) -> int | None:
-    """Return the next shard; waits for one that failed here, so that no engine is loaded anew for it."""
-    while (shard_id := replica.next_shard()) is None:
-        wait_s = claims.seconds_to_retry
-        if wait_s is None:
-            return None
-        if should_stop.is_set():
-            raise Stopped
-        time.sleep(min(wait_s + 0.01, _RETRY_POLL_S))
-    return shard_id
 
 
 def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:
@@ -359,6 +354,7 @@ def _write_record(
         standing = read_record(store)
         check_fingerprint(store.uri, standing.fingerprint_fields, fields)
         return standing
+    failpoint("after_record")
     return record
 
 

@@ -198,7 +198,7 @@ def _where_time_went(report: StageReport) -> str:
     )
     cpu = report.cpu_s / (report.bytes_moved / 1e9)
     retries = f", {report.num_retries} ranges asked for again" if report.num_retries else ""
-    return f"Time: {phases}; the threads' was {threads}; {cpu:.2f} CPU s/GB{retries}."
+    return f"Time: {phases}; the threads spent {threads}; {cpu:.2f} CPU s/GB{retries}."
 
 
 def _verification(report: StageReport) -> str:

@@ -20,8 +20,8 @@ from storage.lease import Leases
 from storage.manifest import CommitRecord
 from tasks.cancel import is_cancelled
 from tasks.holder import holder_name, is_dead
-from tasks.replica import Stopped, StopSignal
 from tasks.run import Run
+from tasks.stop import Stopped, StopSignal
 
 log = logging.getLogger("nightjar.waves")
 
@@ -89,17 +89,17 @@ def drain_by_waves(
     """
     seen = _Progress()
     try:
-        while True:
-            if should_stop.is_set() or is_cancelled(run.store, invocation):
-                raise Stopped
-            commits = run.commits()
-            missing = [s.shard_id for s in run.shards if s.shard_id not in commits]
-            if not missing:
-                return {}
-            given_up = _turn(run, fleet, invocation, limits, seen, missing, _shard_s(commits))
-            if given_up is not None:
-                return given_up
-            _sleep(limits.poll_s, should_stop)
+        with should_stop.watched():
+            while not (should_stop.is_set() or is_cancelled(run.store, invocation)):
+                commits = run.commits()
+                missing = [s.shard_id for s in run.shards if s.shard_id not in commits]
+                if not missing:
+                    return {}
+                given_up = _turn(run, fleet, invocation, limits, seen, missing, _shard_s(commits))
+                if given_up is not None:
+                    return given_up
+                _sleep(limits.poll_s, should_stop)
+        raise Stopped
     except BaseException:
         fleet.cancel()
         raise

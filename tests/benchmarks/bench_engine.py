@@ -138,7 +138,9 @@ def profile(engine: Any, sequences: list[Sequence], first: int, count: int) -> N
         engine.step()
     events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events)
-    print(f"{count} steps: {elapsed_ms / count:.2f} ms a step, kernels {total / count / 1e3:.2f} ms")
+    print(
+        f"{count} steps: {elapsed_ms / count:.2f} ms a step, kernels {total / count / 1e3:.2f} ms"
+    )
     for event in events[:18]:
         ms = event.self_device_time_total / count / 1e3
         print(f"  {ms:7.3f} ms  {event.count / count:6.1f}x  {event.key[:90]}")

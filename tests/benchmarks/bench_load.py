@@ -2,6 +2,8 @@
 
     python -m tests.benchmarks.bench_load --gb 16 --disk /path/on/nvme
 
+fastsafetensors and instanttensor are measured too where they are importable.
+
 Measures pinned host-to-device copies, then loads the same safetensors files from /dev/shm and from disk
 (its page cache dropped before) with the library's loader and with ours. `bus` and `disk` are the
 yardsticks: copies of one pinned buffer, and O_DIRECT reads without a GPU. The last line is JSON.
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -113,6 +116,13 @@ def _loaders(
             args.rounds, lambda: _load(paths, kept, "safetensors", 1), before
         )
     }
+    for peer, load in PEERS.items():
+        if find_spec(peer):
+            rows[f"{place}_{peer}"] = _median(
+                args.rounds,
+                lambda load=load: _timed(lambda: load(paths, kept), kept),  # type: ignore[misc]
+                before,
+            )
     for num_threads in args.threads:
         rows[f"{place}_parallel_{num_threads}"] = _median(
             args.rounds,
@@ -123,16 +133,44 @@ def _loaders(
 
 
 def _load(paths: list[Path], kept: dict[str, torch.Tensor], method: str, num_threads: int) -> float:
+    def work() -> None:
+        for _name, _tensor in load_weights(
+            paths,
+            device="cuda",
+            method=method,  # type: ignore[arg-type]
+            destination=lambda name, shape, dtype: kept[name],
+            num_threads=num_threads,
+        ):
+            pass
+
+    return _timed(work, kept)
+
+
+def _fastsafetensors(paths: list[Path], kept: dict[str, torch.Tensor]) -> None:
+    from fastsafetensors import SingleGroup, fastsafe_open  # type: ignore[import-not-found]
+
+    names = [str(path) for path in paths]
+    with fastsafe_open(names, pg=SingleGroup(), device="cuda:0", nogds=True) as file:
+        for name in file.keys():  # noqa: SIM118
+            kept[name].copy_(file.get_tensor(name))
+
+
+def _instanttensor(paths: list[Path], kept: dict[str, torch.Tensor]) -> None:
+    from instanttensor import safe_open  # type: ignore[import-not-found]
+
+    names = [str(path) for path in paths]
+    with safe_open(names, framework="pt", device=0, copy=False) as file:
+        for name, tensor in file.tensors():
+            kept[name].copy_(tensor)
+
+
+PEERS = {"fastsafetensors": _fastsafetensors, "instanttensor": _instanttensor}
+
+
+def _timed(work: Callable[[], None], kept: dict[str, torch.Tensor]) -> float:
     torch.cuda.synchronize()
     began = time.perf_counter()
-    for _name, _tensor in load_weights(
-        paths,
-        device="cuda",
-        method=method,  # type: ignore[arg-type]
-        destination=lambda name, shape, dtype: kept[name],
-        num_threads=num_threads,
-    ):
-        pass
+    work()
     torch.cuda.synchronize()
     return sum(tensor.nbytes for tensor in kept.values()) / (time.perf_counter() - began) / 1e9
 

