@@ -33,7 +33,7 @@ from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord,
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from storage.reveal import read_manifest
-from tasks.cancel import CancelWatch, is_cancelled
+from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
@@ -101,6 +101,9 @@ class DrainReport:
     exhausted: dict[int, str] = dataclasses.field(default_factory=dict)
     num_pending: int = 0
     """Shards that others hold."""
+
+    is_cancelled: bool = False
+    """Somebody has cancelled the run; leases are released and the rest is resumable."""
 
 
 def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
@@ -225,7 +228,6 @@ def drain(
         bases=bases,
         claim_until=time.monotonic() + budget_s,
     )
-    watch = CancelWatch(run.store, invocation, should_stop)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
@@ -241,6 +243,7 @@ def drain(
         work_dir=run.work_dir,
         max_model_len=run.max_model_len,
     ) as feed:
+        watch = CancelWatch(run.store, invocation, should_stop)
         replica = Replica(
             plan=run.plan,
             claims=claims,
@@ -253,20 +256,22 @@ def drain(
             progress=progress,
             should_stop=watch,
         )
-        try:
-            with should_stop.watched():
+        with should_stop.watched():
+            try:
                 while (next_id := replica.next_shard()) is not None:
                     report.outcomes[run_shard(replica, next_id).outcome] += 1
-                if is_cancelled(run.store, invocation):
-                    raise Stopped
-        finally:
-            stopping.set()
-            replica.close()
-            watch.close()
+            except Stopped:
+                if not watch.is_cancelled:
+                    raise
+            finally:
+                stopping.set()
+                replica.close()
+                watch.close()
         for warning in feed.warnings:
             progress.note(warning)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
+    report.is_cancelled = claims.is_cancelled or watch.is_cancelled
     return report
 
 
