@@ -24,14 +24,17 @@ from flows.cli import (
 from flows.config import JobError, load_job
 from inference.errors import InferenceError
 from storage import keys
+from storage.commits import CommitCache
 from storage.errors import StorageError
 from storage.object_store import ObjectStore, StorageConfig, open_store
+from tasks.budget import BudgetSpent
 from tasks.job import RunConfig
 from tasks.progress import Progress
 from tasks.replica import Stopped
 from tasks.scratch import scratch_folder
+from tasks.watch import watching
 
-REFUSALS = (JobError, StorageError, InferenceError)
+REFUSALS = (JobError, StorageError, InferenceError, BudgetSpent)
 STOPS = (Stopped, KeyboardInterrupt)
 
 
@@ -64,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             progress.phase = "looking for what is committed"
             reveal_all(this_run.store, this_run.commits())
-            report = run_replicas(this_run, progress=progress, should_stop=_stop)
+            with watching(this_run.store, progress):
+                report = run_replicas(this_run, progress=progress, should_stop=_stop)
             manifest = finish(this_run.store, progress)
         finally:
             this_run.model.close()
@@ -137,12 +141,31 @@ def status(args: argparse.Namespace) -> int:
     """Say how far a run is; reads the store, never Prefect."""
     from tasks.status import run_status
 
-    found = run_status(_store(args))
+    store = _store(args)
+    if args.watch:
+        return _watch_status(args, store)
+    found = run_status(store)
     if args.json:
         print(json.dumps(found.as_document()))
     else:
         console.print_status(found)
     return EXIT_OK if found.is_published else EXIT_PARTIAL
+
+
+def _watch_status(args: argparse.Namespace, store: ObjectStore) -> int:
+    """One line (or JSON document) at a time, until the run is published or a signal comes."""
+    from tasks.status import run_status
+
+    cache: CommitCache = {}
+    with _signals():
+        while True:
+            found = run_status(store, cache=cache)
+            text = json.dumps(found.as_document()) if args.json else console.status_line(found)
+            print(text, flush=True)
+            if found.is_published:
+                return EXIT_OK
+            if _stop.wait(max(0.2, args.every)):
+                raise Stopped
 
 
 def verify(args: argparse.Namespace) -> int:

@@ -130,7 +130,7 @@ class ShardCommitter:
             counts=counts,
             receipt=receipt,
             holder=self.holder,
-            committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            committed_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
 
     def _patiently(self, effect: Callable[[], T]) -> T:

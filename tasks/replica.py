@@ -77,6 +77,8 @@ class Replica:
     work_dir: Path
     progress: Progress
     should_stop: StopSignal
+    may_claim: Callable[[], bool] = lambda: True
+    """Asked before every claim; False ends the drain once what is in hand is done."""
 
     _backend: Backend | None = None
     _works: dict[int, ShardWork] = field(default_factory=dict)
@@ -136,7 +138,7 @@ class Replica:
         return self._backend.num_waiting <= self._backend.info.max_num_seqs
 
     def _claim_next(self) -> None:
-        claim = self.claims.next()
+        claim = self.claims.next() if self.may_claim() else None
         if claim is None:
             return
         if self._mark is None:

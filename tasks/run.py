@@ -30,6 +30,7 @@ from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord,
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from storage.reveal import read_manifest
+from tasks.budget import BudgetGate, BudgetSpent
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
@@ -193,6 +194,9 @@ def drain(
         run_shard: What runs one shard; a flow passes a task around `Replica.finish_shard`.
         failed_rows: Redo rows without an answer, in new revisions of their shards.
         build_backend: Loads the engine; replaced by tests only to break it.
+
+    Raises:
+        BudgetSpent: the next shard would cost more than `budget.usd` leaves; all else is committed.
     """
     standing = read_commits(run.store, run.plan_digest)
     commits = standing.current
@@ -224,6 +228,7 @@ def drain(
         stopping=stopping,
         measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
+    budget = BudgetGate(store=run.store, usd=run.job.budget.usd)
     with PromptFeed(
         job=run.job,
         model_dir=run.model.path,
@@ -242,6 +247,7 @@ def drain(
             work_dir=run.work_dir,
             progress=progress,
             should_stop=should_stop,
+            may_claim=budget.allows,
         )
         try:
             while (next_id := replica.next_shard()) is not None:
@@ -251,6 +257,8 @@ def drain(
             replica.close()
         for warning in feed.warnings:
             progress.note(warning)
+    if budget.reason is not None and claims.num_pending:
+        raise BudgetSpent(budget.reason)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
     return report
