@@ -46,6 +46,7 @@ from tasks.holder import holder_name, is_dead
 from tasks.job import RunConfig, job_of
 from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
+from tasks.preflight import refuse_over_budget
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
 from tasks.replica import Replica, ShardOutcome, StopSignal
@@ -137,7 +138,10 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
             files=inputs,
         )
         _check_inputs(plan, [(file.uri, file.etag) for file in files])
-        return _run(job, record, store, plan, model, work_dir)
+        run = _run(job, record, store, plan, model, work_dir)
+        if job.budget.usd is not None and not run.commits():
+            refuse_over_budget(job, plan, model.path)
+        return run
     except BaseException:
         model.close()
         raise
