@@ -26,6 +26,7 @@ class Snapshot:
     """Of the whole run with all its replicas, as last read from the store."""
 
     finish_p90: str | None = None
+    deadline: str | None = None
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class Progress:
     notes: list[str] = field(default_factory=list)
     finish_p50: str | None = None
     finish_p90: str | None = None
+    deadline: str | None = None
     _states: Counter[str] = field(default_factory=Counter)
     _shards: Counter[str] = field(default_factory=Counter)
     _tokens: int = 0
@@ -132,4 +134,5 @@ class Progress:
                 eta_s=eta,
                 finish_p50=self.finish_p50,
                 finish_p90=self.finish_p90,
+                deadline=self.deadline,
             )

@@ -23,6 +23,8 @@ from storage.manifest import PlanManifest
 from tasks.claims import Claim, Claims
 from tasks.commit_shard import CommitResult, ShardCommitter
 from tasks.feed import PromptFeed
+from tasks.latency import Latencies
+from tasks.metrics import EngineReading
 from tasks.progress import Progress
 from tasks.receipt import Mark, Meter
 from tasks.results import ResultColumns, count_states
@@ -80,14 +82,16 @@ class Replica:
     may_claim: Callable[[], bool] = lambda: True
     """Asked before every claim; False ends the drain once what is in hand is done."""
 
+    latencies: Latencies = field(default_factory=Latencies)
     _backend: Backend | None = None
     _works: dict[int, ShardWork] = field(default_factory=dict)
     _claims_of: dict[int, Claim] = field(default_factory=dict)
-    _owners: dict[int, tuple[int, SampleKey]] = field(default_factory=dict)
+    _owners: dict[int, tuple[int, SampleKey, float]] = field(default_factory=dict)
     _reading: tuple[int, Future[None]] | None = None
     _committing: dict[int, Future[CommitResult]] = field(default_factory=dict)
     _outcomes: dict[int, ShardOutcome] = field(default_factory=dict)
     _next_seq_id: int = 0
+    _num_failed: int = 0
     _meter: Meter = field(default_factory=Meter)
     _mark: Mark | None = None
     _threads: ThreadPoolExecutor = field(
@@ -112,6 +116,23 @@ class Replica:
                 raise Stopped
             self._turn()
         return self._outcomes.pop(shard_id)
+
+    def reading(self) -> EngineReading:
+        """Return what the engine is doing now; any thread may ask."""
+        backend = self._backend
+        if backend is None:
+            return EngineReading(num_failed_attempts=self._num_failed)
+        waiting, stats = backend.num_waiting, backend.stats
+        return EngineReading(
+            num_running=max(0, backend.num_unfinished - waiting),
+            num_waiting=waiting,
+            kv_occupancy=stats.kv_occupancy,
+            num_prompt_tokens=stats.num_prompt_tokens,
+            num_cached_tokens=stats.num_cached_tokens,
+            num_completion_tokens=stats.num_completion_tokens,
+            num_preemptions=stats.num_preemptions,
+            num_failed_attempts=self._num_failed,
+        )
 
     def close(self) -> None:
         """Release leases and the engine. Safe to repeat; unfinished shards stay resumable."""
@@ -188,7 +209,7 @@ class Replica:
     def _register(self, shard_id: int, key: SampleKey) -> int:
         seq_id = self._next_seq_id
         self._next_seq_id += 1
-        self._owners[seq_id] = shard_id, key
+        self._owners[seq_id] = shard_id, key, time.monotonic()
         return seq_id
 
     def _engine(self) -> Backend:
@@ -225,11 +246,13 @@ class Replica:
         except InferenceError as error:
             self._engine_failed(error)
             return
-        self._meter.step_s += time.monotonic() - started
+        stepped = time.monotonic()
+        self._meter.step_s += stepped - started
         if is_tail:
             self._meter.tail_s += backend.stats.decode_s - decoded_s
         for completion in completions:
-            shard_id, key = self._owners.pop(completion.seq_id)
+            shard_id, key, submitted_at = self._owners.pop(completion.seq_id)
+            self.latencies.add(stepped - submitted_at)
             work = self._works.get(shard_id)
             if work is None:
                 continue  # its attempt failed while it ran
@@ -281,6 +304,7 @@ class Replica:
 
     def _fail(self, shard_id: int, error: Exception) -> None:
         work = self._works[shard_id]
+        self._num_failed += 1
         log.warning("shard=%05d attempt=%d failed: %s", shard_id, work.attempt, error)
         self.progress.note(f"shard {shard_id:05d}, attempt {work.attempt}: {error}")
         self.progress.rows_undone(count_states(list(work.results.values())))

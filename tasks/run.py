@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ from tasks.fingerprint import (
     fingerprint_fields,
     versions,
 )
+from tasks.gpu_sample import DeviceSampler, open_gpu
 from tasks.history import past_run, remember
 from tasks.holder import holder_name, is_dead
 from tasks.job import RunConfig, job_of
+from tasks.metrics import ReplicaCollector, exported
 from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
 from tasks.preflight import refuse_over_budget
@@ -224,12 +227,15 @@ def drain(
         max_attempts=run.job.shards.max_attempts,
         bases=bases,
     )
+    gpu = open_gpu()
+    sampler = DeviceSampler(gpu)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
         holder=holder,
         stage_s=run.model.stage_s,
         stopping=stopping,
+        device=sampler.take,
         measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
     budget = BudgetGate(store=run.store, usd=run.job.budget.usd)
@@ -253,12 +259,15 @@ def drain(
             should_stop=should_stop,
             may_claim=budget.allows,
         )
+        collector = partial(_collector, run, replica, progress, gpu)
         try:
-            while (next_id := replica.next_shard()) is not None:
-                report.outcomes[run_shard(replica, next_id).outcome] += 1
+            with exported(run.job.metrics, collector, holder.replace("/", "-")):
+                while (next_id := replica.next_shard()) is not None:
+                    report.outcomes[run_shard(replica, next_id).outcome] += 1
         finally:
             stopping.set()
             replica.close()
+            sampler.close()
         for warning in feed.warnings:
             progress.note(warning)
     if budget.reason is not None and claims.num_pending:
@@ -266,6 +275,16 @@ def drain(
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
     return report
+
+
+def _collector(run: Run, replica: Replica, progress: Progress, gpu: Any | None) -> ReplicaCollector:
+    return ReplicaCollector(
+        replica,
+        progress,
+        labels={"run": run.record.run_id, "job": run.job.name},
+        staging_gb_per_s=run.model.staged.report.gb_per_s if run.model.staged else None,
+        gpu=gpu,
+    )
 
 
 def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:

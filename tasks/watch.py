@@ -29,6 +29,7 @@ class Watch:
             return
         self._progress.finish_p50 = found.finish_p50
         self._progress.finish_p90 = found.finish_p90
+        self._progress.deadline = found.deadline
         if found.warning and not self._was_warned:
             self._progress.note(f"warning: {found.warning}")
         elif self._was_warned and not found.warning and found.seconds_p90 is not None:
