@@ -46,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", metavar="FILE", help="write it to this file too")
     drain = _command(commands, "drain", "join a planned run as one more replica")
     drain.add_argument("--invocation", help="name of the start this replica belongs to")
+    drain.add_argument(
+        "--with-parent", action="store_true", help="stop when standard input is closed"
+    )
     gc = _command(
         commands,
         "gc",

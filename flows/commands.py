@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import console
 from flows.cli import (
@@ -28,51 +29,71 @@ from storage.commits import CommitCache
 from storage.errors import StorageError
 from storage.object_store import ObjectStore, StorageConfig, open_store
 from tasks.budget import BudgetSpent
-from tasks.job import RunConfig
+from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
-from tasks.replica import Stopped
 from tasks.scratch import scratch_folder
-from tasks.watch import watching
+from tasks.stop import Stopped, StopSignal
 
-REFUSALS = (JobError, StorageError, InferenceError, BudgetSpent)
+_ORPHAN_GRACE_S = 60.0
+
+if TYPE_CHECKING:
+    from tasks.orchestrate import Ended
+
+REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, BudgetSpent)
 STOPS = (Stopped, KeyboardInterrupt)
 
 
-class Stop(threading.Event):
-    """Set by the first SIGINT or SIGTERM; remembers which. A second one ends at once."""
+class Stop(StopSignal):
+    """Set by the first SIGINT or SIGTERM; remembers which. A second one ends the process at once."""
 
     signum: int = signal.SIGINT
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler."""
+        """Signal handler.
+
+        Raises:
+            Stopped: nobody watches, as while planning: the step in hand is given up.
+        """
         if self.is_set():
-            raise KeyboardInterrupt
+            console.show_cursor()
+            os._exit(128 + signum)
         self.signum = signum
         self.set()
+        if not self.is_watched:
+            raise Stopped
+
+    def follow_parent(self) -> None:
+        """Stop when standard input closes, as it does when the process that started this one ends."""
+        threading.Thread(target=self._follow, name="nightjar-parent", daemon=True).start()
+
+    def _follow(self) -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            continue
+        self.signum = signal.SIGTERM
+        self.set()
+        time.sleep(_ORPHAN_GRACE_S)
+        os._exit(128 + signal.SIGTERM)
 
 
 _stop = Stop()
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, drain and publish one job in this process."""
-    from tasks.launch import run_replicas
-    from tasks.publish import reveal_all
-    from tasks.run import finish, prepare
+    """Plan, drain and publish one job in this process; as a flow run if a Prefect API is configured."""
+    from tasks.orchestrate import generate
 
     job = load_job(args.job, overrides=args.overrides)
     progress = Progress()
-    with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
-        this_run = prepare(job, work_dir=work_dir, progress=progress)
-        try:
-            progress.phase = "looking for what is committed"
-            reveal_all(this_run.store, this_run.commits())
-            with watching(this_run.store, progress):
-                report = run_replicas(this_run, progress=progress, should_stop=_stop)
-            manifest = finish(this_run.store, progress)
-        finally:
-            this_run.model.close()
-    return _conclude(args, job, this_run.uri, report.exhausted, manifest)
+    with _signals(), console.show(progress, as_json=args.json):
+        if os.environ.get("PREFECT_API_URL"):
+            from flows.batch_generate import generate_here
+
+            ended = generate_here(
+                str(args.job), args.overrides, progress=progress, should_stop=_stop
+            )
+        else:
+            ended = generate(job, progress=progress, should_stop=_stop)
+    return _conclude(args, ended)
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -90,26 +111,15 @@ def plan(args: argparse.Namespace) -> int:
 
 def retry(args: argparse.Namespace) -> int:
     """Finish what is missing, redo failed rows in place, publish again."""
-    from tasks.run import attach, drain, finish, new_invocation, read_record
+    from tasks.orchestrate import redo
+    from tasks.run import read_record
 
     store = _store(args)
-    record = read_record(store)
-    job = load_job(record.job)
+    job = load_job(read_record(store).job)
     progress = Progress()
-    with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
-        this_run = attach(job, record, store, work_dir=work_dir, progress=progress)
-        try:
-            report = drain(
-                this_run,
-                invocation=new_invocation(),
-                progress=progress,
-                should_stop=_stop,
-                failed_rows=True,
-            )
-            manifest = finish(this_run.store, progress)
-        finally:
-            this_run.model.close()
-    return _conclude(args, job, this_run.uri, report.exhausted, manifest)
+    with _signals(), console.show(progress, as_json=args.json):
+        ended = redo(job, store, progress=progress, should_stop=_stop)
+    return _conclude(args, ended)
 
 
 def drain(args: argparse.Namespace) -> int:
@@ -121,6 +131,8 @@ def drain(args: argparse.Namespace) -> int:
     record = read_record(store)
     job = load_job(record.job)
     progress = Progress()
+    if args.with_parent:
+        _stop.follow_parent()
     with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
         this_run = attach(job, record, store, work_dir=work_dir, progress=progress)
         try:
@@ -294,7 +306,10 @@ def refuse(args: argparse.Namespace, error: BaseException) -> int:
 
 
 def stopped(args: argparse.Namespace, stop: BaseException) -> int:
-    """Stopped by a signal: leases are released, what is committed stays."""
+    """Stopped by a signal or a cancellation: leases are released, what is committed stays."""
+    if isinstance(stop, Stopped) and not _stop.is_set():
+        print(f"nightjar {args.command}: cancelled; run the same again to go on", file=sys.stderr)
+        return EXIT_PARTIAL
     name = signal.Signals(_stop.signum).name
     print(
         f"nightjar {args.command}: stopped by {name}; run the same again to go on", file=sys.stderr
@@ -302,29 +317,22 @@ def stopped(args: argparse.Namespace, stop: BaseException) -> int:
     return 128 + _stop.signum
 
 
-def _conclude(
-    args: argparse.Namespace,
-    job: RunConfig,
-    uri: str,
-    exhausted: dict[int, str],
-    manifest: Any,
-) -> int:
+def _conclude(args: argparse.Namespace, ended: "Ended") -> int:
     from tasks.publish import num_failed
     from tasks.status import run_status
 
-    store = open_store(uri, job.storage)
-    found = run_status(store)
+    found = run_status(ended.store)
     if args.json:
-        failed = {f"{shard_id:05d}": error for shard_id, error in exhausted.items()}
+        failed = {f"{shard_id:05d}": error for shard_id, error in ended.exhausted.items()}
         print(json.dumps({**found.as_document(), "failed_shards": failed}))
     else:
-        console.print_outcome(found, exhausted, console.samples(store))
-    if manifest is None:
+        console.print_outcome(found, ended.exhausted, console.samples(ended.store))
+    if ended.manifest is None:
         return EXIT_PARTIAL
-    if job.max_failed_rows is not None and num_failed(manifest) > job.max_failed_rows:
+    if not ended.is_within_limit:
         print(
-            f"nightjar {args.command}: {num_failed(manifest)} rows failed, max_failed_rows allows "
-            f"{job.max_failed_rows}",
+            f"nightjar {args.command}: {num_failed(ended.manifest)} rows failed, max_failed_rows "
+            f"allows {ended.job.max_failed_rows}",
             file=sys.stderr,
         )
         return EXIT_FAILED_ROWS

@@ -1,5 +1,6 @@
 """What people see: a live bar on a terminal, one line a minute elsewhere, a table at the end."""
 
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,12 @@ def show(progress: Progress, *, as_json: bool) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def show_cursor() -> None:
+    """Undo what a live bar does to the terminal, in a process that ends without its clean-up."""
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\x1b[?25h\n")
 
 
 def progress_line(snapshot: Snapshot) -> str:

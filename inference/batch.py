@@ -18,14 +18,20 @@ from inference.block_manager import TRASH_BLOCK
 from inference.scheduler import MIN_SHARING_ROWS, Step
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
-ITEM_FIELDS = 6
+ITEM_FIELDS = 8
+"""row, slot, kv_start (a block's first token), kv_end, part (-1: the only one), context length, and of the row: the
+parts to merge once all are there (0: not here), its first part."""
+
 TILE_FIELDS = 7
-ITEMS_PER_PROGRAM = 6
+"""slot, kv_start, kv_end, first query, number of queries, position of the first, part offset or NOT_CASCADE."""
+
+NOT_CASCADE = -1
+ITEMS_PER_PROGRAM = 3
 """Attention work is cut so that each program gets about this many items, or more when rows are short."""
 
 MIN_ITEM_TOKENS = 256
 
-NUM_ITEMS, NUM_TILES, NUM_CASCADE_TILES, NUM_SAMPLES = range(4)
+NUM_ITEMS, NUM_TILES, NUM_SAMPLES = range(3)
 """Places in `counts`."""
 
 
@@ -47,8 +53,8 @@ class BatchLimits:
 
     @property
     def max_num_tiles(self) -> int:
-        """Tiles a step can need: full ones, and a last one for every chunk or prefix group."""
-        return self.max_num_tokens // self.tile_queries + self.max_num_seqs + 1
+        """Tiles a step can need: full ones, and a last one for every chunk or piece of a prefix group."""
+        return self.max_num_tokens // self.tile_queries + 2 * self.max_num_seqs + self.num_programs
 
     @property
     def sections(self) -> dict[str, tuple[int, ...]]:
@@ -68,7 +74,6 @@ class BatchLimits:
             "sample_position": (rows,),
             "cascade_rows": (rows,),
             "tiles": (self.max_num_tiles, TILE_FIELDS),
-            "cascade_tiles": (self.max_num_tiles, TILE_FIELDS),
             "items": (self.max_num_items, ITEM_FIELDS),
         }
 
@@ -100,6 +105,9 @@ class Batch:
     is_mixed: bool
     """Whether the step has prefill chunks or a shared prefix, and not only rows on their own."""
 
+    has_cascade: bool
+    """Whether rows share a prefix."""
+
     counts: Tensor
     token_source: Tensor
     positions: Tensor
@@ -109,7 +117,6 @@ class Batch:
     row_part: Tensor
     row_num_parts: Tensor
     tiles: Tensor
-    cascade_tiles: Tensor
     cascade_rows: Tensor
     items: Tensor
     block_table: Tensor
@@ -118,11 +125,13 @@ class Batch:
     scratch: Any = None
     """What the attention kernels keep between launches."""
 
-    num_chunk_tiles: int = 0
+    num_tiles: int = 0
 
     def chunks(self) -> Iterator[list[int]]:
         """Yield the prefill tiles of this batch as lists, for `kernels.plain`."""
-        yield from self.tiles[: self.num_chunk_tiles].tolist()
+        for tile in self.tiles[: self.num_tiles].tolist():
+            if tile[6] == NOT_CASCADE:
+                yield tile
 
 
 @dataclass(slots=True)
@@ -133,12 +142,12 @@ class Plan:
     num_decodes: int
     num_samples: int
     num_tiles: int
-    num_cascade_tiles: int
+    has_cascade: bool
 
     @property
     def is_mixed(self) -> bool:
         """Whether tiles are needed besides the decode items."""
-        return self.num_tiles + self.num_cascade_tiles > 0
+        return self.num_tiles > 0
 
 
 @dataclass(slots=True)
@@ -203,11 +212,12 @@ class Planner:
         parts["sample_token"][:num_rows] = np.arange(num_rows)
         parts["sample_slot"][:num_rows] = rows
         parts["sample_position"][:num_rows] = slots.num_sampled[rows]
-        num_cascade_tiles = self._fill_items(parts, rows, positions + 1)
+        num_tiles = self._fill_items(parts, rows, positions + 1)
+        has_cascade = num_tiles > 0
         slots.context_len[rows] += 1
         slots.num_sampled[rows] += 1
 
-        num_tokens, num_samples, num_tiles = num_rows, num_rows, 0
+        num_tokens, num_samples = num_rows, num_rows
         for chunk in step.chunks:
             running, slot = chunk.running, chunk.running.slot
             end = num_tokens + chunk.num_tokens
@@ -229,9 +239,8 @@ class Planner:
             slots.context_len[slot] = chunk.start + chunk.num_tokens
             num_tokens = end
         parts["counts"][NUM_TILES] = num_tiles
-        parts["counts"][NUM_CASCADE_TILES] = num_cascade_tiles
         parts["counts"][NUM_SAMPLES] = num_samples
-        return Plan(num_tokens, num_rows, num_samples, num_tiles, num_cascade_tiles)
+        return Plan(num_tokens, num_rows, num_samples, num_tiles, has_cascade)
 
     def pad(self, parts: dict[str, Any], plan: Plan, num_tokens: int, num_samples: int) -> None:
         """Fill up to the sizes a captured graph has; padding reads token 0 and writes to the trash block."""
@@ -261,17 +270,21 @@ class Planner:
         part[:, 3] = first + begins
         part[:, 4] = ends - begins
         part[:, 5] = start + begins
-        part[:, 6] = 0
+        part[:, 6] = NOT_CASCADE
         return at + len(begins)
 
     def _fill_items(self, parts: dict[str, Any], rows: IntArray, lens: IntArray) -> int:
         """Cut the rows' own keys into items of about one size; return the number of cascade tiles."""
         limits, num_rows = self._limits, len(rows)
-        prefix, num_cascade_tiles, num_prefix_parts = self._fill_cascade(parts, rows)
+        prefix, num_tiles, num_prefix_parts = self._fill_cascade(parts, rows)
         own = lens - prefix
         block = limits.block_size
         target = int(own.sum()) // (ITEMS_PER_PROGRAM * limits.num_programs) if num_rows else 0
-        target = max(target, MIN_ITEM_TOKENS, int(own.sum()) // max(1, limits.max_num_items - num_rows) + block)
+        target = max(
+            target,
+            MIN_ITEM_TOKENS,
+            int(own.sum()) // max(1, limits.max_num_items - num_rows) + block,
+        )
         count = -(-own // (-(-target // block) * block))
         size = -(-own // (count * block)) * block
         count = -(-own // size)
@@ -292,11 +305,14 @@ class Planner:
         part = np.where(is_cut[row_of], first_part[row_of] + num_prefix_parts[row_of] + nth, -1)
         items[:, 4] = part[order]
         items[:, 5] = lens[row_of[order]]
+        num_merged = np.where(num_prefix_parts > 0, 0, num_parts)
+        items[:, 6] = num_merged[row_of[order]]
+        items[:, 7] = first_part[row_of[order]]
         parts["counts"][NUM_ITEMS] = len(row_of)
         parts["row_part"][:num_rows] = first_part
-        parts["row_num_parts"][:num_rows] = num_parts
+        parts["row_num_parts"][:num_rows] = np.where(num_prefix_parts > 0, num_parts, 0)
         parts["row_num_parts"][num_rows:] = 0
-        return num_cascade_tiles
+        return num_tiles
 
     def _fill_cascade(
         self, parts: dict[str, Any], rows: IntArray
@@ -325,8 +341,6 @@ class Planner:
             num_pieces = _num_pieces(length, num_group_tiles, limits)
             piece = -(-length // (num_pieces * limits.block_size)) * limits.block_size
             num_pieces = -(-length // piece)
-            if at + num_pieces * -(-size // limits.tile_queries) > limits.max_num_tiles:
-                break
             shared[members], num_parts[members] = length, num_pieces
             for first in range(start, start + size, limits.tile_queries):
                 count = min(limits.tile_queries, start + size - first)
@@ -334,7 +348,7 @@ class Planner:
                     begin = nth * piece
                     end = min(begin + piece, length)
                     slot = int(rows[members[0]])
-                    parts["cascade_tiles"][at] = (slot, begin, end, first, count, 0, nth)
+                    parts["tiles"][at] = (slot, begin, end, first, count, end, nth)
                     at += 1
         return shared, at, num_parts
 
@@ -351,6 +365,7 @@ def make_batch(views: dict[str, Tensor], block_table: Tensor, scratch: Any = Non
         num_tokens=views["token_source"].shape[0],
         num_decodes=0,
         is_mixed=False,
+        has_cascade=False,
         block_table=block_table,
         scratch=scratch,
         **{name: views[name] for name in names},
@@ -363,6 +378,7 @@ def cut(whole: Batch, plan: Plan, num_tokens: int) -> Batch:
         num_tokens=num_tokens,
         num_decodes=plan.num_decodes,
         is_mixed=plan.is_mixed,
+        has_cascade=plan.has_cascade,
         counts=whole.counts,
         token_source=whole.token_source[:num_tokens],
         positions=whole.positions[:num_tokens],
@@ -372,12 +388,9 @@ def cut(whole: Batch, plan: Plan, num_tokens: int) -> Batch:
         row_part=whole.row_part,
         row_num_parts=whole.row_num_parts,
         tiles=whole.tiles,
-        cascade_tiles=whole.cascade_tiles,
         cascade_rows=whole.cascade_rows,
         items=whole.items,
         block_table=whole.block_table,
         scratch=whole.scratch,
-        num_chunk_tiles=plan.num_tiles,
+        num_tiles=plan.num_tiles,
     )
-
-

@@ -1,7 +1,7 @@
 """FusedLayer: one decoder layer of the Llama family, on fused weights and fused operations.
 
-    T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
-    E = (N + 2K) H, the width of fused QKV
+T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
+E = (N + 2K) H, the width of fused QKV
 """
 
 from types import ModuleType
@@ -74,9 +74,7 @@ def _fuse(modules: list[Any], is_fp8: bool) -> Linear:
 class FusedLayer:
     """Attention and MLP of one layer; norms are fused with the residual additions around them."""
 
-    def __init__(
-        self, layer: Any, index: int, config: Any, ops: ModuleType, is_fp8: bool
-    ) -> None:
+    def __init__(self, layer: Any, index: int, config: Any, ops: ModuleType, is_fp8: bool) -> None:
         self.index = index
         self._ops = ops
         self._is_fp8 = is_fp8

@@ -59,6 +59,8 @@ def load_weights(
         ModelError: a file is missing, truncated, unreadable, or of an unknown dtype.
     """
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     slicer = slicer or (lambda name, shape: None)
     destination = destination or (lambda name, shape, dtype: None)
     if method == "parallel" or (method == "auto" and device.type == "cuda"):

@@ -267,6 +267,11 @@ class Scheduler:
         for running in self.running:
             self._preempt(running)
 
+    def forget_prefixes(self) -> None:
+        """Forget what has run: later sequences prefill their whole prompts (benchmarks)."""
+        self.blocks.forget_prefixes()
+        self._planned = PlannedPrefixes(self.blocks.block_size)
+
     def release_slot(self, running: Running) -> None:
         """Give the slot of a finished sequence back, once nothing of its last step is needed any more."""
         self._free_slots.append(running.slot)

@@ -61,12 +61,14 @@ def claim_attempt(
     holder: str,
     *,
     revision: int = 1,
+    after: int | None = None,
     clock: Clock | None = None,
 ) -> int:
     """Take the shard's next attempt number and return it; nobody else ever gets it.
 
     Args:
         revision: The commit revision this attempt is for; `commit_attempt` refuses another.
+        after: The highest number known, of `attempts_of`; None to look.
     """
     claim = {
         "format": FORMAT,
@@ -77,7 +79,7 @@ def claim_attempt(
         "claimed_at": timestamp(clock or SystemClock()),
         "nonce": secrets.token_hex(16),
     }
-    number = _last_number(store, shard_id)
+    number = _last_number(store, shard_id) if after is None else after
     while True:
         number += 1
         try:
@@ -96,14 +98,21 @@ def record_failure(
     attempt: int,
     error: BaseException,
     *,
+    retryable: bool | None = None,
     clock: Clock | None = None,
 ) -> None:
-    """Write down why an attempt of ours ended. The message must hold no prompt text."""
+    """Write down why an attempt of ours ended. The message must hold no prompt text.
+
+    Args:
+        retryable: Whether trying again can help; None: as the error's own type says.
+    """
+    if retryable is None:
+        retryable = bool(getattr(error, "retryable", False))
     failure = {
         "format": FORMAT,
         "error": type(error).__name__,
         "message": str(error)[:_MAX_MESSAGE],
-        "retryable": bool(getattr(error, "retryable", False)),
+        "retryable": retryable,
         "failed_at": timestamp(clock or SystemClock()),
     }
     store.put(keys.attempt(shard_id, attempt, FAILED), to_json(failure))

@@ -4,7 +4,7 @@
     NIGHTJAR_FAILPOINT=a:kill:0.1:7,b:sleep:0.5:7    several, by commas
 
 Actions: `kill` (SIGKILL of this very process, nothing is cleaned up), `exit` (status 70), `sleep`
-(50 ms, to widen a race). Without the variable a failpoint does nothing. It is read once, at the
+(50 ms, to widen a race), `hang` (ten minutes, a store that does not answer). Without the variable a failpoint does nothing. It is read once, at the
 first failpoint that is passed.
 """
 
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from functools import cache
 
 VARIABLE = "NIGHTJAR_FAILPOINT"
-_ACTIONS = ("kill", "exit", "sleep")
+_ACTIONS = ("kill", "exit", "sleep", "hang")
 _EXIT_STATUS = 70
 _SLEEP_S = 0.05
+_HANG_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def failpoint(name: str) -> None:
     elif armed.action == "exit":
         os._exit(_EXIT_STATUS)
     else:
-        time.sleep(_SLEEP_S)
+        time.sleep(_HANG_S if armed.action == "hang" else _SLEEP_S)
 
 
 @cache

@@ -12,6 +12,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 from storage import weight_files
 from storage.checksums import (
@@ -26,9 +27,16 @@ from storage.errors import CorruptObject
 from storage.stage_sources import SourceFile
 
 RANGE_BYTES = 16 << 20
+"""Unit of request and of resume."""
+
+BIG_RANGE_BYTES = 64 << 20
+"""The same for big files, where the price of a request weighs more than even work for all threads."""
+
+_BIG_FILE_BYTES = 512 << 20
 PARTIAL_SUFFIX = ".partial"
 JOURNAL_SUFFIX = ".journal"
 
+_READ_BYTES = 1 << 20
 _ALIGNMENT = 4096  # of O_DIRECT offsets and lengths
 
 
@@ -42,7 +50,8 @@ class PartialFile:
         self._journal_path = self.path.with_name(self.path.name + JOURNAL_SUFFIX)
         promised = file.checksum.algorithm if file.checksum else ""
         self.algorithm: RangeAlgorithm = RANGE_ALGORITHMS.get(promised, CRC64NVME)
-        self._header = json.dumps([file.size, file.etag, RANGE_BYTES, self.algorithm.name])
+        self._range_bytes = range_bytes_of(file.size)
+        self._header = json.dumps([file.size, file.etag, self._range_bytes, self.algorithm.name])
         self._checksums: dict[int, int] = {}
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -53,12 +62,12 @@ class PartialFile:
 
     @property
     def num_ranges(self) -> int:
-        return -(-self.file.size // RANGE_BYTES)
+        return -(-self.file.size // self._range_bytes)
 
     def span(self, index: int) -> tuple[int, int]:
         """First and last-plus-one byte of a range."""
-        start = index * RANGE_BYTES
-        return start, min(start + RANGE_BYTES, self.file.size)
+        start = index * self._range_bytes
+        return start, min(start + self._range_bytes, self.file.size)
 
     def missing(self) -> list[int]:
         """Ranges that are not on disk yet."""
@@ -70,8 +79,7 @@ class PartialFile:
         with self._partial.open("rb") as partial:
             for index, noted in self._noted().items():
                 start, end = self.span(index)
-                partial.seek(start)
-                if self.algorithm.update(partial.read(end - start), 0) == noted:
+                if _checksum(partial, start, end, self.algorithm) == noted:
                     self._checksums[index] = noted
                     kept += end - start
         self._journal.seek(0)
@@ -164,6 +172,21 @@ class PartialFile:
             if index.isdigit() and crc.isdigit() and int(index) < self.num_ranges:
                 noted[int(index)] = int(crc)
         return noted
+
+
+def range_bytes_of(file_bytes: int) -> int:
+    """How big the ranges of a file are."""
+    return BIG_RANGE_BYTES if file_bytes >= _BIG_FILE_BYTES else RANGE_BYTES
+
+
+def _checksum(file: BinaryIO, start: int, end: int, algorithm: RangeAlgorithm) -> int:
+    """Checksum of what a file holds between two places; of less when it ends before."""
+    file.seek(start)
+    value = 0
+    while start < end and (block := file.read(min(_READ_BYTES, end - start))):
+        value = algorithm.update(block, value)
+        start += len(block)
+    return value
 
 
 def _aligned(count: int) -> int:

@@ -6,6 +6,7 @@ Leases only save GPU time. Whether a shard is done is asked of its commit, never
 """
 
 import logging
+import math
 import random
 import threading
 import time
@@ -14,17 +15,22 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from storage import keys
-from storage.attempts import attempts_of, claim_attempt, record_failure
+from storage.attempts import Attempt, attempts_of, claim_attempt, record_failure
 from storage.commits import Commits
 from storage.errors import LeaseLost, NotFound, StorageError
+from storage.failpoints import failpoint
 from storage.lease import Lease, Leases
 from storage.manifest import CommitRecord, Shard
 from storage.object_store import ObjectStore
+from tasks.cancel import is_cancelled
 
 log = logging.getLogger("nightjar.claims")
 
 _RENEW_EVERY_S = 20.0
 _BACKOFF_S = 2.0
+_LOOK_AGAIN_S = (
+    2.0  # after there was nothing to be had: the engine must not wait for the store at every step
+)
 
 
 class Claim(NamedTuple):
@@ -56,13 +62,19 @@ class Claims:
     bases: Mapping[int, CommitRecord] = field(default_factory=dict)
     """For a retry of failed rows: the commits to improve on."""
 
+    claim_until: float = math.inf
+    """Monotonic time after which no further shard is claimed."""
+
     exhausted: dict[int, str] = field(default_factory=dict)
     """Shards given up in this invocation, with the last error."""
 
     _pending: dict[int, Shard] = field(init=False)
     _held: dict[int, Lease] = field(default_factory=dict)
     _attempts: dict[int, int] = field(default_factory=dict)
+    _failures: dict[int, int] = field(default_factory=dict)
     _not_before: dict[int, float] = field(default_factory=dict)
+    _look_at: float = 0.0
+    _others_seen: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _closed: threading.Event = field(default_factory=threading.Event)
     _renewer: threading.Thread | None = None
@@ -76,15 +88,40 @@ class Claims:
         return len(self._pending)
 
     def next(self) -> Claim | None:
-        """Claim the next free shard; None when none can be had now. Raises StorageError."""
-        if self._exists(keys.CANCEL):
-            log.info("run is cancelled; no further shard is claimed")
+        """Claim the next free shard; None when none can be had now. Raises StorageError.
+
+        After None the store is left in peace for a moment, however often this is called.
+        """
+        if not self.may_have_more:
             return None
+        now = time.monotonic()
+        if is_cancelled(self.store, self.invocation):
+            log.info("invocation=%s is cancelled; no further shard is claimed", self.invocation)
+            self._pending.clear()
+            return None
+        if self._others_seen:
+            self._drop_committed()
         for shard in list(self._pending.values()):
             claim = self._try(shard)
             if claim is not None:
                 return claim
+        self._look_at = min([now + _LOOK_AGAIN_S, *filter(lambda at: at > now, self._backoffs())])
         return None
+
+    @property
+    def may_have_more(self) -> bool:
+        """Whether asking for the next shard makes sense now."""
+        return bool(self._pending) and self._look_at <= time.monotonic() <= self.claim_until
+
+    def look_again_in(self, pause_s: float) -> None:
+        """Leave the store in peace for so long."""
+        self._look_at = time.monotonic() + pause_s
+
+    @property
+    def backoff_s(self) -> float | None:
+        """Seconds until a shard that failed here may be tried again; None when there is none."""
+        now, waits = time.monotonic(), self._backoffs()
+        return max(0.0, min(waits) - now) if waits and now <= self.claim_until else None
 
     def release(self, shard_id: int, *, committed: bool) -> None:
         """Give the lease back; a shard that is not committed becomes pending again."""
@@ -100,8 +137,16 @@ class Claims:
     def failed(self, shard_id: int, error: Exception, *, retryable: bool) -> None:
         """Count a failed attempt; give the shard up when trying again is useless or used up."""
         attempt = self._attempts[shard_id]
-        record_failure(self.store, shard_id, attempt, error)
-        tries = self._tries(shard_id)
+        self._failures[shard_id] = self._failures.get(shard_id, 0) + 1
+        tries = self._failures[shard_id]
+        try:
+            record_failure(self.store, shard_id, attempt, error, retryable=retryable)
+            tries = len(self._own(attempts_of(self.store, shard_id)))
+        except StorageError as trouble:
+            # The note is for people; what counts is the shard, and that this store may come back.
+            log.warning(
+                "shard=%05d attempt=%d failure not recorded: %s", shard_id, attempt, trouble
+            )
         if not retryable or tries >= self.max_attempts:
             self.exhausted[shard_id] = str(error)
         self._not_before[shard_id] = time.monotonic() + _BACKOFF_S**tries * random.uniform(0.5, 1)
@@ -121,34 +166,56 @@ class Claims:
         revision = self.commits.next_revision(shard_id)
         lease = self.leases.acquire(shard_id)
         if lease is None:
-            if self._exists(keys.commit(shard_id, revision)):
-                del self._pending[shard_id]
+            self._others_seen = True
+            self._pending[shard_id] = self._pending.pop(shard_id)  # asked last from now on
             return None
-        # Asked after the lease is ours: whoever committed did so before giving it back.
-        if self._exists(keys.commit(shard_id, revision)) or self._is_exhausted(shard_id):
-            del self._pending[shard_id]
-            self._release_lease(lease)
-            return None
-        attempt = claim_attempt(
-            self.store, shard_id, self.invocation, self.holder, revision=revision
-        )
+        failpoint("after_lease")
         with self._lock:
             self._held[shard_id] = lease
+        # Asked after the lease is ours: whoever committed did so before giving it back.
+        attempts = attempts_of(self.store, shard_id)
+        if self._exists(keys.commit(shard_id, revision)) or self._is_exhausted(shard_id, attempts):
+            self._others_seen = True
+            del self._pending[shard_id]
+            self.release(shard_id, committed=True)
+            return None
+        attempt = claim_attempt(
+            self.store,
+            shard_id,
+            self.invocation,
+            self.holder,
+            revision=revision,
+            after=max((attempt.attempt for attempt in attempts), default=0),
+        )
         self._attempts[shard_id] = attempt
         del self._pending[shard_id]
         self._keep_alive()
         return Claim(shard, attempt, revision, self.bases.get(shard_id))
 
-    def _is_exhausted(self, shard_id: int) -> bool:
-        if self._tries(shard_id) < self.max_attempts:
+    def _drop_committed(self) -> None:
+        """Forget what other replicas have committed meanwhile: one listing instead of a visit to each."""
+        self._others_seen = False
+        for info in self.store.list(keys.COMMITS):
+            place = keys.parse_commit(info.key)
+            if place and place.revision >= self.commits.next_revision(place.shard_id):
+                self._pending.pop(place.shard_id, None)
+
+    def _is_exhausted(self, shard_id: int, attempts: list[Attempt]) -> bool:
+        """Whether this invocation, in whichever process, has done for this shard what it may."""
+        own = self._own(attempts)
+        failures = [attempt.failure for attempt in own if attempt.failure is not None]
+        if len(own) < self.max_attempts and all(failure.retryable for failure in failures):
             return False
-        self.exhausted.setdefault(shard_id, f"{self.max_attempts} attempts failed")
+        last = failures[-1].message if failures else f"{len(own)} attempts died"
+        self.exhausted.setdefault(shard_id, last)
         return True
 
-    def _tries(self, shard_id: int) -> int:
-        """Count this invocation's attempts, those included that died without a word."""
-        found = attempts_of(self.store, shard_id)
-        return sum(attempt.invocation == self.invocation for attempt in found)
+    def _own(self, attempts: list[Attempt]) -> list[Attempt]:
+        """This invocation's attempts, those included that died without a word."""
+        return [attempt for attempt in attempts if attempt.invocation == self.invocation]
+
+    def _backoffs(self) -> list[float]:
+        return [at for shard_id, at in self._not_before.items() if shard_id in self._pending]
 
     def _exists(self, key: str) -> bool:
         try:

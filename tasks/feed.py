@@ -18,7 +18,7 @@ from storage.object_store import ObjectStore
 from tasks.converted_inputs import fetch_converted
 from tasks.feed_batches import PreparedBatch, PreparedRow, error_batch, from_rows
 from tasks.feed_process import FeedProcess
-from tasks.feed_spec import FeedLimits, FeedSpec, run_sampling
+from tasks.feed_spec import FeedLimits, run_sampling
 from tasks.job import RunConfig
 from tasks.prompt_columns import PromptColumns
 
@@ -48,17 +48,20 @@ class PromptFeed:
         max_model_len: int,
         limits: FeedLimits | None = None,
         files: InputFiles | None = None,
+        process: FeedProcess | None = None,
     ) -> None:
-        """Make a feed; nothing is started or read yet. `store` is the run folder."""
-        limits = limits or FeedLimits()
-        spec = FeedSpec.of(
-            job, model_dir=str(model_dir), max_model_len=max_model_len, limits=limits
-        )
+        """Make a feed; nothing is started or read yet. `store` is the run folder.
+
+        A `process` that planned this very job can be handed on, warm; its owner closes it.
+        """
         self._job = job
         self._store = store
         self._work_dir = work_dir
         self._files = files or InputFiles(work_dir, job.storage)
-        self._process = FeedProcess(spec, limits)
+        self._owns_process = process is None
+        self._process = process or FeedProcess.of(
+            job, model_dir=model_dir, max_model_len=max_model_len, limits=limits
+        )
         self._run_sampling = run_sampling(job.sampling)
         self._paths: dict[str, Path] = {}
 
@@ -69,8 +72,9 @@ class PromptFeed:
         self.close()
 
     def close(self) -> None:
-        """End the child process; safe to repeat."""
-        self._process.close()
+        """End the child process, unless it was handed in; safe to repeat."""
+        if self._owns_process:
+            self._process.close()
 
     @property
     def warnings(self) -> list[str]:

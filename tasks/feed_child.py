@@ -36,7 +36,7 @@ from tasks.prepare import RowPreparer, cells
 from tasks.prompt_columns import PromptColumns
 
 _SHOWN_CHARS = 300
-_LOAD_BYTES = 1 << 30
+_LOAD_BYTES = 2 << 30
 """Address space that importing transformers and loading a tokenizer may take."""
 
 

@@ -11,6 +11,7 @@ The second try is for a child that somebody else ended, such as the kernel on a 
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,10 +25,10 @@ import storage.errors
 import tasks
 from inference.errors import EngineConfigError, EngineFault, InferenceError
 from storage.errors import BadInput, StorageError
+from storage.local_errors import translate
 from tasks.feed_spec import FeedLimits, FeedSpec, too_many_hard_rows
 from tasks.frames import (
     ENCODING,
-    READING,
     RENDERING,
     Deadline,
     Flight,
@@ -36,19 +37,23 @@ from tasks.frames import (
     read_frame,
     write_frame,
 )
+from tasks.job import RunConfig
 from tasks.prompt_columns import PromptColumns
 
 _STDERR_TAIL = 2000
 _MAX_THREADS = 8
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 
 
 class ChildDied(Exception):
     """The child is gone; carries what it was doing and how it ended."""
 
-    def __init__(self, flight: Flight, reason: str) -> None:
+    def __init__(self, flight: Flight, reason: str, *, was_killed: bool) -> None:
         super().__init__(reason)
         self.flight = flight
         self.reason = reason
+        self.was_killed = was_killed
+        """By SIGKILL or SIGTERM: more likely somebody else's doing than the request's."""
 
 
 class FeedProcess:
@@ -62,6 +67,22 @@ class FeedProcess:
         self._is_asking = False
         self._num_hard = 0
         self.warnings: list[str] = []
+
+    @classmethod
+    def of(
+        cls,
+        job: RunConfig,
+        *,
+        model_dir: Path,
+        max_model_len: int,
+        limits: FeedLimits | None = None,
+    ) -> "FeedProcess":
+        """Make the process for one job on one model; it starts with the first request."""
+        limits = limits or FeedLimits()
+        spec = FeedSpec.of(
+            job, model_dir=str(model_dir), max_model_len=max_model_len, limits=limits
+        )
+        return cls(spec, limits)
 
     def __enter__(self) -> "FeedProcess":
         return self
@@ -94,7 +115,7 @@ class FeedProcess:
             return
         self._loading = None
         try:
-            (frame,) = self._ask(request, self._limits.start_s)
+            frame = self._ask_once(request, self._limits.start_s)
         except ChildDied as died:
             raise EngineConfigError(
                 f"the tokenizer or chat template in {self._spec.model_dir} cannot be loaded: "
@@ -110,7 +131,7 @@ class FeedProcess:
             BadInput: the file is damaged, or the child died of it.
         """
         try:
-            (frame,) = self._ask(
+            frame = self._ask_once(
                 request, None if request["op"] == "convert" else self._limits.reply_s
             )
         except ChildDied as died:
@@ -147,7 +168,7 @@ class FeedProcess:
                 elif stage in (RENDERING, ENCODING) and (is_again or stage == ENCODING):
                     self._count_hard(1)
                     poison[str(row)] = f"preparing the prompt failed: the process {died.reason}"
-                elif is_again or stage not in (RENDERING, READING):
+                elif is_again:
                     near = position - request["first"]
                     raise BadInput(
                         f"{request['name']}: cannot be read near row {near}: the process {died.reason}"
@@ -157,6 +178,16 @@ class FeedProcess:
         self._num_hard += num_rows
         if self._num_hard > self._limits.max_hard_rows:
             raise too_many_hard_rows(self._limits.max_hard_rows)
+
+    def _ask_once(self, request: dict[str, Any], timeout_s: float | None) -> Frame:
+        """Send a request that has one frame for an answer; again if the child was killed."""
+        try:
+            (frame,) = self._ask(request, timeout_s)
+        except ChildDied as died:
+            if not died.was_killed:
+                raise
+            (frame,) = self._ask(request, timeout_s)
+        return frame
 
     def _ask(self, request: dict[str, Any], timeout_s: float | None) -> Iterator[Frame]:
         """Send one request and yield its frames up to `done`. Restarts the child if need be."""
@@ -195,13 +226,14 @@ class FeedProcess:
     def _died(self, what: str) -> ChildDied:
         child = self._child
         assert child is not None
+        code = 0
         if what == "ended":
             code = child.wait()
             what = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
             what += " (out of memory?)" if code < 0 else f": {self._stderr_tail()}"
         flight = self._recorder.read()
         self.close()
-        return ChildDied(flight, what)
+        return ChildDied(flight, what, was_killed=code in _KILLED)
 
     def _stderr_tail(self) -> str:
         """Return the last line of what the child wrote to stderr; only ever its own start-up faults."""
@@ -211,8 +243,22 @@ class FeedProcess:
         return lines[-1].partition(":")[0] if lines else "no message"
 
     def _start(self) -> None:
-        self._recorder = Recorder()
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        configure = {"op": "configure", "spec": asdict(self._spec)}
+        for is_last in (False, True):
+            self._spawn()
+            try:
+                list(self._ask(configure, self._limits.start_s))
+                return
+            except ChildDied as died:
+                if is_last or not died.was_killed:
+                    raise EngineFault(
+                        f"the feed's process does not start: it {died.reason}"
+                    ) from None
+
+    def _spawn(self) -> None:
+        with translate(Path(tempfile.gettempdir()) / "nightjar-feed"):
+            self._recorder = Recorder()
+            self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._child = subprocess.Popen(
             # -P: the current folder may hold another `tasks`.
             [sys.executable, "-P", "-m", "tasks.feed_child", str(self._recorder.descriptor)],
@@ -227,10 +273,6 @@ class FeedProcess:
         assert self._child.stdout is not None
         self._requests = self._child.stdin.fileno()
         self._replies = self._child.stdout.fileno()
-        try:
-            list(self._ask({"op": "configure", "spec": asdict(self._spec)}, self._limits.start_s))
-        except ChildDied as died:
-            raise EngineFault(f"the feed's process does not start: it {died.reason}") from None
 
 
 def _environment(limits: FeedLimits) -> dict[str, str]:

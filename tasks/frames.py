@@ -45,7 +45,9 @@ class Recorder:
     def __init__(self, descriptor: int | None = None) -> None:
         if descriptor is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the recorder)
-            self._file.truncate(mmap.PAGESIZE)
+            # Written, not only made so long: on a full disk a mapped hole kills whoever touches it.
+            self._file.write(bytes(mmap.PAGESIZE))
+            self._file.flush()
             descriptor = self._file.fileno()
         self.descriptor = descriptor
         self._memory = mmap.mmap(descriptor, mmap.PAGESIZE)

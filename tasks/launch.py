@@ -1,7 +1,8 @@
 """Replicas on this machine: this process is one, the others are children that join the run.
 
 Children are ordinary `nightjar drain RUN` processes, one per device; they are stopped by their own
-process id when this one stops, and their failures cost nothing but time.
+process id when this one stops, and by themselves when it dies: a device must be free for the next
+start. Their failures cost nothing but time.
 """
 
 import logging
@@ -13,26 +14,47 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tasks.cancel import exempt
 from tasks.progress import Progress
-from tasks.replica import Stopped, StopSignal
-from tasks.run import DrainReport, Run, drain, new_invocation
+from tasks.replica import Replica
+from tasks.run import DrainReport, Run, RunShard, drain, new_invocation
+from tasks.stop import Stopped, StopSignal
 
 log = logging.getLogger("nightjar.launch")
 
-_POLL_S = 2.0
+_POLL_S = 1.0
 _STOP_GRACE_S = 30.0
 
 
-def run_replicas(run: Run, *, progress: Progress, should_stop: StopSignal) -> DrainReport:
+def run_replicas(
+    run: Run,
+    *,
+    progress: Progress,
+    should_stop: StopSignal,
+    run_shard: RunShard = Replica.finish_shard,
+) -> DrainReport:
     """Drain the run with as many local replicas as the job asks for; wait for shards others hold.
+
+    Args:
+        run: The planned run.
+        progress: Counters to keep.
+        should_stop: Ends the drain with `Stopped`.
+        run_shard: What runs one shard in this process; see `tasks.run.drain`.
 
     Returns:
         This process's report; `exhausted` has the shards nobody could finish.
     """
     invocation = new_invocation()
+    exempt(run.store, invocation)
     with _children(run, invocation, num_replicas(run) - 1) as children:
         while True:
-            report = drain(run, invocation=invocation, progress=progress, should_stop=should_stop)
+            report = drain(
+                run,
+                invocation=invocation,
+                progress=progress,
+                should_stop=should_stop,
+                run_shard=run_shard,
+            )
             missing = run.plan.num_shards - len(run.commits())
             if missing <= len(report.exhausted):
                 return report
@@ -76,12 +98,19 @@ def _children(run: Run, invocation: str, count: int) -> Iterator[list[subprocess
 
 def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "flows.cli", "drain", run.uri, "--json"]
-    command += ["--invocation", invocation]
+    command += ["--invocation", invocation, "--with-parent"]
     if run.job.storage.endpoint_url:
         command += ["--endpoint-url", run.job.storage.endpoint_url]
     env = {**os.environ, **_device_env(index, _ranks(run)), **_aws_env(run)}
     # Its own session: a Ctrl-C in the terminal reaches this process, which stops its children.
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    # Its standard input stays open as long as this process lives: that is how it learns.
+    return subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _device_env(index: int, ranks: int) -> dict[str, str]:
@@ -106,5 +135,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+    if child.stdin is not None:
+        child.stdin.close()
     if child.returncode not in (0, 3, -signal.SIGTERM, 128 + signal.SIGTERM):
         log.warning("replica process %d ended with exit code %d", child.pid, child.returncode)

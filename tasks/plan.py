@@ -5,6 +5,7 @@ Shards are contiguous and about equal in prompt tokens. The plan is written once
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pyarrow as pa
 from inference.errors import EngineConfigError
 from storage import keys, records
 from storage.errors import AlreadyExists, BadInput, CorruptObject, FingerprintMismatch, NotFound
+from storage.failpoints import failpoint
 from storage.input_schema import encode_schema
 from storage.inputs import InputFiles
 from storage.manifest import PlanManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore
 from tasks.feed_process import FeedProcess
-from tasks.feed_spec import FeedLimits, FeedSpec, run_sampling
+from tasks.feed_spec import FeedLimits, run_sampling
 from tasks.job import RunConfig
 from tasks.plan_count import Count, count_rows
 from tasks.plan_inputs import PlannedInput, plan_inputs
@@ -39,8 +41,11 @@ def make_plan(
     on_progress: Progress | None = None,
     limits: FeedLimits | None = None,
     files: InputFiles | None = None,
+    process: FeedProcess | None = None,
 ) -> PlanManifest:
     """Plan the run, or return the plan that is stored already. `store` is the run folder.
+
+    A `process` that is handed in stays open, for the feed to go on with.
 
     Raises:
         BadInput: the input or the job's use of it is wrong; names file, place and remedy.
@@ -52,22 +57,21 @@ def make_plan(
     if stored is not None:
         return _adopted(stored, record, store)
     _check_job(job)
-    limits = limits or FeedLimits()
     work_dir.mkdir(parents=True, exist_ok=True)
     files = files or InputFiles(work_dir, job.storage)
-    spec = FeedSpec.of(job, model_dir=str(model_dir), max_model_len=max_model_len, limits=limits)
-    with FeedProcess(spec, limits) as process:
+    own = FeedProcess.of(job, model_dir=model_dir, max_model_len=max_model_len, limits=limits)
+    with own if process is None else nullcontext(process) as process:
         planned = plan_inputs(job, files, process, store, work_dir)
         output = _output_schema(job, planned.schema)
         process.load(planned.columns)
         count = count_rows(job, planned, encode_schema(output), process, on_progress)
         warnings = [*planned.warnings, *process.warnings]
-    table = shards_to_bytes(count.shards)
-    table = _create(store, keys.PLAN_TABLE, table)
+    table = _create(store, keys.PLAN_TABLE, shards_to_bytes(count.shards))
+    failpoint("after_plan_table")
     plan = _manifest(job, record, planned, output, count, table, warnings)
-    return PlanManifest.from_json(
-        _create(store, keys.PLAN, plan.to_json()), source=f"{store.uri}/{keys.PLAN}"
-    )
+    data = _create(store, keys.PLAN, plan.to_json())
+    failpoint("after_plan")
+    return PlanManifest.from_json(data, source=f"{store.uri}/{keys.PLAN}")
 
 
 def load_plan(store: ObjectStore) -> PlanManifest | None:

@@ -1,44 +1,46 @@
 """One replica: an engine that drains shards until none is left.
 
-    claim -> read (feed thread) -> engine -> write and commit (commit thread) -> next
+    claim -> read -> engine -> write and commit -> next
 
-The next shard's rows are read and submitted before this one's tail has drained, so the engine does
-not idle between shards. Everything outside arrives as a parameter; Prefect is not known here.
+Only the engine runs in the caller's thread; whatever waits for the store or for rows does so in
+another. The next shard's rows are read and submitted before this one's tail has drained, so the engine
+does not idle between shards. Everything outside arrives as a parameter; Prefect is not known here.
 """
 
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from inference.backends.base import Backend, EngineStats
 from inference.errors import InferenceError
-from storage.errors import StorageError
-from storage.manifest import PlanManifest
+from storage.errors import AccessDenied, StorageError
+from storage.manifest import PlanManifest, Shard
 from tasks.claims import Claim, Claims
 from tasks.commit_shard import CommitResult, ShardCommitter
-from tasks.feed import PromptFeed
+from tasks.feed import PreparedBatch, PromptFeed
 from tasks.latency import Latencies
 from tasks.metrics import EngineReading
 from tasks.progress import Progress
 from tasks.receipt import Mark, Meter
 from tasks.results import ResultColumns, count_states
-from tasks.retry import is_retryable
+from tasks.retry import ends_run, is_retryable
 from tasks.shard_work import SampleKey, ShardWork
+from tasks.stop import Stoppable, Stopped
 
 log = logging.getLogger("nightjar.replica")
 
 _MAX_ACTIVE = 3  # one draining, one running, one being read
+_NUM_THREADS = 3  # one claims or reads, the others commit
 _IDLE_WAIT_S = 0.05
-
-
-class Stopped(Exception):
-    """The replica was asked to stop; leases are released and every shard is resumable."""
+_OUTAGE_S = 600.0  # as long as a finished shard waits for its store
+_OUTAGE_PAUSE_S = 5.0
 
 
 class Outcome(StrEnum):
@@ -58,13 +60,6 @@ class ShardOutcome(NamedTuple):
     error: str | None = None
 
 
-class StopSignal(Protocol):
-    """Asks a replica to stop; `threading.Event` is one."""
-
-    def is_set(self) -> bool:
-        """Whether to stop now."""
-
-
 @dataclass(slots=True, kw_only=True)
 class Replica:
     """An engine and the shards it has in hand. One thread drives it; `close` releases everything."""
@@ -78,7 +73,7 @@ class Replica:
     input_schema: Any
     work_dir: Path
     progress: Progress
-    should_stop: StopSignal
+    should_stop: Stoppable
     may_claim: Callable[[], bool] = lambda: True
     """Asked before every claim; False ends the drain once what is in hand is done."""
 
@@ -87,22 +82,42 @@ class Replica:
     _works: dict[int, ShardWork] = field(default_factory=dict)
     _claims_of: dict[int, Claim] = field(default_factory=dict)
     _owners: dict[int, tuple[int, SampleKey, float]] = field(default_factory=dict)
+    _claiming: Future[Claim | None] | None = None
     _reading: tuple[int, Future[None]] | None = None
     _committing: dict[int, Future[CommitResult]] = field(default_factory=dict)
     _outcomes: dict[int, ShardOutcome] = field(default_factory=dict)
     _next_seq_id: int = 0
     _num_failed: int = 0
+    _is_barred: bool = False
     _meter: Meter = field(default_factory=Meter)
     _mark: Mark | None = None
+    _away_since: float | None = None
+    _closing: threading.Event = field(default_factory=threading.Event)
     _threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(2, "nightjar-replica")
+        default_factory=lambda: ThreadPoolExecutor(_NUM_THREADS, "nightjar-replica")
     )
 
     def next_shard(self) -> int | None:
-        """Return the oldest shard in hand, claiming one if there is none; None when all are taken."""
-        if not self._works:
-            self._claim_next()
-        return next(iter(self._works), None)
+        """Return a shard that ended, or the oldest in hand, or a fresh one; None when all are taken.
+
+        Shards that failed here and may be tried again are waited for, and so is a store that is away.
+
+        Raises:
+            Stopped: `should_stop` was set.
+            StorageError: no shard can be claimed, for a reason that does not pass.
+        """
+        while not self._works and not self._outcomes:
+            if self.should_stop.is_set():
+                raise Stopped
+            if self._claiming is None:
+                self._claiming = self._threads.submit(self._claim)
+            _wait_any([self._claiming])
+            if self._poll_claiming() and not self._works:
+                pause_s = self._pause_s()
+                if pause_s is None:
+                    return None
+                time.sleep(min(pause_s, _IDLE_WAIT_S))
+        return next(iter(self._outcomes or self._works))
 
     def finish_shard(self, shard_id: int) -> ShardOutcome:
         """Run until this shard's attempt ends; later shards progress meanwhile.
@@ -136,6 +151,7 @@ class Replica:
 
     def close(self) -> None:
         """Release leases and the engine. Safe to repeat; unfinished shards stay resumable."""
+        self._closing.set()
         self._threads.shutdown(wait=True, cancel_futures=True)
         self.claims.close()
         if self._backend is not None:
@@ -143,25 +159,61 @@ class Replica:
             self._backend = None
 
     def _turn(self) -> None:
+        self._poll_claiming()
         self._poll_reading()
         self._poll_commits()
-        if self._reading is None and len(self._works) < _MAX_ACTIVE and self._is_running_low():
-            self._claim_next()
+        if self._can_take_more():
+            self._claiming = self._threads.submit(self._claim)
         backend = self._backend
         if backend is not None and backend.num_unfinished:
             self._step(backend)
         else:
             self._wait()
 
-    def _is_running_low(self) -> bool:
+    def _can_take_more(self) -> bool:
+        if self._claiming or self._reading or len(self._works) >= _MAX_ACTIVE:
+            return False
+        if self._is_barred or not self.claims.may_have_more:
+            return False
         if self._backend is None or not self._backend.num_unfinished:
             return True
         return self._backend.num_waiting <= self._backend.info.max_num_seqs
 
-    def _claim_next(self) -> None:
-        claim = self.claims.next() if self.may_claim() else None
-        if claim is None:
-            return
+    def _claim(self) -> Claim | None:
+        self._is_barred = not self.may_claim()
+        return None if self._is_barred else self.claims.next()
+
+    def _poll_claiming(self) -> bool:
+        """Take up a claim that has come; False while none was asked for or it is on its way."""
+        if self._claiming is None or not self._claiming.done():
+            return False
+        future, self._claiming = self._claiming, None
+        try:
+            claim = future.result()
+        except StorageError as error:
+            self._store_is_away(error)
+            return True
+        self._away_since = None
+        if claim is not None:
+            self._begin(claim)
+        return True
+
+    def _store_is_away(self, error: StorageError) -> None:
+        """Put up with an outage for a while: shards in hand go on, and no model is loaded again."""
+        now = time.monotonic()
+        self._away_since = since = self._away_since or now
+        if not error.retryable or now - since > _OUTAGE_S:
+            raise error
+        log.warning("no shard can be claimed now, trying again: %s", error)
+        self.claims.look_again_in(_OUTAGE_PAUSE_S)
+
+    def _pause_s(self) -> float | None:
+        """How long to wait for the next shard when none is in hand; None: there is none to wait for."""
+        if self._is_barred:
+            return None
+        return _OUTAGE_PAUSE_S if self._away_since is not None else self.claims.backoff_s
+
+    def _begin(self, claim: Claim) -> None:
         if self._mark is None:
             self._start_meter()
         shard_id = claim.shard.shard_id
@@ -184,8 +236,14 @@ class Replica:
     def _read(self, work: ShardWork, claim: Claim) -> None:
         started = time.monotonic()
         work.base = self.committer.fetch_base(claim, work.folder)
-        work.read(self.feed.read(self.plan, work.shard.row_start, work.shard.row_end))
+        work.read(self._until_closed(work.shard))
         work.read_s = time.monotonic() - started
+
+    def _until_closed(self, shard: Shard) -> Iterator[PreparedBatch]:
+        for batch in self.feed.read(self.plan, shard.row_start, shard.row_end):
+            if self._closing.is_set():
+                raise Stopped
+            yield batch
 
     def _poll_reading(self) -> None:
         if self._reading is None or not self._reading[1].done():
@@ -202,7 +260,11 @@ class Replica:
             self.progress.row_done(result.state, 0)
         sequences = work.sequences(lambda key: self._register(shard_id, key))
         if sequences:
-            self._engine().submit(sequences)
+            try:
+                self._engine().submit(sequences)
+            except InferenceError as error:
+                self._engine_failed(error)
+                return
         if work.is_complete:
             self._commit(shard_id)
 
@@ -285,9 +347,14 @@ class Replica:
         before, after = self._mark, self._take_mark()
         self._mark = after
         assert before is not None, shard_id
-        self._committing[shard_id] = self._threads.submit(
-            self.committer.commit, work, self._claims_of[shard_id], backend, before, after
-        )
+        claim = self._claims_of[shard_id]
+
+        def commit() -> CommitResult:
+            result = self.committer.commit(work, claim, backend, before, after)
+            self.claims.release(shard_id, committed=True)
+            return result
+
+        self._committing[shard_id] = self._threads.submit(commit)
 
     def _engine_if_used(self, work: ShardWork) -> Backend | None:
         return self._backend if work.num_sequences else None
@@ -299,6 +366,8 @@ class Replica:
                 result = future.result()
             except (StorageError, OSError) as error:
                 self._fail(shard_id, error)
+                if isinstance(error, AccessDenied):
+                    raise  # of the run folder: no other shard can be committed either
                 continue
             self._done(shard_id, Outcome(result.outcome))
 
@@ -309,7 +378,10 @@ class Replica:
         self.progress.note(f"shard {shard_id:05d}, attempt {work.attempt}: {error}")
         self.progress.rows_undone(count_states(list(work.results.values())))
         self.claims.failed(shard_id, error, retryable=is_retryable(error))
+        self.claims.release(shard_id, committed=False)
         self._done(shard_id, Outcome.FAILED, str(error))
+        if ends_run(error):
+            raise error
 
     def _done(self, shard_id: int, outcome: Outcome, error: str | None = None) -> None:
         work = self._works.pop(shard_id)
@@ -317,13 +389,13 @@ class Replica:
         work.discard()
         state = "failed" if outcome is Outcome.FAILED else "committed"
         self.progress.shard(state, was="running")
-        self.claims.release(shard_id, committed=outcome is not Outcome.FAILED)
         self._outcomes[shard_id] = ShardOutcome(shard_id, outcome, error)
 
     def _wait(self) -> None:
         """Nothing to run: wait briefly for rows or for a commit."""
         started = time.monotonic()
-        pending = [self._reading[1]] if self._reading else list(self._committing.values())
+        first = [self._reading[1]] if self._reading else [self._claiming] if self._claiming else []
+        pending = [*first, *self._committing.values()]
         if pending:
             _wait_any(pending)
         else:
@@ -336,6 +408,4 @@ class Replica:
 
 
 def _wait_any(futures: list[Any]) -> None:
-    from concurrent.futures import FIRST_COMPLETED, wait
-
     wait(futures, timeout=_IDLE_WAIT_S, return_when=FIRST_COMPLETED)

@@ -1,7 +1,9 @@
 """Which failures deserve another attempt. Types decide, never message texts."""
 
-from inference.errors import InferenceError
-from storage.errors import StorageError
+from inference.errors import EngineConfigError, InferenceError, ModelError
+from storage.errors import FingerprintMismatch, NoSpace, StorageError, StoreUnfit
+
+_RUN_WIDE = (ModelError, EngineConfigError, NoSpace, StoreUnfit, FingerprintMismatch)
 
 
 def is_retryable(error: BaseException) -> bool:
@@ -10,3 +12,8 @@ def is_retryable(error: BaseException) -> bool:
         return error.retryable
     # A local disk's hiccup may pass; a full disk is typed NoSpace and does not.
     return isinstance(error, ConnectionError | TimeoutError | OSError)
+
+
+def ends_run(error: BaseException) -> bool:
+    """Whether every other shard would fail the same way, so that once is enough."""
+    return isinstance(error, _RUN_WIDE)

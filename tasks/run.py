@@ -10,8 +10,10 @@ finish    reveal what is committed, publish when all is
 
 import dataclasses
 import logging
+import math
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -23,8 +25,9 @@ from inference.backends import create_backend, resolve_backend
 from inference.config import EngineConfig
 from inference.errors import ModelError
 from storage import keys
-from storage.commits import current_commits, read_commits
+from storage.commits import CommitCache, current_commits, read_commits
 from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound, StorageError
+from storage.failpoints import failpoint
 from storage.inputs import InputFiles
 from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
@@ -32,6 +35,7 @@ from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from storage.reveal import read_manifest
 from tasks.budget import BudgetGate, BudgetSpent
+from tasks.cancel import CancelWatch, is_cancelled
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
@@ -52,8 +56,9 @@ from tasks.plan import load_plan, load_shards, make_plan
 from tasks.preflight import refuse_over_budget
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
-from tasks.replica import Replica, ShardOutcome, StopSignal
+from tasks.replica import Replica, ShardOutcome
 from tasks.results import ResultColumns
+from tasks.stop import Stopped, StopSignal
 from tasks.yardstick import Yardstick
 
 log = logging.getLogger("nightjar.run")
@@ -74,6 +79,7 @@ class Run:
     model: RunModel
     work_dir: Path
     max_model_len: int
+    commit_cache: CommitCache = dataclasses.field(default_factory=dict)
 
     @property
     def uri(self) -> str:
@@ -89,7 +95,7 @@ class Run:
 
     def commits(self) -> dict[int, CommitRecord]:
         """Return what is committed now, by shard."""
-        return current_commits(self.store, self.plan_digest)
+        return current_commits(self.store, self.plan_digest, cache=self.commit_cache)
 
 
 @dataclasses.dataclass(slots=True)
@@ -189,6 +195,7 @@ def drain(
     should_stop: StopSignal,
     run_shard: RunShard = Replica.finish_shard,
     failed_rows: bool = False,
+    budget_s: float = math.inf,
     build_backend: Callable[[EngineConfig], Any] = create_backend,
 ) -> DrainReport:
     """Run one replica until no shard can be had; with `failed_rows`, redo failed rows instead.
@@ -200,12 +207,13 @@ def drain(
         should_stop: Ends the drain with `Stopped`, leases released.
         run_shard: What runs one shard; a flow passes a task around `Replica.finish_shard`.
         failed_rows: Redo rows without an answer, in new revisions of their shards.
+        budget_s: No further shard is claimed after this many seconds.
         build_backend: Loads the engine; replaced by tests only to break it.
 
     Raises:
         BudgetSpent: the next shard would cost more than `budget.usd` leaves; all else is committed.
     """
-    standing = read_commits(run.store, run.plan_digest)
+    standing = read_commits(run.store, run.plan_digest, cache=run.commit_cache)
     commits = standing.current
     todo, bases = _work_left(run.shards, commits, failed_rows)
     progress.expect(num_rows=run.plan.num_rows * run.plan.num_samples, num_shards=len(run.shards))
@@ -226,9 +234,11 @@ def drain(
         invocation=invocation,
         max_attempts=run.job.shards.max_attempts,
         bases=bases,
+        claim_until=time.monotonic() + budget_s,
     )
     gpu = open_gpu()
     sampler = DeviceSampler(gpu)
+    watch = CancelWatch(run.store, invocation, should_stop)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
@@ -256,17 +266,23 @@ def drain(
             input_schema=input_schema(run.plan),
             work_dir=run.work_dir,
             progress=progress,
-            should_stop=should_stop,
+            should_stop=watch,
             may_claim=budget.allows,
         )
         collector = partial(_collector, run, replica, progress, gpu)
         try:
-            with exported(run.job.metrics, collector, holder.replace("/", "-")):
+            with (
+                should_stop.watched(),
+                exported(run.job.metrics, collector, holder.replace("/", "-")),
+            ):
                 while (next_id := replica.next_shard()) is not None:
                     report.outcomes[run_shard(replica, next_id).outcome] += 1
+                if is_cancelled(run.store, invocation):
+                    raise Stopped
         finally:
             stopping.set()
             replica.close()
+            watch.close()
             sampler.close()
         for warning in feed.warnings:
             progress.note(warning)
@@ -398,6 +414,7 @@ def _write_record(
         standing = read_record(store)
         check_fingerprint(store.uri, standing.fingerprint_fields, fields)
         return standing
+    failpoint("after_record")
     return record
 
 

@@ -1,7 +1,7 @@
 """The engine's operations on Triton kernels: the same functions as `kernels.plain`, and sampling.
 
-    T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
-    R rows that sample   V vocabulary   P attention parts
+T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
+R rows that sample   V vocabulary   P attention parts
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from inference.batch import NUM_CASCADE_TILES, NUM_ITEMS, NUM_SAMPLES, NUM_TILES, Batch, BatchLimits
+from inference.batch import NUM_ITEMS, NUM_SAMPLES, NUM_TILES, Batch, BatchLimits
 from inference.kernels import plain
 from inference.kernels.decode_attention import combine_kernel, decode_kernel
 from inference.kernels.elementwise import (
@@ -50,7 +50,10 @@ class Scratch:
     part_out: Tensor
     part_lse: Tensor
     tickets: Tensor
-    """Counters of the decode, prefill and cascade launches, far apart."""
+    """Counters of the decode and tile launches, far apart."""
+
+    arrivals: Tensor
+    """Parts of each row and KV head that are written, while the decode kernel runs."""
 
     decode_programs: int
     tile_programs: int
@@ -71,15 +74,17 @@ def make_scratch(
     return Scratch(
         torch.empty(num_parts, num_heads, head_dim, dtype=torch.float32, device=device),
         torch.empty(num_parts, num_heads, dtype=torch.float32, device=device),
-        torch.zeros(3, 32, dtype=torch.int32, device=device),
+        torch.zeros(2, 32, dtype=torch.int32, device=device),
+        torch.zeros(limits.max_num_seqs, num_kv_heads, dtype=torch.int32, device=device),
         decode_programs=num_sms * DECODE_PROGRAMS_PER_SM,
         tile_programs=num_sms,
         side_stream=torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None,
     )
 
 
-DECODE_PROGRAMS_PER_SM = 3
+DECODE_PROGRAMS_PER_SM = 4
 DECODE_OPTIONS = {"num_warps": 4, "STAGES": 2}
+DECODE_OPTIONS_FP8 = {"num_warps": 2, "STAGES": 3}
 TILE_OPTIONS = {"num_warps": 8, "STAGES": 2}
 
 
@@ -207,36 +212,29 @@ def attention(
     table_stride = batch.block_table.stride(0)
     common = {"K": num_kv_heads, "G": group, "H": head_dim, "H_PAD": h_pad, "S": block_size}
 
-    def run_tiles(tiles: Tensor, count: Tensor, ticket: Tensor, is_cascade: bool) -> None:
-        tile_kernel[(scratch.tile_programs,)](
-            q_TNH,
-            k_cache,
-            v_cache,
-            batch.block_table,
-            tiles,
-            count,
-            ticket,
-            batch.cascade_rows,
-            batch.row_part,
-            out,
-            scratch.part_out,
-            scratch.part_lse,
-            scale_log2,
-            table_stride,
-            M=TILE_ROWS,
-            TILE=tile,
-            WINDOW=window,
-            IS_CASCADE=is_cascade,
-            **common,
-            **TILE_OPTIONS,
-        )
-
     if batch.is_mixed:
         with _beside(scratch.side_stream):
-            run_tiles(batch.tiles, batch.counts[NUM_TILES:], scratch.tickets[1], False)
-            if not window:
-                count = batch.counts[NUM_CASCADE_TILES:]
-                run_tiles(batch.cascade_tiles, count, scratch.tickets[2], True)
+            tile_kernel[(scratch.tile_programs,)](
+                q_TNH,
+                k_cache,
+                v_cache,
+                batch.block_table,
+                batch.tiles,
+                batch.counts[NUM_TILES:],
+                scratch.tickets[1],
+                batch.cascade_rows,
+                batch.row_part,
+                out,
+                scratch.part_out,
+                scratch.part_lse,
+                scale_log2,
+                table_stride,
+                M=TILE_ROWS,
+                TILE=tile,
+                WINDOW=window,
+                **common,
+                **TILE_OPTIONS,
+            )
     decode_kernel[(scratch.decode_programs,)](
         q_TNH,
         k_cache,
@@ -248,16 +246,19 @@ def attention(
         out,
         scratch.part_out,
         scratch.part_lse,
+        scratch.arrivals,
         scale_log2,
         table_stride,
         G_PAD=max(16, triton.next_power_of_2(group)),
         TILE=tile,
         WINDOW=window,
         **common,
-        **DECODE_OPTIONS,
+        **(DECODE_OPTIONS_FP8 if k_cache.dtype == torch.float8_e4m3fn else DECODE_OPTIONS),
     )
     if batch.is_mixed and scratch.side_stream is not None:
         torch.cuda.current_stream().wait_stream(scratch.side_stream)
+    if not batch.has_cascade:
+        return out
     n_block = min(16, triton.next_power_of_2(num_heads))
     num_rows = min(num_tokens, batch.row_num_parts.shape[0])
     combine_kernel[(num_rows, triton.cdiv(num_heads, n_block))](

@@ -1,7 +1,7 @@
 """The engine's operations in torch: the CPU's, and what the Triton kernels are tested against.
 
-    T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
-    S tokens in one block   B decoding rows   L tokens of the longest row
+T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
+S tokens in one block   B decoding rows   L tokens of the longest row
 """
 
 import torch

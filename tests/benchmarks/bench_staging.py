@@ -31,7 +31,7 @@ from botocore.config import Config
 from storage.checksums import CRC64NVME, Checksum, RangeAlgorithm, file_checksum
 from storage.destinations import disk_kind
 from storage.object_store import StorageConfig
-from storage.partial_file import RANGE_BYTES
+from storage.partial_file import range_bytes_of
 from storage.ranged_copy import RangedCopy
 from storage.s3_client import make_client
 from storage.stage_sources import S3Source, SourceFile
@@ -348,7 +348,7 @@ def _print(
     speed = {name: num_gb / row["seconds"] for name, row in median.items()}
     print(
         f"{NUM_FILES} x {args.gib} GiB from {args.server} on loopback to {args.target}; {os.cpu_count()} "
-        f"cores, {platform.machine()}; ranges of {RANGE_BYTES >> 20} MiB, {args.threads} threads; "
+        f"cores, {platform.machine()}; ranges of {range_bytes_of(int(args.gib * (1 << 30))) >> 20} MiB, {args.threads} threads; "
         f"median of {args.rounds} alternating rounds\n"
     )
     print("| method | GB/s | min-max | vs cp | vs boto3 | CPU s/GB | peak MiB |")

@@ -12,7 +12,7 @@ from inference.errors import EngineConfigError, EngineFault
 from storage.errors import BadInput
 from tasks import feed_process
 from tasks.feed import FeedLimits
-from tests.integration.feed_cases import Bench, make_job
+from tests.feed_bench import Bench, make_job
 
 MiB = 1024 * 1024
 QUICK = FeedLimits(memory_bytes=256 * MiB, row_cpu_s=0.5, reply_s=5)
@@ -209,3 +209,10 @@ def test_errors_of_rows_hold_no_prompt_text(bench, tmp_path):
     assert [row.state for row in fed.rows] == ["invalid_input", "overlong", None]
     assert "secret" not in json.dumps([row.error for row in fed.rows])
     assert b"secret" not in fed.plan.to_json()
+
+
+def test_another_tasks_package_in_the_current_folder_is_not_taken(bench, tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "__init__.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    assert len(bench.run(prompts(tmp_path, "x"), "tiny-a").rows) == 1

@@ -1,7 +1,6 @@
 """A budget refuses before, or stops cleanly; a run that stopped goes on."""
 
 import json
-import threading
 
 import pytest
 
@@ -10,6 +9,7 @@ from inference.backends.dummy import DummyBackend
 from tasks.budget import BudgetSpent
 from tasks.progress import Progress
 from tasks.run import drain, finish, new_invocation, prepare
+from tasks.stop import StopSignal
 from tests.pipeline import Nightjar
 
 
@@ -27,8 +27,8 @@ def drained(rows, folder, usd):
         "output": {"uri": str(folder / "out")},
         "sampling": {"max_tokens": 16},
         "engine": {"backend": "dummy", "max_num_seqs": 4},
-        "shards": {"max_rows": 10},
-        "hardware": {"price_per_hour": 3600.0},
+        "shards": {"max_rows": 6},
+        "hardware": {"price_per_hour": 36000.0},
         "budget": {"usd": usd},
     }
     run = prepare(load_job(values), work_dir=folder / "work", progress=Progress())
@@ -36,7 +36,7 @@ def drained(rows, folder, usd):
         run,
         invocation=new_invocation(),
         progress=Progress(),
-        should_stop=threading.Event(),
+        should_stop=StopSignal(),
         build_backend=lambda config: DummyBackend(config, step_s=0.004),
     )
     return run
@@ -45,7 +45,7 @@ def drained(rows, folder, usd):
 def test_a_run_stops_before_the_shard_that_would_not_fit_and_goes_on_with_more(rows, tmp_path):
     (tmp_path / "work").mkdir()
     with pytest.raises(BudgetSpent, match="raise the budget and run again to go on"):
-        drained(rows, tmp_path, usd=1.5)
+        drained(rows, tmp_path, usd=1.0)
     run = prepare(
         load_job(
             {
@@ -60,10 +60,10 @@ def test_a_run_stops_before_the_shard_that_would_not_fit_and_goes_on_with_more(r
         progress=Progress(),
     )
     commits = run.commits()
-    assert 0 < len(commits) < 6, "some shards are committed, none is half done"
+    assert 0 < len(commits) < 10, "some shards are committed, none is half done"
     assert finish(run.store, Progress()) is None
     first = {shard_id: commit.nonce for shard_id, commit in commits.items()}
-    run = drained(rows, tmp_path, usd=1000.0)
+    run = drained(rows, tmp_path, usd=100_000.0)
     manifest = finish(run.store, Progress())
     assert manifest is not None
     assert manifest.num_rows == 60

@@ -11,7 +11,7 @@ import pytest
 
 from inference.errors import EngineConfigError
 from storage.errors import BadInput, InputChanged
-from tests.integration.feed_cases import CASES, Bench, make_job
+from tests.feed_bench import CASES, Bench, make_job
 
 
 @pytest.fixture

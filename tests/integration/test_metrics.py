@@ -21,8 +21,8 @@ from inference.backends.dummy import DummyBackend
 from tasks.gpu_sample import DeviceSampler, open_gpu
 from tasks.latency import Latencies
 from tasks.progress import Progress
-from tasks.replica import Stopped
 from tasks.run import drain, new_invocation, prepare
+from tasks.stop import Stopped, StopSignal
 
 MONITORING = Path(__file__).parents[2] / "deployments" / "monitoring"
 SCRAPED_IN_TEST = re.compile(r"nightjar_(gpu|staging|deadline|forecast)")  # need hardware or time
@@ -51,7 +51,7 @@ def replica_at_work(folder, metrics, num_rows=4000):
     )
     (folder / "work").mkdir()
     run = prepare(job, work_dir=folder / "work", progress=Progress())
-    stop = threading.Event()
+    stop = StopSignal()
 
     def work():
         with contextlib.suppress(Stopped):

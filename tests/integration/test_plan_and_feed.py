@@ -5,6 +5,7 @@ import datetime
 import gzip
 import json
 import shutil
+import struct
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from storage.errors import BadInput, CorruptObject, FingerprintMismatch
 from storage.manifest import PlanManifest
 from tasks.feed import input_schema
 from tasks.plan import load_plan, load_shards, make_plan
-from tests.integration.feed_cases import MODELS, RECORD, Bench, make_job
+from tests.feed_bench import MODELS, RECORD, Bench, make_job
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -97,6 +98,24 @@ def test_the_same_rows_as_jsonl_csv_and_parquet_give_the_same_tokens(tmp_path):
         found[name] = [list(row.token_ids) for row in fed.rows]
         assert [record["prompt"] for record in fed.records] == prompts
     assert all(tokens == found["a.parquet"] for tokens in found.values())
+
+
+def test_strings_that_are_not_utf8_cost_their_row_only_where_they_are_used(bench, folder):
+    def lying(*cells):
+        ends = [0]
+        for cell in cells:
+            ends.append(ends[-1] + len(cell))
+        offsets = pa.py_buffer(struct.pack(f"<{len(ends)}i", *ends))
+        buffers = [None, offsets, pa.py_buffer(b"".join(cells))]
+        return pa.Array.from_buffers(pa.string(), len(cells), buffers)
+
+    put(folder, "0.parquet", prompt=lying(b"a", b"\xff", b"b"), note=lying(b"\xfe", b"x", b"y"))
+    fed = bench.run(folder, "tiny-a")
+    assert [row.state for row in fed.rows] == [None, "invalid_input", None]
+    assert fed.records[0] == {"prompt": "a", "note": "\ufffd"}
+    assert fed.plan.stats["num_replaced_values"] == 2
+    for batch in fed.batches:
+        batch.columns.validate(full=True)
 
 
 def test_files_of_differing_schemas_become_one(bench, folder):

@@ -2,7 +2,9 @@ import json
 import os
 from types import SimpleNamespace
 
+import boto3
 import pytest
+from moto import mock_aws
 
 from storage.errors import BadInput, InputChanged, NotFound, StoreUnavailable
 from storage.globs import literal_prefix, matches
@@ -26,10 +28,22 @@ NAMES = [
 FOUND = ["a.parquet", "b.parquet", "part-10.parquet", "part-2.parquet", "sub/c.jsonl.gz"]
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(scope="module")
+def bucket():
+    with pytest.MonkeyPatch.context() as patch, mock_aws():
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="inputs")
+        yield "s3://inputs"
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
 def place(request, tmp_path):
-    """A root URI with the files of NAMES below, in a folder and in a bucket."""
-    root = str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}-inputs"
+    """A root URI with the files of NAMES below, in a folder and in buckets."""
+    if request.param == "s3":
+        root = f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    else:
+        root = str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}-inputs"
     store = open_store(root, CONFIG)
     for name in NAMES:
         store.put(name, name.encode())

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from storage.manifest import PlanManifest, RunRecord, Shard
 from storage.memory_store import MemoryStore
 from storage.object_store import ObjectStore
-from tasks.feed import FeedLimits, PreparedBatch, PreparedRow, PromptFeed
+from tasks.feed import PreparedBatch, PreparedRow, PromptFeed
+from tasks.feed_process import FeedProcess
 from tasks.job import (
     InputConfig,
     ModelConfig,
@@ -18,7 +19,7 @@ from tasks.job import (
 )
 from tasks.plan import load_shards, make_plan
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parent / "data"
 CASES = DATA / "cases"
 MODELS = DATA / "models"
 RECORD = RunRecord(
@@ -89,12 +90,7 @@ class Bench:
         )
 
     def open(
-        self,
-        job: RunConfig,
-        model: str | Path,
-        *,
-        max_model_len: int = 256,
-        limits: FeedLimits | None = None,
+        self, job: RunConfig, model: str | Path, *, max_model_len: int = 256, **extra: Any
     ) -> PromptFeed:
         return PromptFeed(
             job=job,
@@ -102,7 +98,7 @@ class Bench:
             store=self.store,
             work_dir=self.work_dir,
             max_model_len=max_model_len,
-            limits=limits,
+            **extra,
         )
 
     def run(self, uri: Any, model: str | Path, **settings: Any) -> Fed:
@@ -110,8 +106,11 @@ class Bench:
         max_model_len = settings.pop("max_model_len", 256)
         limits = settings.pop("limits", None)
         job = make_job(uri, **settings)
-        plan = self.plan(job, model, max_model_len=max_model_len, limits=limits)
-        with self.open(job, model, max_model_len=max_model_len, limits=limits) as feed:
+        with FeedProcess.of(
+            job, model_dir=MODELS / model, max_model_len=max_model_len, limits=limits
+        ) as process:
+            plan = self.plan(job, model, max_model_len=max_model_len, process=process)
+            feed = self.open(job, model, max_model_len=max_model_len, process=process)
             batches = list(feed.read(plan, 0, plan.num_rows))
             warnings = feed.warnings
         return Fed(plan, load_shards(self.store, plan), batches, warnings)
