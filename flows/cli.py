@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
     _add_overrides(plan)
     status = _command(commands, "status", "say how far a run is, from the store alone")
+    status.add_argument("--watch", action="store_true", help="go on until it is published")
+    status.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="with --watch")
     retry = _command(commands, "retry", "finish missing shards and redo failed rows in place")
     verify = _command(commands, "verify", "re-read everything stored and prove it whole")
     report = _command(commands, "report", "draw a run's report as one page, report.html")

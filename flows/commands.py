@@ -25,8 +25,10 @@ from flows.cli import (
 from flows.config import JobError, load_job
 from inference.errors import InferenceError
 from storage import keys
+from storage.commits import CommitCache
 from storage.errors import StorageError
 from storage.object_store import ObjectStore, StorageConfig, open_store
+from tasks.budget import BudgetSpent
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
 from tasks.scratch import scratch_folder
@@ -37,7 +39,7 @@ _ORPHAN_GRACE_S = 60.0
 if TYPE_CHECKING:
     from tasks.orchestrate import Ended
 
-REFUSALS = (JobError, StorageError, InferenceError, ProvisionError)
+REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, BudgetSpent)
 STOPS = (Stopped, KeyboardInterrupt)
 
 
@@ -156,12 +158,31 @@ def status(args: argparse.Namespace) -> int:
     """Say how far a run is; reads the store, never Prefect."""
     from tasks.status import run_status
 
-    found = run_status(_store(args))
+    store = _store(args)
+    if args.watch:
+        return _watch_status(args, store)
+    found = run_status(store)
     if args.json:
         print(json.dumps(found.as_document()))
     else:
         console.print_status(found)
     return EXIT_OK if found.is_published else EXIT_PARTIAL
+
+
+def _watch_status(args: argparse.Namespace, store: ObjectStore) -> int:
+    """One line (or JSON document) at a time, until the run is published or a signal comes."""
+    from tasks.status import run_status
+
+    cache: CommitCache = {}
+    with _signals():
+        while True:
+            found = run_status(store, cache=cache)
+            text = json.dumps(found.as_document()) if args.json else console.status_line(found)
+            print(text, flush=True)
+            if found.is_published:
+                return EXIT_OK
+            if _stop.wait(max(0.2, args.every)):
+                raise Stopped
 
 
 def verify(args: argparse.Namespace) -> int:

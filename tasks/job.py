@@ -160,6 +160,20 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """Where replicas show what they do; off unless asked for."""
+
+    port: int | None = None
+    """Prometheus scrapes here; replicas of one machine take the next free ports."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; nothing is asked of whoever connects."""
+
+    textfile_dir: str | None = None
+    """Folder of node_exporter's textfile collector."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run, spelled out."""
 
@@ -188,6 +202,7 @@ class RunConfig:
     """When the run should be published: `06:00 Europe/Berlin`; without a zone, in the job's."""
 
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
 def job_of(record: RunRecord) -> RunConfig:

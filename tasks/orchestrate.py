@@ -30,6 +30,7 @@ from tasks.run import (
 from tasks.scratch import scratch_folder
 from tasks.status import run_status
 from tasks.stop import StopSignal
+from tasks.watch import watching
 
 T = TypeVar("T")
 
@@ -118,12 +119,13 @@ def generate(
             progress.phase = "looking for what is committed"
             reveal_all(run.store, run.commits())
             report = DrainReport()
-            if drainer is not None:
-                report.exhausted = dict(drainer(run))
-            else:
-                report = run_replicas(
-                    run, progress=progress, should_stop=should_stop, run_shard=run_shard
-                )
+            with watching(run.store, progress):
+                if drainer is not None:
+                    report.exhausted = dict(drainer(run))
+                else:
+                    report = run_replicas(
+                        run, progress=progress, should_stop=should_stop, run_shard=run_shard
+                    )
             manifest = step("publish", lambda: finish(run.store, progress))
         finally:
             run.model.close()

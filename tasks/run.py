@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord,
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from storage.reveal import read_manifest
+from tasks.budget import BudgetGate, BudgetSpent
 from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
@@ -44,11 +46,14 @@ from tasks.fingerprint import (
     fingerprint_fields,
     versions,
 )
+from tasks.gpu_sample import DeviceSampler, open_gpu
 from tasks.history import past_run, remember
 from tasks.holder import holder_name, is_dead
 from tasks.job import RunConfig, job_of
+from tasks.metrics import ReplicaCollector, exported
 from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
+from tasks.preflight import refuse_over_budget
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
 from tasks.replica import Replica, ShardOutcome
@@ -145,7 +150,10 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
             files=inputs,
         )
         _check_inputs(plan, [(file.uri, file.etag) for file in files])
-        return _run(job, record, store, plan, model, work_dir)
+        run = _run(job, record, store, plan, model, work_dir)
+        if job.budget.usd is not None and not run.commits():
+            refuse_over_budget(job, plan, model.path)
+        return run
     except BaseException:
         model.close()
         raise
@@ -204,6 +212,9 @@ def drain(
         failed_rows: Redo rows without an answer, in new revisions of their shards.
         budget_s: No further shard is claimed after this many seconds.
         build_backend: Loads the engine; replaced by tests only to break it.
+
+    Raises:
+        BudgetSpent: the next shard would cost more than `budget.usd` leaves; all else is committed.
     """
     standing = read_commits(run.store, run.plan_digest, cache=run.commit_cache)
     commits = standing.current
@@ -228,14 +239,18 @@ def drain(
         bases=bases,
         claim_until=time.monotonic() + budget_s,
     )
+    gpu = open_gpu()
+    sampler = DeviceSampler(gpu)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
         holder=holder,
         stage_s=run.model.stage_s,
         stopping=stopping,
+        device=sampler.take,
         measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
+    budget = BudgetGate(store=run.store, usd=run.job.budget.usd)
     with PromptFeed(
         job=run.job,
         model_dir=run.model.path,
@@ -255,24 +270,40 @@ def drain(
             work_dir=run.work_dir,
             progress=progress,
             should_stop=watch,
+            may_claim=budget.allows,
         )
-        with should_stop.watched():
-            try:
+        collector = partial(_collector, run, replica, progress, gpu)
+        exporter = exported(run.job.metrics, collector, holder.replace("/", "-"))
+        try:
+            with should_stop.watched(), exporter:
                 while (next_id := replica.next_shard()) is not None:
                     report.outcomes[run_shard(replica, next_id).outcome] += 1
-            except Stopped:
-                if not watch.is_cancelled:
-                    raise
-            finally:
-                stopping.set()
-                replica.close()
-                watch.close()
+        except Stopped:
+            if not watch.is_cancelled:
+                raise
+        finally:
+            stopping.set()
+            replica.close()
+            watch.close()
+            sampler.close()
         for warning in feed.warnings:
             progress.note(warning)
+    if budget.reason is not None and claims.num_pending:
+        raise BudgetSpent(budget.reason)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
     report.is_cancelled = claims.is_cancelled or watch.is_cancelled
     return report
+
+
+def _collector(run: Run, replica: Replica, progress: Progress, gpu: Any | None) -> ReplicaCollector:
+    return ReplicaCollector(
+        replica,
+        progress,
+        labels={"run": run.record.run_id, "job": run.job.name},
+        staging_gb_per_s=run.model.staged.report.gb_per_s if run.model.staged else None,
+        gpu=gpu,
+    )
 
 
 def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:

@@ -1,7 +1,6 @@
 """Receipts account for the time, and a second run is forecast from the first."""
 
 import json
-import threading
 import time
 from datetime import UTC, datetime
 
@@ -12,6 +11,7 @@ from inference.backends.dummy import DummyBackend
 from tasks.preflight import preflight
 from tasks.progress import Progress
 from tasks.run import drain, finish, new_invocation, prepare
+from tasks.stop import StopSignal
 
 
 def make_job(folder, num_rows=160, **changes):
@@ -38,7 +38,7 @@ def run_job(job, folder, step_s=0.004):
         run,
         invocation=new_invocation(),
         progress=Progress(),
-        should_stop=threading.Event(),
+        should_stop=StopSignal(),
         build_backend=lambda config: DummyBackend(config, step_s=step_s),
     )
     wall = time.monotonic() - drained
