@@ -16,18 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.batch import (
-    BatchLimits,
-    Plan,
-    Planner,
-    Slots,
-    buffer_size,
-    cut,
-    make_batch,
-    views_of,
-)
+from inference.batch import BatchLimits, Plan, buffer_size, cut, make_batch, views_of
 from inference.graphs import GraphPool, padded
 from inference.model import PagedModel
+from inference.planner import Planner, Slots
 from inference.sampler import Sampled, SamplerRow, sample
 from inference.scheduler import Running, Step
 from inference.slot_params import SlotParams
@@ -169,7 +161,8 @@ class ModelRunner:
         result = self._results[0]
         self._results.rotate(-1)
         result[:num_rows].copy_(self._result[:num_rows], non_blocking=True)
-        event = torch.cuda.Event()
+        cuda: Any = torch.cuda
+        event = cuda.Event()
         event.record()
         return result, event
 

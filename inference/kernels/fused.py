@@ -78,7 +78,7 @@ def make_scratch(
         torch.zeros(limits.max_num_seqs, num_kv_heads, dtype=torch.int32, device=device),
         decode_programs=num_sms * DECODE_PROGRAMS_PER_SM,
         tile_programs=num_sms,
-        side_stream=torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None,
+        side_stream=_priority_stream(device),
     )
 
 
@@ -86,6 +86,13 @@ DECODE_PROGRAMS_PER_SM = 4
 DECODE_OPTIONS = {"num_warps": 4, "STAGES": 2}
 DECODE_OPTIONS_FP8 = {"num_warps": 2, "STAGES": 3}
 TILE_OPTIONS = {"num_warps": 8, "STAGES": 2}
+
+
+def _priority_stream(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return None
+    cuda: Any = torch.cuda
+    return cuda.Stream(device, priority=-1)
 
 
 def add_rms_norm(
@@ -124,13 +131,13 @@ def silu_mul(gate_up_TI: Tensor, is_fp8: bool = False) -> Tensor | Rows8:
         scale = _row_scales(gate_up_TI)
         pad = triton.next_power_of_2(width)
         silu_mul_fp8_kernel[(num_rows,)](
-            gate_up_TI, out, scale, I=width, I_PAD=pad, num_warps=_num_warps(pad)
+            gate_up_TI, out, scale, WIDTH=width, WIDTH_PAD=pad, num_warps=_num_warps(pad)
         )
         return out, scale
     out = gate_up_TI.new_empty(num_rows, width)
     block = min(2048, triton.next_power_of_2(width))
     silu_mul_kernel[(num_rows, triton.cdiv(width, block))](
-        gate_up_TI, out, I=width, BLOCK=block, num_warps=4
+        gate_up_TI, out, WIDTH=width, BLOCK=block, num_warps=4
     )
     return out
 
