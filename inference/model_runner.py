@@ -21,8 +21,8 @@ from inference.graphs import GraphPool, padded
 from inference.model import PagedModel
 from inference.planner import Planner, Slots
 from inference.sampler import Sampled, SamplerRow, sample
-from inference.scheduler import Running, Step
 from inference.slot_params import SlotParams
+from inference.steps import Running, Step
 
 NUM_BUFFERS = 4
 """Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
@@ -140,12 +140,12 @@ class ModelRunner:
         return self._model.logits(self._hidden[rows])
 
     def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
-        from inference.kernels import fused  # Triton exists where CUDA does
+        from inference.kernels import device_sampler  # Triton exists where CUDA does
 
         has_draws, has_floors = self._params.has_draws, self._params.has_floors
 
         def head() -> None:
-            fused.sample(
+            device_sampler.sample(
                 self._logits(num_rows),
                 self._views["sample_slot"][:num_rows],
                 self._views["sample_position"][:num_rows],

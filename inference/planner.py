@@ -11,7 +11,8 @@ import numpy as np
 
 from inference.batch import NOT_CASCADE, NUM_ITEMS, NUM_SAMPLES, NUM_TILES, BatchLimits, Plan
 from inference.block_manager import TRASH_BLOCK
-from inference.scheduler import MIN_SHARING_ROWS, Chunk, Running, Step
+from inference.scheduler import MIN_SHARING_ROWS
+from inference.steps import Chunk, Running, Step
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 

@@ -18,13 +18,13 @@ from inference.batch import (
     make_batch,
     views_of,
 )
-from inference.kernels import fused, plain
+from inference.kernels import device_sampler, fused, plain
 from inference.planner import Planner, Slots
 from inference.sampler import SamplerRow, sample
 from inference.sampling import SamplingParams
-from inference.scheduler import Chunk, Running, Step
 from inference.sequence import Sequence
 from inference.slot_params import STOPPED, SlotParams
+from inference.steps import Chunk, Running, Step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -295,7 +295,7 @@ def _sample_fused(logits: torch.Tensor, rows: list[SamplerRow], keep_marks: bool
     last_token = torch.full((count + 2,), -5, dtype=torch.int32, device=DEVICE)
     result = torch.full((count,), -5, dtype=torch.int32, device=DEVICE)
     counts = torch.tensor([0, 0, count, 0, 0, 0, 0, 0], dtype=torch.int32, device=DEVICE)
-    fused.sample(
+    device_sampler.sample(
         logits,
         torch.tensor(slots, dtype=torch.int32, device=DEVICE),
         torch.tensor([len(row.token_ids) for row in rows], dtype=torch.int32, device=DEVICE),
