@@ -73,7 +73,7 @@ def build_engine(
     if is_cuda:
         _prefer_products_without_workspace()
     limits = _limits(model, settings)
-    scratch = _scratch(model, limits) if is_cuda else None
+    scratch = _scratch(model, limits) if model.uses_kernels else None
     plan = _plan_memory(model, settings, limits, scratch)
     cache = allocate(
         model.kv_shape(settings.block_size, settings.kv_dtype), plan.num_blocks, model.device
@@ -122,12 +122,11 @@ def _prefer_products_without_workspace() -> None:
 
 def _limits(model: PagedModel, settings: PagedSettings) -> BatchLimits:
     shape = model.kv_shape(settings.block_size)
-    is_cuda = model.device.type == "cuda"
     tile_queries, num_programs = settings.max_num_batched_tokens, 1
-    if is_cuda:
+    if model.uses_kernels:
         from inference.kernels import fused
 
-        num_sms = torch.cuda.get_device_properties(model.device).multi_processor_count
+        num_sms = fused.num_multiprocessors(model.device)
         tile_queries = fused.TILE_ROWS // (model.num_heads // shape.num_kv_heads)
         num_programs = max(1, num_sms * fused.DECODE_PROGRAMS_PER_SM // shape.num_kv_heads)
     return BatchLimits(
@@ -137,7 +136,7 @@ def _limits(model: PagedModel, settings: PagedSettings) -> BatchLimits:
         max_blocks_per_seq=-(-settings.max_model_len // settings.block_size),
         tile_queries=tile_queries,
         num_programs=num_programs,
-        max_num_items=4 * settings.max_num_seqs if is_cuda else settings.max_num_seqs * 64,
+        max_num_items=max(256, 4 * settings.max_num_seqs),
     )
 
 

@@ -48,6 +48,11 @@ class PagedModel:
                 module.nightjar_model = _Reference(self)
 
     @property
+    def uses_kernels(self) -> bool:
+        """Whether attention runs on Triton kernels, which take their work cut into pieces."""
+        return self._ops is not plain
+
+    @property
     def device(self) -> torch.device:
         """Where the model runs."""
         return self._embedding.device

@@ -1,7 +1,7 @@
 """The engine's operations on Triton kernels: the same functions as `kernels.plain`.
 
 T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
-R rows that sample   V vocabulary   P attention parts
+P attention parts
 """
 
 import math
@@ -53,13 +53,18 @@ class Scratch:
     """Where tiles run beside the decode kernel, with priority; None without CUDA."""
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; a few for Triton's interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def make_scratch(
     limits: BatchLimits, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
 ) -> Scratch:
     """Allocate room for every part a batch within `limits` can have."""
-    num_sms = 4
-    if device.type == "cuda":
-        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    num_sms = num_multiprocessors(device)
     num_parts = (
         limits.max_num_items + limits.max_num_seqs + limits.tile_queries * limits.num_programs
     )

@@ -19,12 +19,22 @@ from inference.batch import (
     views_of,
 )
 from inference.kernels import device_sampler, fused, plain
+from inference.model import make_paged_model
 from inference.planner import Planner, Slots
 from inference.sampler import SamplerRow, sample
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
 from inference.slot_params import STOPPED, SlotParams
 from inference.steps import Chunk, Running, Step
+from tests.paged_cases import (
+    model_of,
+    prompts_of,
+    reference,
+    run,
+    sequences_of,
+    settings_of,
+    tokens,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -310,3 +320,13 @@ def _sample_fused(logits: torch.Tensor, rows: list[SamplerRow], keep_marks: bool
     for slot, token in zip(slots, found, strict=True):
         assert last_token[slot] == (token & (STOPPED - 1) if token >= 0 else 0)
     return found if keep_marks else [token & (STOPPED - 1) for token in found]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral-window", "gpt-neox"])
+def test_an_engine_on_the_kernels_gives_the_plain_models_tokens(family):
+    sequences = sequences_of(prompts_of(7, shared=18), max_tokens=6)
+    expected = reference(model_of(family).to(DEVICE), sequences)
+    model = make_paged_model(model_of(family).to(DEVICE), fused)
+    completions, engine = run(model, sequences, settings_of(block_size=16, max_num_blocks=60))
+    assert tokens(completions) == expected
+    assert engine.stats.num_cached_tokens > 0
