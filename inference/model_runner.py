@@ -203,4 +203,6 @@ class ModelRunner:
             return True
         if not all(self._params.is_fast(self._row_of(running)) for running in step.admitted):
             return True
+        if not self._params.has_slow:
+            return False
         return not self._params.are_fast([running.slot for running in step.sampled])

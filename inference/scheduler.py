@@ -126,7 +126,8 @@ class Scheduler:
         finishing = [r for r in self._finish_at.pop(self._step, ()) if not r.is_finished]
         for running in finishing:
             self._leave(running)
-        return Step(self._step, decodes, has_new_rows, chunks, admitted, grown, finishing)
+        sampled = decodes + [chunk.running for chunk in chunks if chunk.is_last]
+        return Step(self._step, decodes, has_new_rows, chunks, admitted, grown, finishing, sampled)
 
     def finish(self, running: Running, num_completion_tokens: int) -> None:
         """Take out a sequence that ended before its last allowed token. Safe if it has left already."""

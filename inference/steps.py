@@ -80,7 +80,5 @@ class Step:
     finishing: list[Running]
     """Sequences whose last allowed token this step samples; their blocks are free after it."""
 
-    @property
-    def sampled(self) -> list[Running]:
-        """The sequences that get a token, in row order."""
-        return self.decodes + [chunk.running for chunk in self.chunks if chunk.is_last]
+    sampled: list[Running]
+    """The sequences that get a token, in row order: all decodes, then the chunks that are last."""

@@ -115,6 +115,7 @@ class Case:
             [],
             [],
             [],
+            runnings,
         )
         planner = Planner(self.limits, slots)
         plan = planner.fill(step, parts)
