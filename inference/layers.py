@@ -135,8 +135,8 @@ class FusedLayer:
         x = self._norm(out_TD, residual_TD, self._post_norm.weight, is_fp8)
         if self._mlp is not None:
             assert isinstance(x, Tensor)
-            out = self._mlp(x[None])
-            return (out[0] if isinstance(out, tuple) else out)[0]
+            out: Tensor = self._mlp(x[None])
+            return out[0]
         return self._down(ops.silu_mul(self._gate_up(x), **self._options))
 
     def _norm(

@@ -54,7 +54,8 @@ def rope_store(
     num_tokens = qkv_TE.shape[0]
     heads = qkv_TE.view(num_tokens, -1, head_dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
+    v = heads[:, num_heads + num_kv_heads :]
     if q_weight_H is not None and k_weight_H is not None:
         q = add_rms_norm(q, None, q_weight_H, eps)
         k = add_rms_norm(k, None, k_weight_H, eps)
