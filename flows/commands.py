@@ -32,14 +32,14 @@ from tasks.budget import BudgetSpent
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
 from tasks.scratch import scratch_folder
-from tasks.stop import Stopped, StopSignal
+from tasks.stop import Broken, Stopped, StopSignal
 
 _ORPHAN_GRACE_S = 60.0
 
 if TYPE_CHECKING:
     from tasks.orchestrate import Ended
 
-REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, BudgetSpent)
+REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, BudgetSpent, Broken)
 STOPS = (Stopped, KeyboardInterrupt)
 
 
@@ -326,7 +326,7 @@ def _conclude(args: argparse.Namespace, ended: "Ended") -> int:
     from tasks.publish import num_failed
     from tasks.status import run_status
 
-    found = run_status(ended.store)
+    found = run_status(ended.store, cache=ended.commit_cache)
     if args.json:
         failed = {f"{shard_id:05d}": error for shard_id, error in ended.exhausted.items()}
         print(json.dumps({**found.as_document(), "failed_shards": failed}))
