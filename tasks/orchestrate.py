@@ -20,6 +20,7 @@ from tasks.run import Run, RunShard, attach, drain, finish, new_invocation, prep
 from tasks.scratch import scratch_folder
 from tasks.status import run_status
 from tasks.stop import StopSignal
+from tasks.try_canary import try_canary
 from tasks.watch import watching
 
 T = TypeVar("T")
@@ -105,6 +106,8 @@ def generate(
         try:
             progress.phase = "looking for what is committed"
             reveal_all(run.store, run.commits())
+            if drainer is None:
+                try_canary(run, progress=progress)
             with watching(run.store, progress):
                 if drainer is not None:
                     exhausted = drainer(run)
@@ -114,6 +117,8 @@ def generate(
                     ).exhausted
             manifest = step("publish", lambda: finish(run.store, progress))
         finally:
+            if (unused := run.take_backend()) is not None:
+                unused.close()
             run.model.close()
     return Ended(job=job, store=run.store, exhausted=exhausted, manifest=manifest)
 
