@@ -92,6 +92,11 @@ def run(args: argparse.Namespace) -> int:
                 str(args.job), args.overrides, progress=progress, should_stop=_stop
             )
         else:
+            if job.hardware.provider != "local":
+                raise JobError(
+                    f"hardware.provider: {job.hardware.provider} starts replicas through Prefect; set "
+                    "PREFECT_API_URL, or give --set hardware.provider=local"
+                )
             ended = generate(job, progress=progress, should_stop=_stop)
     return _conclude(args, ended)
 

@@ -12,6 +12,7 @@ from inference.config import Auto, Backend, Dtype, Quantization
 from inference.sampling import SamplingParams
 from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
+from tasks.provision import Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,18 @@ class HardwareConfig:
 
     provider: Literal["local", "process", "kubernetes", "ecs", "command"] = "local"
     tier: str = "auto"
+    """auto (chosen by the sizing), a GPU type such as `H100`, or `4x H100` for four to a replica."""
+
     replicas: int | Auto = "auto"
+    max_replicas: int | Auto = "auto"
+    """Most replicas at once when the deadline asks for more; auto: the pool's own limit, else 8."""
+
+    replica_minutes: int = 240
+    """A replica claims no further shard after this long; the next wave goes on."""
+
+    placement: Placement = field(default_factory=Placement)
+    """Image, node selector, launcher and job variables that the platform's owner fixes."""
+
     stage_to: str = "auto"
     """auto, none (read weights in place), or a folder."""
 
@@ -207,6 +219,8 @@ class RunConfig:
     """More failed rows than this end the run with exit code 5; null: any number."""
 
     deadline: str | None = None
+    """When the run should be published: `06:00 Europe/Berlin`; without a zone, in the job's."""
+
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)

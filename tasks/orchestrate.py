@@ -16,7 +16,17 @@ from tasks.launch import run_replicas
 from tasks.progress import Progress
 from tasks.publish import num_failed, reveal_all
 from tasks.replica import Replica
-from tasks.run import Run, RunShard, attach, drain, finish, new_invocation, prepare, read_record
+from tasks.run import (
+    DrainReport,
+    Run,
+    RunShard,
+    attach,
+    drain,
+    finish,
+    new_invocation,
+    prepare,
+    read_record,
+)
 from tasks.scratch import scratch_folder
 from tasks.status import run_status
 from tasks.stop import StopSignal
@@ -47,6 +57,9 @@ class Ended:
 
     manifest: RunManifest | None
     """None while shards are missing."""
+
+    is_cancelled: bool = False
+    """Somebody cancelled this start."""
 
     @property
     def is_within_limit(self) -> bool:
@@ -108,19 +121,20 @@ def generate(
             reveal_all(run.store, run.commits())
             if drainer is None:
                 try_canary(run, progress=progress)
+            report = DrainReport()
             with watching(run.store, progress):
                 if drainer is not None:
-                    exhausted = drainer(run)
+                    report.exhausted = dict(drainer(run))
                 else:
-                    exhausted = run_replicas(
+                    report = run_replicas(
                         run, progress=progress, should_stop=should_stop, run_shard=run_shard
-                    ).exhausted
+                    )
             manifest = step("publish", lambda: finish(run.store, progress))
         finally:
             if (unused := run.take_backend()) is not None:
                 unused.close()
             run.model.close()
-    return Ended(job=job, store=run.store, exhausted=exhausted, manifest=manifest)
+    return _ended(run, report, manifest)
 
 
 def redo(
@@ -149,4 +163,14 @@ def redo(
             manifest = step("publish", lambda: finish(store, progress))
         finally:
             run.model.close()
-    return Ended(job=job, store=store, exhausted=report.exhausted, manifest=manifest)
+    return _ended(run, report, manifest)
+
+
+def _ended(run: Run, report: DrainReport, manifest: RunManifest | None) -> Ended:
+    return Ended(
+        job=run.job,
+        store=run.store,
+        exhausted=report.exhausted,
+        manifest=manifest,
+        is_cancelled=report.is_cancelled,
+    )

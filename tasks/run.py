@@ -36,7 +36,7 @@ from storage.probe import probe_store
 from storage.reveal import read_manifest
 from tasks.budget import BudgetGate, BudgetSpent
 from tasks.canary import kept_answers
-from tasks.cancel import CancelWatch, is_cancelled
+from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
@@ -114,6 +114,9 @@ class DrainReport:
     exhausted: dict[int, str] = dataclasses.field(default_factory=dict)
     num_pending: int = 0
     """Shards that others hold."""
+
+    is_cancelled: bool = False
+    """Somebody has cancelled the run; leases are released and the rest is resumable."""
 
 
 def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
@@ -246,7 +249,6 @@ def drain(
     )
     gpu = open_gpu()
     sampler = DeviceSampler(gpu)
-    watch = CancelWatch(run.store, invocation, should_stop)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
@@ -264,6 +266,7 @@ def drain(
         work_dir=run.work_dir,
         max_model_len=run.max_model_len,
     ) as feed:
+        watch = CancelWatch(run.store, invocation, should_stop)
         replica = Replica(
             plan=run.plan,
             claims=claims,
@@ -279,15 +282,14 @@ def drain(
             kept=kept_answers(run.store),
         )
         collector = partial(_collector, run, replica, progress, gpu)
+        exporter = exported(run.job.metrics, collector, holder.replace("/", "-"))
         try:
-            with (
-                should_stop.watched(),
-                exported(run.job.metrics, collector, holder.replace("/", "-")),
-            ):
+            with should_stop.watched(), exporter:
                 while (next_id := replica.next_shard()) is not None:
                     report.outcomes[run_shard(replica, next_id).outcome] += 1
-                if is_cancelled(run.store, invocation):
-                    raise Stopped
+        except Stopped:
+            if not watch.is_cancelled:
+                raise
         finally:
             stopping.set()
             replica.close()
@@ -299,6 +301,7 @@ def drain(
         raise BudgetSpent(budget.reason)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
+    report.is_cancelled = claims.is_cancelled or watch.is_cancelled
     return report
 
 

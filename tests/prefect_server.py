@@ -115,6 +115,11 @@ class PrefectLab:
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, **more}
         return str(self.api(f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
+    def cancel(self, run_id: str) -> None:
+        """As `prefect flow-run cancel` does."""
+        body = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+        assert self.api(f"/flow_runs/{run_id}/set_state", body)["status"] == "ACCEPT"
+
     def flow_run(self, run_id: str) -> dict[str, Any]:
         return dict(self.api(f"/flow_runs/{run_id}"))
 
