@@ -160,6 +160,26 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryConfig:
+    """A sample that is run, and judged, before the rest; its answers are kept."""
+
+    rows: int = 64
+    """Rows of the sample; 0: none. Runs of fewer than ten times as many rows have none."""
+
+    max_error_rate: float | None = 0.1
+    """Most sequences the engine may fail on, as a share; null: any."""
+
+    max_truncated_rate: float | None = None
+    """Most sequences that may reach max_tokens, as a share."""
+
+    max_repetitive_rate: float | None = 0.5
+    """Most sequences that may end in circles, as a share."""
+
+    max_length_factor: float | None = 4.0
+    """How many times longer or shorter than in the last good run completions may be on average."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsConfig:
     """Where replicas show what they do; off unless asked for."""
 
@@ -203,6 +223,7 @@ class RunConfig:
 
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
 
 
 def job_of(record: RunRecord) -> RunConfig:

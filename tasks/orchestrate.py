@@ -34,6 +34,7 @@ from tasks.run import (
 from tasks.scratch import scratch_folder
 from tasks.status import run_status
 from tasks.stop import Broken, StopSignal
+from tasks.try_canary import try_canary
 from tasks.watch import watching
 
 T = TypeVar("T")
@@ -149,6 +150,8 @@ def generate(
             with _breakable(run):
                 progress.phase = "looking for what is committed"
                 reveal_all(run.store, run.commits())
+                if drainer is None:
+                    try_canary(run, progress=progress)
                 report = DrainReport()
                 with watching(run.store, progress):
                     if drainer is not None:
@@ -161,6 +164,8 @@ def generate(
                     "publish", lambda: finish(run.store, progress, cache=run.commit_cache)
                 )
         finally:
+            if (unused := run.take_backend()) is not None:
+                unused.close()
             run.model.close()
     return _ended(run, report, manifest)
 

@@ -22,6 +22,7 @@ from inference.backends.base import Backend, EngineStats
 from inference.errors import InferenceError
 from storage.errors import AccessDenied, StorageError
 from storage.manifest import PlanManifest, Shard
+from tasks.canary import Kept
 from tasks.claims import Claim, Claims
 from tasks.commit_shard import CommitResult, ShardCommitter
 from tasks.feed import PreparedBatch, PromptFeed
@@ -74,6 +75,9 @@ class Replica:
     work_dir: Path
     progress: Progress
     should_stop: Stoppable
+    kept: Kept = field(default_factory=dict)
+    """Answers of the canary."""
+
     may_claim: Callable[[], bool] = lambda: True
     """Asked before every claim; False ends the drain once what is in hand is done."""
 
@@ -230,6 +234,7 @@ class Replica:
             columns=self.columns,
             input_schema=self.input_schema,
             num_samples=self.plan.num_samples,
+            kept=self.kept,
             started_at=time.monotonic(),
         )
         self._works[shard_id], self._claims_of[shard_id] = work, claim
@@ -262,7 +267,7 @@ class Replica:
             self._fail(shard_id, error)
             return
         work = self._works[shard_id]
-        for result in work.refused:
+        for result in work.settled:
             self.progress.row_done(result.state, 0)
         sequences = work.sequences(lambda key: self._register(shard_id, key))
         if sequences:
@@ -285,9 +290,13 @@ class Replica:
             self.progress.phase = "loading the model"
             started = time.monotonic()
             self._backend = self.build_backend()
-            warmup_s = self._backend.info.warmup_s
+            elapsed = time.monotonic() - started
+            # An engine that was warm already took no time, and has counted before.
+            warmup_s = min(self._backend.info.warmup_s, elapsed)
             self._meter.warmup_s += warmup_s
-            self._meter.load_s += max(0.0, time.monotonic() - started - warmup_s)
+            self._meter.load_s += elapsed - warmup_s
+            if self._mark is not None:
+                self._mark = Mark.take(self._backend.stats, self._mark.meter, at=self._mark.at)
             self.progress.phase = "generating"
         return self._backend
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from inference.backends import create_backend, resolve_backend
+from inference.backends import Backend, create_backend, resolve_backend
 from inference.config import EngineConfig
 from inference.errors import ModelError
 from storage import keys
@@ -35,6 +35,7 @@ from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from storage.reveal import read_manifest
 from tasks.budget import BudgetGate, BudgetSpent
+from tasks.canary import kept_answers
 from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
@@ -80,6 +81,8 @@ class Run:
     work_dir: Path
     max_model_len: int
     commit_cache: CommitCache = dataclasses.field(default_factory=dict)
+    warm_backend: Backend | None = None
+    """The engine of the canary, for the first replica in this process to take over."""
 
     @property
     def uri(self) -> str:
@@ -92,6 +95,11 @@ class Run:
         return ResultColumns(
             token_ids=self.job.output.token_ids, logprobs=self.job.sampling.logprobs is not None
         )
+
+    def take_backend(self) -> Backend | None:
+        """Hand the canary's engine over; None if there is none."""
+        backend, self.warm_backend = self.warm_backend, None
+        return backend
 
     def commits(self) -> dict[int, CommitRecord]:
         """Return what is committed now, by shard."""
@@ -264,13 +272,14 @@ def drain(
             claims=claims,
             feed=feed,
             committer=committer,
-            build_backend=lambda: build_backend(engine_config(run)),
+            build_backend=lambda: run.take_backend() or build_backend(engine_config(run)),
             columns=run.columns,
             input_schema=input_schema(run.plan),
             work_dir=run.work_dir,
             progress=progress,
             should_stop=watch,
             may_claim=budget.allows,
+            kept=kept_answers(run.store),
         )
         collector = partial(_collector, run, replica, progress, gpu)
         exporter = exported(run.job.metrics, collector, holder.replace("/", "-"))
