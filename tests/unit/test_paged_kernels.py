@@ -29,7 +29,7 @@ from inference.slot_params import STOPPED, SlotParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-TOLERANCE = 1e-2 if DTYPE == torch.bfloat16 else 1e-5
+TOLERANCE = 1e-2 if torch.bfloat16 == DTYPE else 1e-5
 
 
 def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
