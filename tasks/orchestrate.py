@@ -177,23 +177,31 @@ def redo(
     progress: Progress,
     should_stop: StopSignal,
     step: Step = plainly,
+    drainer: Drainer | None = None,
     run_shard: RunShard = Replica.finish_shard,
 ) -> Ended:
-    """Finish what a run lacks, redo its failed rows in place, publish again; raises like `generate`."""
+    """Finish what a run lacks, redo its failed rows in place, publish again.
+
+    Parameters and errors are those of `generate`.
+    """
     with scratch_folder() as work_dir:
         run = attach(job, read_record(store), store, work_dir=work_dir, progress=progress)
         try:
-            invocation = new_invocation()
-            exempt(store, invocation)
             with _breakable(run):
-                report = drain(
-                    run,
-                    invocation=invocation,
-                    progress=progress,
-                    should_stop=should_stop,
-                    run_shard=run_shard,
-                    failed_rows=True,
-                )
+                report = DrainReport()
+                if drainer is not None:
+                    report.exhausted = dict(drainer(run))
+                else:
+                    invocation = new_invocation()
+                    exempt(store, invocation)
+                    report = drain(
+                        run,
+                        invocation=invocation,
+                        progress=progress,
+                        should_stop=should_stop,
+                        run_shard=run_shard,
+                        failed_rows=True,
+                    )
                 manifest = step("publish", lambda: finish(store, progress, cache=run.commit_cache))
         finally:
             run.model.close()
