@@ -3,24 +3,35 @@
 Prefect sees a job file's path, a run folder and shard numbers: never a row, never prompt text.
 """
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from functools import partial
+from typing import Any
+
+from prefect import flow
+from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
 
 from flows.config import load_job
-from flows.generate_shards import generate_shards
-from storage.object_store import StorageConfig, open_store
+from flows.fleet import stop_replicas_of
+from flows.provisioning import drain_elsewhere
+from flows.stopping import stop_on_sigterm
+from flows.task_runs import as_state, as_task_run, ended_state, shard_as_task_run
+from tasks.orchestrate import Ended, generate
 from tasks.progress import Progress
-from tasks.run import finish, new_invocation, prepare
-from tasks.scratch import scratch_folder
-from tasks.status import run_status
+from tasks.stop import Stopped, StopSignal
 
 
-class RunIncomplete(Exception):
-    """Some shards could not be finished; the rest is committed and the run resumes."""
+def stop_replicas(flow: Any, flow_run: Any, state: Any) -> None:
+    """Hook: no replica outlives the flow run that started it."""
+    stop_replicas_of(str(flow_run.id))
 
 
-@flow(name="batch-generate", persist_result=False)
-def batch_generate(job: str, overrides: list[str] | None = None) -> str:
+@flow(
+    name="batch-generate",
+    persist_result=False,
+    on_cancellation=[stop_replicas],
+    on_crashed=[stop_replicas],
+)
+def batch_generate(job: str, overrides: list[str] | None = None) -> Any:
     """Generate a completion for every row of a job; the same job again does what is missing.
 
     Args:
@@ -28,38 +39,59 @@ def batch_generate(job: str, overrides: list[str] | None = None) -> str:
         overrides: Settings as `key=value`, such as `sampling.max_tokens=64`.
 
     Returns:
-        The run folder.
+        A state whose message says in one line how the run ended; Failed when it is not published.
+    """
+    with stop_on_sigterm() as stop:
+        return as_state(lambda: _generate(job, overrides or [], Progress(), stop), ended_state)
+
+
+def generate_here(
+    job: str, overrides: list[str], *, progress: Progress, should_stop: StopSignal
+) -> Ended:
+    """Run the same flow in this process, seen by the configured Prefect API.
 
     Raises:
-        RunIncomplete: some shards could not be finished.
+        Exception: whatever ended the flow, as it was raised.
     """
-    run_uri = plan_run(job, overrides or [])
-    endpoint_url = load_job(job, overrides=overrides or []).storage.endpoint_url
-    generate_shards(run_uri, invocation=new_invocation(), endpoint_url=endpoint_url)
-    missing = publish_run(run_uri, endpoint_url)
-    if missing:
-        raise RunIncomplete(
-            f"{run_uri}: {missing} shards could not be finished, the rest is committed; "
-            "run the same job again to go on"
-        )
-    return run_uri
+    ended: list[Ended] = []
+    errors: list[BaseException] = []
+
+    def body(stop: StopSignal) -> Ended:
+        try:
+            ended.append(_generate(job, overrides, progress, stop))
+        except BaseException as error:
+            errors.append(error)
+            raise
+        return ended[0]
+
+    @flow(
+        name="batch-generate",
+        persist_result=False,
+        on_cancellation=[stop_replicas],
+        on_crashed=[stop_replicas],
+    )
+    def batch_generate(job: str, overrides: list[str]) -> Any:
+        with stop_on_sigterm(should_stop) as stop:
+            return as_state(lambda: body(stop), ended_state)
+
+    try:
+        batch_generate(job, overrides, return_state=True)
+    except TerminationSignal:
+        raise Stopped from None
+    if errors:
+        raise errors[0]
+    return ended[0]
 
 
-@task(name="plan", cache_policy=NO_CACHE, persist_result=False)
-def plan_run(job: str, overrides: list[str]) -> str:
-    """Check everything, write run.json and the plan; return the run folder."""
-    config = load_job(job, overrides=overrides)
-    with scratch_folder() as work_dir:
-        run = prepare(config, work_dir=work_dir, progress=Progress())
-        run.model.close()
-        return run.uri
-
-
-@task(name="publish", cache_policy=NO_CACHE, persist_result=False)
-def publish_run(run_uri: str, endpoint_url: str | None) -> int:
-    """Publish if every shard is committed; return how many are not."""
-    store = open_store(run_uri, StorageConfig(endpoint_url=endpoint_url))
-    if finish(store, Progress()) is not None:
-        return 0
-    found = run_status(store)
-    return found.num_shards - found.num_committed
+def _generate(job: str, overrides: list[str], progress: Progress, should_stop: StopSignal) -> Ended:
+    # The day that `{date}` means is the night's own, also when the flow run starts late.
+    config = load_job(job, overrides=overrides, now=flow_run.scheduled_start_time)
+    is_here = config.hardware.provider == "local"
+    return generate(
+        config,
+        progress=progress,
+        should_stop=should_stop,
+        step=as_task_run,
+        drainer=None if is_here else partial(drain_elsewhere, should_stop=should_stop),
+        run_shard=shard_as_task_run(progress),
+    )

@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import console
 from flows.cli import (
@@ -24,16 +25,23 @@ from flows.cli import (
 )
 from flows.config import JobError, load_job
 from inference.errors import InferenceError
+from storage import keys
+from storage.commits import CommitCache
 from storage.errors import StorageError
 from storage.object_store import ObjectStore, StorageConfig, open_store
-from tasks.job import RunConfig
+from tasks.budget import BudgetSpent
+from tasks.deadline import next_time
+from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
 from tasks.scratch import scratch_folder
-from tasks.stop import Stopped, StopSignal
+from tasks.stop import Broken, Stopped, StopSignal
 
 _ORPHAN_GRACE_S = 60.0
 
-REFUSALS = (JobError, StorageError, InferenceError)
+if TYPE_CHECKING:
+    from tasks.orchestrate import Ended
+
+REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, BudgetSpent, Broken)
 STOPS = (Stopped, KeyboardInterrupt)
 
 
@@ -73,47 +81,52 @@ _stop = Stop()
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, drain and publish one job in this process."""
-    from tasks.launch import run_replicas
-    from tasks.publish import reveal_all
-    from tasks.run import finish, prepare
+    """Plan, drain and publish one job in this process; as a flow run if a Prefect API is configured."""
+    from tasks.orchestrate import generate
+
+    job = load_job(args.job, overrides=args.overrides)
+    progress = Progress()
+    with _signals(), console.show(progress, as_json=args.json):
+        if os.environ.get("PREFECT_API_URL"):
+            from flows.batch_generate import generate_here
+
+            ended = generate_here(
+                str(args.job), args.overrides, progress=progress, should_stop=_stop
+            )
+        else:
+            if job.hardware.provider != "local":
+                raise JobError(
+                    f"hardware.provider: {job.hardware.provider} starts replicas through Prefect; set "
+                    "PREFECT_API_URL, or give --set hardware.provider=local"
+                )
+            ended = generate(job, progress=progress, should_stop=_stop)
+    return _conclude(args, ended)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Say what a job would do; runs nothing and writes nothing into its output."""
+    from flows.preflight_text import preflight_lines
+    from tasks.preflight import preflight
 
     job = load_job(args.job, overrides=args.overrides)
     progress = Progress()
     with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
-        this_run = prepare(job, work_dir=work_dir, progress=progress)
-        try:
-            progress.phase = "looking for what is committed"
-            reveal_all(this_run.store, this_run.commits())
-            report = run_replicas(this_run, progress=progress, should_stop=_stop)
-            manifest = finish(this_run.store, progress)
-        finally:
-            this_run.model.close()
-    return _conclude(args, job, this_run.uri, report.exhausted, manifest)
+        found = preflight(job, work_dir=work_dir, progress=progress, hardware=args.hardware)
+    _print(args, found.as_document(), "\n".join(preflight_lines(found)))
+    return EXIT_OK
 
 
 def retry(args: argparse.Namespace) -> int:
     """Finish what is missing, redo failed rows in place, publish again."""
-    from tasks.run import attach, drain, finish, new_invocation, read_record
+    from tasks.orchestrate import redo
+    from tasks.run import read_record
 
     store = _store(args)
-    record = read_record(store)
-    job = load_job(record.job)
+    job = load_job(read_record(store).job)
     progress = Progress()
-    with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
-        this_run = attach(job, record, store, work_dir=work_dir, progress=progress)
-        try:
-            report = drain(
-                this_run,
-                invocation=new_invocation(),
-                progress=progress,
-                should_stop=_stop,
-                failed_rows=True,
-            )
-            manifest = finish(this_run.store, progress)
-        finally:
-            this_run.model.close()
-    return _conclude(args, job, this_run.uri, report.exhausted, manifest)
+    with _signals(), console.show(progress, as_json=args.json):
+        ended = redo(job, store, progress=progress, should_stop=_stop)
+    return _conclude(args, ended)
 
 
 def drain(args: argparse.Namespace) -> int:
@@ -147,12 +160,31 @@ def status(args: argparse.Namespace) -> int:
     """Say how far a run is; reads the store, never Prefect."""
     from tasks.status import run_status
 
-    found = run_status(_store(args))
+    store = _store(args)
+    if args.watch:
+        return _watch_status(args, store)
+    found = run_status(store)
     if args.json:
         print(json.dumps(found.as_document()))
     else:
         console.print_status(found)
     return EXIT_OK if found.is_published else EXIT_PARTIAL
+
+
+def _watch_status(args: argparse.Namespace, store: ObjectStore) -> int:
+    """One line (or JSON document) at a time, until the run is published or a signal comes."""
+    from tasks.status import run_status
+
+    cache: CommitCache = {}
+    with _signals():
+        while True:
+            found = run_status(store, cache=cache)
+            text = json.dumps(found.as_document()) if args.json else console.status_line(found)
+            print(text, flush=True)
+            if found.is_published:
+                return EXIT_OK
+            if _stop.wait(max(0.2, args.every)):
+                raise Stopped
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -181,6 +213,19 @@ def verify(args: argparse.Namespace) -> int:
     if found.violations:
         return EXIT_UNVERIFIED
     return EXIT_OK if found.is_whole else EXIT_PARTIAL
+
+
+def report(args: argparse.Namespace) -> int:
+    """Draw a run's report and store it beside the run; any run that is planned has one."""
+    from tasks.report import write_report
+
+    store = _store(args)
+    page = write_report(store)
+    if args.out is not None:
+        Path(args.out).write_bytes(page)
+    place = f"{store.uri}/{keys.REPORT}"
+    _print(args, {"run": store.uri, "report": place, "out": args.out}, f"report  {place}")
+    return EXIT_OK
 
 
 def gc(args: argparse.Namespace) -> int:
@@ -258,6 +303,65 @@ def tiers(args: argparse.Namespace) -> int:
     return EXIT_OK if sizing.best is not None else EXIT_REFUSED
 
 
+def cancel(args: argparse.Namespace) -> int:
+    """Ask every replica there is now to stop; a later start goes on."""
+    from tasks.cancel import cancel as cancel_run
+    from tasks.run import read_record
+
+    store = _store(args)
+    read_record(store)
+    cancel_run(store)
+    _print(args, {"run": store.uri, "is_cancelled": True}, f"{store.uri}: its replicas will stop")
+    return EXIT_OK
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Drop a file into the inbox; the next scan answers with a letter."""
+    from flows.config import read_values
+    from tasks.inbox import submit as drop
+
+    where = args.inbox or os.environ.get("NIGHTJAR_INBOX")
+    if not where:
+        raise JobError("no inbox; give --inbox or set NIGHTJAR_INBOX")
+    path = Path(args.file)
+    if not path.is_file():
+        raise JobError(f"{args.file}: not found; give a file of prompts")
+    if args.after is not None:
+        next_time(args.after, timezone="UTC", now=datetime.now(UTC))
+    settings = read_values(args.job) if args.job else None
+    inbox = open_store(where, _storage(args))
+    key = drop(inbox, path, settings=settings, after=args.after)
+    text = f"{inbox.uri}/{key}: dropped; the letter will be under accepted/ or rejected/"
+    _print(args, {"inbox": inbox.uri, "key": key}, text)
+    return EXIT_OK
+
+
+def deploy(args: argparse.Namespace) -> int:
+    """Set up a Prefect server; safe to repeat."""
+    if not os.environ.get("PREFECT_API_URL"):
+        raise JobError(
+            "PREFECT_API_URL is not set; give the server, as in http://127.0.0.1:4200/api"
+        )
+    from flows.deploy import Settings, default_folder
+    from flows.deploy import deploy as set_up
+
+    done = set_up(
+        Settings(
+            folder=Path(args.folder) if args.folder else default_folder(),
+            providers=args.providers or ("process",),
+            job=args.job,
+            cron=args.cron,
+            timezone=args.timezone,
+            inbox=args.inbox,
+            inbox_job=args.inbox_job,
+            notify=args.notify,
+            webhook=args.webhook,
+        )
+    )
+    _print(args, done, "\n".join(f"{kind}: {', '.join(names)}" for kind, names in done.items()))
+    return EXIT_OK
+
+
 def refuse(args: argparse.Namespace, error: BaseException) -> int:
     """One line on what is wrong and what to change."""
     if getattr(args, "json", False):
@@ -268,7 +372,10 @@ def refuse(args: argparse.Namespace, error: BaseException) -> int:
 
 
 def stopped(args: argparse.Namespace, stop: BaseException) -> int:
-    """Stopped by a signal: leases are released, what is committed stays."""
+    """Stopped by a signal or a cancellation: leases are released, what is committed stays."""
+    if isinstance(stop, Stopped) and not _stop.is_set():
+        print(f"nightjar {args.command}: cancelled; run the same again to go on", file=sys.stderr)
+        return EXIT_PARTIAL
     name = signal.Signals(_stop.signum).name
     print(
         f"nightjar {args.command}: stopped by {name}; run the same again to go on", file=sys.stderr
@@ -276,29 +383,22 @@ def stopped(args: argparse.Namespace, stop: BaseException) -> int:
     return 128 + _stop.signum
 
 
-def _conclude(
-    args: argparse.Namespace,
-    job: RunConfig,
-    uri: str,
-    exhausted: dict[int, str],
-    manifest: Any,
-) -> int:
+def _conclude(args: argparse.Namespace, ended: "Ended") -> int:
     from tasks.publish import num_failed
     from tasks.status import run_status
 
-    store = open_store(uri, job.storage)
-    found = run_status(store)
+    found = run_status(ended.store, cache=ended.commit_cache)
     if args.json:
-        failed = {f"{shard_id:05d}": error for shard_id, error in exhausted.items()}
+        failed = {f"{shard_id:05d}": error for shard_id, error in ended.exhausted.items()}
         print(json.dumps({**found.as_document(), "failed_shards": failed}))
     else:
-        console.print_outcome(found, exhausted, console.samples(store))
-    if manifest is None:
+        console.print_outcome(found, ended.exhausted, console.samples(ended.store))
+    if ended.manifest is None:
         return EXIT_PARTIAL
-    if job.max_failed_rows is not None and num_failed(manifest) > job.max_failed_rows:
+    if not ended.is_within_limit:
         print(
-            f"nightjar {args.command}: {num_failed(manifest)} rows failed, max_failed_rows allows "
-            f"{job.max_failed_rows}",
+            f"nightjar {args.command}: {num_failed(ended.manifest)} rows failed, max_failed_rows "
+            f"allows {ended.job.max_failed_rows}",
             file=sys.stderr,
         )
         return EXIT_FAILED_ROWS

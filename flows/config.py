@@ -38,7 +38,7 @@ def load_job(
     Raises:
         JobError: unreadable YAML, an unknown key, a missing or ill-typed value.
     """
-    values = source if isinstance(source, dict) else _read_yaml(source)
+    values = source if isinstance(source, dict) else read_values(source)
     for override in overrides:
         values = _with_override(values, override)
     _refuse_unknown_keys(values, RunConfig, path="")
@@ -52,7 +52,8 @@ def dump_job(job: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(job)
 
 
-def _read_yaml(source: Path | str) -> dict[str, Any]:
+def read_values(source: Path | str) -> dict[str, Any]:
+    """Read a job file's content, a path or `s3://`, without checking its keys. Raises JobError."""
     try:
         values = parse_yaml(_job_text(str(source)))
     except (FileNotFoundError, NotFound):
@@ -188,12 +189,17 @@ def _with_dates(job: RunConfig, now: datetime) -> RunConfig:
     def expand(uri: str) -> str:
         return _DATE.sub(lambda match: day.strftime(match[1] or "%Y-%m-%d"), uri)
 
+    before, found, _ = job.output.uri.partition("{date")
+    history = job.output.history
+    if history is None and found:
+        # Tomorrow's folder is another one: what is learnt tonight is kept above it.
+        history = f"{before.rpartition('/')[0] or '.'}/_history"
     uri = job.input.uri
     expanded = expand(uri) if isinstance(uri, str) else [expand(item) for item in uri]
     return dataclasses.replace(
         job,
         input=dataclasses.replace(job.input, uri=expanded),
-        output=dataclasses.replace(job.output, uri=expand(job.output.uri)),
+        output=dataclasses.replace(job.output, uri=expand(job.output.uri), history=history),
     )
 
 

@@ -3,68 +3,65 @@
 One task run per shard. A task's body is the plain function that `nightjar run` calls too.
 """
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+import math
+from typing import Any
+
+from prefect import flow
 
 from flows.config import load_job
-from storage.object_store import StorageConfig, open_store
+from flows.stopping import stop_on_sigterm
+from flows.task_runs import as_state, drained_state, shard_as_task_run
+from storage.object_store import ObjectStore, StorageConfig, open_store
 from tasks.progress import Progress
-from tasks.replica import Outcome, Replica, ShardOutcome
-from tasks.run import attach, drain, read_record
+from tasks.run import DrainReport, attach, drain, read_record
 from tasks.scratch import scratch_folder
 from tasks.stop import StopSignal
 
 
-class ShardFailed(Exception):
-    """One attempt at one shard failed; the message carries no text of its rows."""
-
-
 @flow(name="generate-shards", persist_result=False)
 def generate_shards(
-    run_uri: str, invocation: str, endpoint_url: str | None = None
-) -> dict[str, str]:
+    run_uri: str,
+    invocation: str,
+    endpoint_url: str | None = None,
+    budget_minutes: float | None = None,
+    failed_rows: bool = False,
+) -> Any:
     """Drain a planned run as one replica.
 
     Args:
         run_uri: The run folder.
         invocation: Shared by all replicas of one start; attempts are bounded within it.
         endpoint_url: S3 endpoint for stores that are not AWS.
+        budget_minutes: No further shard is claimed after this long.
+        failed_rows: Also redo rows without an answer, in new revisions of their shards.
 
     Returns:
-        Shards given up, with the last error.
+        A state whose message counts the shards; Failed when this replica gave shards up.
     """
-    store = open_store(run_uri, StorageConfig(endpoint_url=endpoint_url))
+    with stop_on_sigterm() as stop:
+        store = open_store(run_uri, StorageConfig(endpoint_url=endpoint_url))
+        budget_s = math.inf if budget_minutes is None else budget_minutes * 60
+        return as_state(
+            lambda: _drain(store, invocation, budget_s, failed_rows, stop), drained_state
+        )
+
+
+def _drain(
+    store: ObjectStore, invocation: str, budget_s: float, failed_rows: bool, should_stop: StopSignal
+) -> DrainReport:
     record = read_record(store)
+    progress = Progress()
     with scratch_folder() as work_dir:
-        run = attach(load_job(record.job), record, store, work_dir=work_dir, progress=Progress())
+        run = attach(load_job(record.job), record, store, work_dir=work_dir, progress=progress)
         try:
-            report = drain(
+            return drain(
                 run,
                 invocation=invocation,
-                progress=Progress(),
-                should_stop=StopSignal(),
-                run_shard=_as_task_run,
+                progress=progress,
+                should_stop=should_stop,
+                budget_s=budget_s,
+                failed_rows=failed_rows,
+                run_shard=shard_as_task_run(progress),
             )
         finally:
             run.model.close()
-    return {f"{shard_id:05d}": error for shard_id, error in report.exhausted.items()}
-
-
-def _as_task_run(replica: Replica, shard_id: int) -> ShardOutcome:
-    # The replica is not a parameter: Prefect would walk through all it holds.
-    @task(
-        name="generate-shard",
-        task_run_name=f"shard-{shard_id:05d}",
-        cache_policy=NO_CACHE,
-        persist_result=False,
-    )
-    def generate_shard(shard_id: int) -> str:
-        done = replica.finish_shard(shard_id)
-        if done.outcome is Outcome.FAILED:
-            raise ShardFailed(f"shard {shard_id:05d}: {done.error}")
-        return done.outcome.value
-
-    try:
-        return ShardOutcome(shard_id, Outcome(generate_shard(shard_id)))
-    except ShardFailed as error:
-        return ShardOutcome(shard_id, Outcome.FAILED, str(error))

@@ -6,10 +6,11 @@ Leases only save GPU time. Whether a shard is done is asked of its commit, never
 """
 
 import logging
+import math
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from storage.failpoints import failpoint
 from storage.lease import Lease, Leases
 from storage.manifest import CommitRecord, Shard
 from storage.object_store import ObjectStore
+from tasks.cancel import is_cancelled
 
 log = logging.getLogger("nightjar.claims")
 
@@ -60,6 +62,9 @@ class Claims:
     bases: Mapping[int, CommitRecord] = field(default_factory=dict)
     """For a retry of failed rows: the commits to improve on."""
 
+    claim_until: float = math.inf
+    """Monotonic time after which no further shard is claimed."""
+
     exhausted: dict[int, str] = field(default_factory=dict)
     """Shards given up in this invocation, with the last error."""
 
@@ -85,21 +90,25 @@ class Claims:
         """Shards neither committed, held here, nor given up."""
         return len(self._pending)
 
-    def next(self) -> Claim | None:
+    def next(self, without: Set[int] = frozenset()) -> Claim | None:
         """Claim the next free shard; None when none can be had now. Raises StorageError.
 
         After None the store is left in peace for a moment, however often this is called.
+
+        Args:
+            without: Shards not wanted now.
         """
         if not self.may_have_more:
             return None
         now = time.monotonic()
-        self.is_cancelled = self._exists(keys.CANCEL)
+        self.is_cancelled = is_cancelled(self.store, self.invocation)
         if self.is_cancelled:
-            log.info("run is cancelled; no further shard is claimed")
+            log.info("invocation=%s is cancelled; no further shard is claimed", self.invocation)
+        if self.is_cancelled or now > self.claim_until:
             self._pending.clear()
         if self._others_seen:
             self._drop_committed()
-        for shard in list(self._pending.values()):
+        for shard in [s for s in self._pending.values() if s.shard_id not in without]:
             claim = self._try(shard)
             if claim is not None:
                 return claim

@@ -14,8 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tasks.cancel import exempt
 from tasks.progress import Progress
-from tasks.run import DrainReport, Run, drain, new_invocation
+from tasks.replica import Replica
+from tasks.run import DrainReport, Run, RunShard, drain, new_invocation
 from tasks.stop import Stopped, StopSignal
 
 log = logging.getLogger("nightjar.launch")
@@ -24,18 +26,37 @@ _POLL_S = 1.0
 _STOP_GRACE_S = 30.0
 
 
-def run_replicas(run: Run, *, progress: Progress, should_stop: StopSignal) -> DrainReport:
+def run_replicas(
+    run: Run,
+    *,
+    progress: Progress,
+    should_stop: StopSignal,
+    run_shard: RunShard = Replica.finish_shard,
+) -> DrainReport:
     """Drain the run with as many local replicas as the job asks for; wait for shards others hold.
+
+    Args:
+        run: The planned run.
+        progress: Counters to keep.
+        should_stop: Ends the drain with `Stopped`.
+        run_shard: What runs one shard in this process; see `tasks.run.drain`.
 
     Returns:
         This process's report; `exhausted` has the shards nobody could finish.
     """
     invocation = new_invocation()
+    exempt(run.store, invocation)
     with _children(run, invocation, num_replicas(run) - 1) as children:
         while True:
-            report = drain(run, invocation=invocation, progress=progress, should_stop=should_stop)
+            report = drain(
+                run,
+                invocation=invocation,
+                progress=progress,
+                should_stop=should_stop,
+                run_shard=run_shard,
+            )
             missing = run.plan.num_shards - len(run.commits())
-            if missing <= len(report.exhausted) or report.is_cancelled:
+            if missing <= len(report.exhausted):
                 return report
             if should_stop.is_set():
                 raise Stopped
@@ -80,7 +101,7 @@ def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
     command += ["--invocation", invocation, "--with-parent"]
     if run.job.storage.endpoint_url:
         command += ["--endpoint-url", run.job.storage.endpoint_url]
-    env = {**os.environ, **_device_env(index, _ranks(run)), **_aws_env(run)}
+    env = {**os.environ, **device_env(run, index), **_aws_env(run)}
     # Its own session: a Ctrl-C in the terminal reaches this process, which stops its children.
     # Its standard input stays open as long as this process lives: that is how it learns.
     return subprocess.Popen(
@@ -92,7 +113,11 @@ def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _device_env(index: int, ranks: int) -> dict[str, str]:
+def device_env(run: Run, index: int) -> dict[str, str]:
+    """Return what gives a replica of this machine its own devices; empty when there are too few."""
+    ranks = _ranks(run)
+    if run.record.fingerprint_fields["engine.backend"] == "dummy":
+        return {}
     if _num_devices() <= index * ranks:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -6,6 +6,7 @@ import pytest
 
 from storage.clock import FrozenClock
 from storage.memory_store import MemoryStore
+from tests.prefect_server import PrefectLab, running_prefect
 from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed, make_bucket, running_seaweed
 
 
@@ -34,3 +35,11 @@ def seaweed(seaweed_port: int, monkeypatch: pytest.MonkeyPatch) -> Seaweed:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     return Seaweed(port=seaweed_port, bucket=make_bucket(seaweed_port))
+
+
+@pytest.fixture(scope="session")
+def prefect_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectLab]:
+    """A Prefect server with our pool, deployments and one worker; started when first needed."""
+    with running_prefect(tmp_path_factory.mktemp("prefect")) as lab:
+        lab.start_worker()
+        yield lab

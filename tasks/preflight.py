@@ -1,0 +1,298 @@
+"""preflight: everything that can be known of a job before it runs, without a GPU and without a run.
+
+Nothing is written into the output: the plan goes to a scratch folder. The terminal, `--json` and
+the letter of the inbox show this one document.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from inference.roofline import Workload
+from storage.inputs import InputFiles
+from storage.manifest import PlanManifest, RunRecord
+from storage.object_store import open_store
+from tasks.budget import check_budget
+from tasks.choose_tier import Choice, choose_hardware
+from tasks.deadline import deadline_at
+from tasks.feed import PromptFeed
+from tasks.forecast import Forecast, Lengths, Work, forecast, lengths_of, speed_of
+from tasks.history import History, read_history
+from tasks.job import RunConfig
+from tasks.model import open_model
+from tasks.plan import make_plan
+from tasks.progress import Progress
+
+NUM_SAMPLES = 3
+_LOOK_FOR_PROMPT = 64  # rows searched for the first that can run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """What a job would do. Plain values throughout: `as_document` is strict JSON."""
+
+    name: str
+    model: str
+    input_uri: str | list[str]
+    files: list[dict[str, Any]]
+    schema: list[dict[str, str]]
+    """Name and type of each input column that is copied through."""
+
+    samples: list[dict[str, str]]
+    """The first rows, values as clipped text; empty when the job's text is not to be shown."""
+
+    num_rows: int
+    num_sequences: int
+    """Completions that will be generated."""
+
+    bad_rows_by_state: dict[str, int]
+    bad_row_examples: list[dict[str, Any]]
+    """Row number, state and reason of the first bad rows."""
+
+    num_repeated_ids: int
+    """Rows whose id an earlier row had."""
+
+    num_truncated_prompts: int
+    num_prompt_tokens: int
+    prompt_tokens_histogram: dict[str, int]
+    """Rows by prompt tokens: the bound of each bucket, a power of two, and its count."""
+
+    shared_prefix_share: float
+    """Of all prompt tokens, those a prefix cache need not compute."""
+
+    max_model_len: int
+    num_shards: int
+    first_prompt: str | None
+    """Of the first row that can run: exactly what the model is given, special tokens spelt out."""
+
+    first_prompt_row: int | None
+    warnings: list[str]
+    hardware: dict[str, Any]
+    """Backend, device, replicas, tier and why; see `tasks.choose_tier.Choice`."""
+
+    forecast: Forecast
+    planning: dict[str, float | None]
+    """Seconds, and prompt tokens per second, that planning took here."""
+
+    @property
+    def num_bad_rows(self) -> int:
+        """Rows that cannot run."""
+        return sum(self.bad_rows_by_state.values())
+
+    def as_document(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**dataclasses.asdict(self), "num_bad_rows": self.num_bad_rows}
+
+
+def preflight(
+    job: RunConfig,
+    *,
+    work_dir: Path,
+    progress: Progress | None = None,
+    show_text: bool = True,
+    hardware: str | None = None,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Preflight:
+    """Read, render and count the whole input, and forecast the run.
+
+    Args:
+        job: The job.
+        work_dir: A scratch folder of the caller's.
+        progress: Counters to keep.
+        show_text: Whether rows and the first prompt may be in the document.
+        hardware: Hardware file; default: the one that comes along.
+        now: The clock.
+
+    Raises:
+        StorageError, InferenceError: what would stop the run before its first shard.
+    """
+    progress = progress or Progress()
+    starts_at = now()
+    deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
+    model = open_model(job, progress=progress)
+    try:
+        files = InputFiles(work_dir, job.storage)
+        scratch = open_store(str(work_dir / "plan"))
+        progress.phase = "planning"
+        started = time.monotonic()
+        plan = make_plan(
+            job=job,
+            record=_record(job),
+            store=scratch,
+            model_dir=model.path,
+            work_dir=work_dir,
+            max_model_len=model.max_model_len,
+            on_progress=progress.planned,
+            files=files,
+        )
+        plan_s = time.monotonic() - started
+        with PromptFeed(
+            job=job,
+            model_dir=model.path,
+            store=scratch,
+            work_dir=work_dir,
+            max_model_len=model.max_model_len,
+            files=files,
+        ) as feed:
+            shown = feed.show(plan, num_samples=NUM_SAMPLES, num_rows=_LOOK_FOR_PROMPT)
+        progress.phase = "forecasting"
+        history = read_history(job)
+        lengths = lengths_of(history, job.sampling.max_tokens)
+        seconds_left = (deadline - starts_at).total_seconds() if deadline else None
+        choice = choose_hardware(
+            job,
+            str(model.path),
+            workload_of(plan, lengths, job.sampling.max_tokens),
+            hardware=hardware,
+            deadline_s=seconds_left,
+        )
+        expected = forecast_run(
+            job, plan, choice, history, lengths, starts_at=starts_at, plan_s=plan_s
+        )
+        return _document(job, plan, shown, choice, expected, plan_s, model.max_model_len, show_text)
+    finally:
+        model.close()
+
+
+def workload_of(plan: PlanManifest, lengths: Lengths, max_tokens: int) -> Workload:
+    """Return a plan's token counts as the sizing takes them."""
+    num_sequences = max(1, (plan.num_rows - plan.num_bad_rows) * plan.num_samples)
+    share = plan.stats.get("shared_prefix_share") or 0.0
+    num_prompt_tokens = plan.num_prompt_tokens * plan.num_samples
+    return Workload.from_totals(
+        num_sequences,
+        num_prompt_tokens,
+        round(num_sequences * lengths.mean),
+        max_completion_tokens=max_tokens,
+        num_reused_prompt_tokens=num_prompt_tokens * share,
+    )
+
+
+def refuse_over_budget(job: RunConfig, plan: PlanManifest, model_dir: Path) -> None:
+    """Refuse a planned run that is forecast to cost more than `budget.usd`.
+
+    For a run without a commit: later the gate before each shard decides.
+
+    Raises:
+        BadInput: with the forecast and what it rests on.
+        EngineConfigError: no hardware fits.
+    """
+    history = read_history(job)
+    lengths = lengths_of(history, job.sampling.max_tokens)
+    workload = workload_of(plan, lengths, job.sampling.max_tokens)
+    choice = choose_hardware(job, str(model_dir), workload)
+    now = datetime.now(UTC)
+    check_budget(job, forecast_run(job, plan, choice, history, lengths, starts_at=now, plan_s=0.0))
+
+
+def forecast_run(
+    job: RunConfig,
+    plan: PlanManifest,
+    choice: Choice,
+    history: History,
+    lengths: Lengths,
+    *,
+    starts_at: datetime,
+    plan_s: float,
+) -> Forecast:
+    """Forecast a planned run on the hardware chosen for it."""
+    past = history.last
+    same = past is not None and past.backend == choice.backend and _is_device(past.device, choice)
+    speed = speed_of(past) if past is not None and same else None
+    num_sequences = (plan.num_rows - plan.num_bad_rows) * plan.num_samples
+    num_prompt_tokens = float(plan.num_prompt_tokens * plan.num_samples)
+    # An earlier run says what its cache saved in fact; a plan only what could be saved.
+    saved = plan.stats.get("shared_prefix_share") or 0.0
+    if speed is None or past is None:
+        num_prompt_tokens *= 1 - saved
+    tier_seconds = None
+    if choice.tier is not None:
+        seconds = choice.tier.seconds
+        tier_seconds = (seconds, seconds * lengths.high / lengths.mean if lengths.mean else seconds)
+    deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
+    return forecast(
+        work=Work(num_sequences=num_sequences, num_prefill_tokens=num_prompt_tokens),
+        lengths=lengths,
+        speed=speed,
+        tier_seconds=tier_seconds,
+        starts_at=starts_at + timedelta(0),
+        plan_s=plan_s,
+        replicas=choice.replicas,
+        gpus_per_replica=choice.gpus_per_replica,
+        price_per_hour=choice.price_per_hour,
+        deadline=deadline or None,
+        budget_usd=job.budget.usd,
+    )
+
+
+def _is_device(device: str, choice: Choice) -> bool:
+    """Whether an earlier run's device is the one chosen; `none` and `cpu` are both no GPU."""
+    if choice.tier is None:
+        return device in ("cpu", "none")
+    return choice.device.split("-")[0].upper() in device.upper().replace("-", " ").split()
+
+
+def _record(job: RunConfig) -> RunRecord:
+    return RunRecord(
+        run_id="preflight",
+        name=job.name,
+        fingerprint="preflight",
+        fingerprint_fields={},
+        job={},
+        versions={},
+        created_at="",
+    )
+
+
+def _document(
+    job: RunConfig,
+    plan: PlanManifest,
+    shown: dict[str, Any],
+    choice: Choice,
+    expected: Forecast,
+    plan_s: float,
+    max_model_len: int,
+    show_text: bool,
+) -> Preflight:
+    rate = plan.num_prompt_tokens / plan_s if plan_s > 0 else None
+    return Preflight(
+        name=job.name,
+        model=job.model.source,
+        input_uri=job.input.uri,
+        files=[
+            {
+                "uri": f.uri,
+                "format": f.format,
+                "num_rows": f.num_rows,
+                "size": f.size,
+                "error": f.error,
+            }
+            for f in plan.inputs
+        ],
+        schema=shown["schema"],
+        samples=shown["samples"] if show_text else [],
+        num_rows=plan.num_rows,
+        num_sequences=(plan.num_rows - plan.num_bad_rows) * plan.num_samples,
+        bad_rows_by_state=plan.bad_rows_by_state,
+        bad_row_examples=plan.bad_row_examples,
+        num_repeated_ids=int(plan.stats.get("num_repeated_ids") or 0),
+        num_truncated_prompts=int(plan.stats["num_truncated_prompts"]),
+        num_prompt_tokens=plan.num_prompt_tokens,
+        prompt_tokens_histogram=plan.stats["prompt_tokens_histogram"],
+        shared_prefix_share=plan.stats["shared_prefix_share"],
+        max_model_len=max_model_len,
+        num_shards=plan.num_shards,
+        first_prompt=shown["prompt"] if show_text else None,
+        first_prompt_row=shown["row"],
+        warnings=list(plan.stats.get("warnings") or []),
+        hardware=choice.as_document(),
+        forecast=expected,
+        planning={
+            "seconds": round(plan_s, 3),
+            "prompt_tokens_per_s": None if rate is None else round(rate, 1),
+        },
+    )
