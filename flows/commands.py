@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -29,17 +30,18 @@ from storage.commits import CommitCache
 from storage.errors import StorageError
 from storage.object_store import ObjectStore, StorageConfig, open_store
 from tasks.budget import BudgetSpent
+from tasks.deadline import next_time
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
 from tasks.scratch import scratch_folder
-from tasks.stop import Stopped, StopSignal
+from tasks.stop import Broken, Stopped, StopSignal
 
 _ORPHAN_GRACE_S = 60.0
 
 if TYPE_CHECKING:
     from tasks.orchestrate import Ended
 
-REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, BudgetSpent)
+REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, BudgetSpent, Broken)
 STOPS = (Stopped, KeyboardInterrupt)
 
 
@@ -301,6 +303,65 @@ def tiers(args: argparse.Namespace) -> int:
     return EXIT_OK if sizing.best is not None else EXIT_REFUSED
 
 
+def cancel(args: argparse.Namespace) -> int:
+    """Ask every replica there is now to stop; a later start goes on."""
+    from tasks.cancel import cancel as cancel_run
+    from tasks.run import read_record
+
+    store = _store(args)
+    read_record(store)
+    cancel_run(store)
+    _print(args, {"run": store.uri, "is_cancelled": True}, f"{store.uri}: its replicas will stop")
+    return EXIT_OK
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Drop a file into the inbox; the next scan answers with a letter."""
+    from flows.config import read_values
+    from tasks.inbox import submit as drop
+
+    where = args.inbox or os.environ.get("NIGHTJAR_INBOX")
+    if not where:
+        raise JobError("no inbox; give --inbox or set NIGHTJAR_INBOX")
+    path = Path(args.file)
+    if not path.is_file():
+        raise JobError(f"{args.file}: not found; give a file of prompts")
+    if args.after is not None:
+        next_time(args.after, timezone="UTC", now=datetime.now(UTC))
+    settings = read_values(args.job) if args.job else None
+    inbox = open_store(where, _storage(args))
+    key = drop(inbox, path, settings=settings, after=args.after)
+    text = f"{inbox.uri}/{key}: dropped; the letter will be under accepted/ or rejected/"
+    _print(args, {"inbox": inbox.uri, "key": key}, text)
+    return EXIT_OK
+
+
+def deploy(args: argparse.Namespace) -> int:
+    """Set up a Prefect server; safe to repeat."""
+    if not os.environ.get("PREFECT_API_URL"):
+        raise JobError(
+            "PREFECT_API_URL is not set; give the server, as in http://127.0.0.1:4200/api"
+        )
+    from flows.deploy import Settings, default_folder
+    from flows.deploy import deploy as set_up
+
+    done = set_up(
+        Settings(
+            folder=Path(args.folder) if args.folder else default_folder(),
+            providers=args.providers or ("process",),
+            job=args.job,
+            cron=args.cron,
+            timezone=args.timezone,
+            inbox=args.inbox,
+            inbox_job=args.inbox_job,
+            notify=args.notify,
+            webhook=args.webhook,
+        )
+    )
+    _print(args, done, "\n".join(f"{kind}: {', '.join(names)}" for kind, names in done.items()))
+    return EXIT_OK
+
+
 def refuse(args: argparse.Namespace, error: BaseException) -> int:
     """One line on what is wrong and what to change."""
     if getattr(args, "json", False):
@@ -326,7 +387,7 @@ def _conclude(args: argparse.Namespace, ended: "Ended") -> int:
     from tasks.publish import num_failed
     from tasks.status import run_status
 
-    found = run_status(ended.store)
+    found = run_status(ended.store, cache=ended.commit_cache)
     if args.json:
         failed = {f"{shard_id:05d}": error for shard_id, error in ended.exhausted.items()}
         print(json.dumps({**found.as_document(), "failed_shards": failed}))

@@ -38,7 +38,7 @@ def load_job(
     Raises:
         JobError: unreadable YAML, an unknown key, a missing or ill-typed value.
     """
-    values = source if isinstance(source, dict) else _read_yaml(source)
+    values = source if isinstance(source, dict) else read_values(source)
     for override in overrides:
         values = _with_override(values, override)
     _refuse_unknown_keys(values, RunConfig, path="")
@@ -52,7 +52,8 @@ def dump_job(job: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(job)
 
 
-def _read_yaml(source: Path | str) -> dict[str, Any]:
+def read_values(source: Path | str) -> dict[str, Any]:
+    """Read a job file's content, a path or `s3://`, without checking its keys. Raises JobError."""
     try:
         values = parse_yaml(_job_text(str(source)))
     except (FileNotFoundError, NotFound):

@@ -25,6 +25,7 @@ def generate_shards(
     invocation: str,
     endpoint_url: str | None = None,
     budget_minutes: float | None = None,
+    failed_rows: bool = False,
 ) -> Any:
     """Drain a planned run as one replica.
 
@@ -33,6 +34,7 @@ def generate_shards(
         invocation: Shared by all replicas of one start; attempts are bounded within it.
         endpoint_url: S3 endpoint for stores that are not AWS.
         budget_minutes: No further shard is claimed after this long.
+        failed_rows: Also redo rows without an answer, in new revisions of their shards.
 
     Returns:
         A state whose message counts the shards; Failed when this replica gave shards up.
@@ -40,11 +42,13 @@ def generate_shards(
     with stop_on_sigterm() as stop:
         store = open_store(run_uri, StorageConfig(endpoint_url=endpoint_url))
         budget_s = math.inf if budget_minutes is None else budget_minutes * 60
-        return as_state(lambda: _drain(store, invocation, budget_s, stop), drained_state)
+        return as_state(
+            lambda: _drain(store, invocation, budget_s, failed_rows, stop), drained_state
+        )
 
 
 def _drain(
-    store: ObjectStore, invocation: str, budget_s: float, should_stop: StopSignal
+    store: ObjectStore, invocation: str, budget_s: float, failed_rows: bool, should_stop: StopSignal
 ) -> DrainReport:
     record = read_record(store)
     progress = Progress()
@@ -59,6 +63,7 @@ def _drain(
                 progress=progress,
                 should_stop=should_stop,
                 budget_s=budget_s,
+                failed_rows=failed_rows,
                 run_shard=shard_as_task_run(progress),
             )
         finally:

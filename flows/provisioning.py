@@ -14,10 +14,10 @@ from tasks.cancel import exempt
 from tasks.deadline import next_time
 from tasks.launch import device_env, num_replicas
 from tasks.provision import DEPLOYMENTS, Provider, ReplicaLaunch, launch_of
-from tasks.run import Run, new_invocation
+from tasks.run import Run, has_failed_rows, new_invocation
 from tasks.sizing import choose
 from tasks.stop import StopSignal
-from tasks.waves import Limits, drain_by_waves
+from tasks.waves import Limits, drain_by_waves, exhausted, one_wave
 
 _DEFAULT_MAX_REPLICAS = 8
 
@@ -31,6 +31,34 @@ def drain_elsewhere(run: Run, *, should_stop: StopSignal) -> Mapping[int, str]:
     """
     invocation = new_invocation()
     exempt(run.store, invocation)
+    fleet, limits = _fleet(run, invocation, failed_rows=False)
+    return drain_by_waves(run, fleet, invocation=invocation, limits=limits, should_stop=should_stop)
+
+
+def redo_elsewhere(run: Run, *, should_stop: StopSignal) -> Mapping[int, str]:
+    """Redo failed rows, and what is missing, by one wave of replicas; raises as `drain_elsewhere`."""
+    invocation = new_invocation()
+    exempt(run.store, invocation)
+    commits = run.commits()
+    max_attempts = run.job.shards.max_attempts
+    todo = [
+        s for s in run.shards if s.shard_id not in commits or has_failed_rows(commits[s.shard_id])
+    ]
+    if todo:
+        fleet, limits = _fleet(run, invocation, failed_rows=True)
+        one_wave(
+            run,
+            fleet,
+            count=min(limits.replicas, len(todo)),
+            invocation=invocation,
+            poll_s=limits.poll_s,
+            should_stop=should_stop,
+        )
+    missing = [shard.shard_id for shard in run.shards if shard.shard_id not in run.commits()]
+    return exhausted(run, missing, invocation, max_attempts) if missing else {}
+
+
+def _fleet(run: Run, invocation: str, *, failed_rows: bool) -> tuple[PrefectFleet, Limits]:
     seconds_left = _seconds_left(run)
     launch, replicas = _sized(run, seconds_left)
     parameters = {
@@ -38,10 +66,11 @@ def drain_elsewhere(run: Run, *, should_stop: StopSignal) -> Mapping[int, str]:
         "invocation": invocation,
         "endpoint_url": run.job.storage.endpoint_url,
         "budget_minutes": run.job.hardware.replica_minutes,
+        "failed_rows": failed_rows,
     }
 
     def job_variables(index: int) -> dict[str, Any]:
-        env = device_env(run, index % max(1, replicas)) if _is_process(run) else {}
+        env = device_env(run, index % replicas) if _is_process(run) else {}
         if not env:
             return launch.job_variables
         return {**launch.job_variables, "env": {**launch.job_variables.get("env", {}), **env}}
@@ -58,9 +87,9 @@ def drain_elsewhere(run: Run, *, should_stop: StopSignal) -> Mapping[int, str]:
         max_replicas=max(replicas, _max_replicas(run, launch.deployment)),
         max_attempts=run.job.shards.max_attempts,
         seconds_left=seconds_left,
-        poll_s=_poll_s(),
+        poll_s=float(os.environ.get("NIGHTJAR_WAVE_POLL_S", "10")),
     )
-    return drain_by_waves(run, fleet, invocation=invocation, limits=limits, should_stop=should_stop)
+    return fleet, limits
 
 
 def _sized(run: Run, seconds_left: float) -> tuple[ReplicaLaunch, int]:
@@ -114,7 +143,3 @@ def _max_replicas(run: Run, deployment: str) -> int:
 
 def _is_process(run: Run) -> bool:
     return run.job.hardware.provider == "process"
-
-
-def _poll_s() -> float:
-    return float(os.environ.get("NIGHTJAR_WAVE_POLL_S", "10"))

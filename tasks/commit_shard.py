@@ -101,7 +101,7 @@ class ShardCommitter:
         outcome = self._patiently(lambda: commit_attempt(self.store, record))
         if outcome.record.tombstone is not None:
             return CommitResult("lost", None)
-        self._patiently(lambda: reveal(self.store, outcome.record))
+        self._patiently(lambda: reveal(self.store, outcome.record, is_new=outcome.won))
         log.info(
             "shard=%05d attempt=%d %s rows=%d num_completion_tokens=%d",
             record.shard_id,

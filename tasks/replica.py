@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -90,6 +90,9 @@ class Replica:
     _reading: tuple[int, Future[None]] | None = None
     _committing: dict[int, Future[CommitResult]] = field(default_factory=dict)
     _outcomes: dict[int, ShardOutcome] = field(default_factory=dict)
+    _suspects: set[int] = field(default_factory=set)
+    """Shards that were in an engine when it broke: each runs alone from then on, so the one at fault shows."""
+
     _next_seq_id: int = 0
     _num_failed: int = 0
     _is_barred: bool = False
@@ -167,7 +170,8 @@ class Replica:
         self._poll_reading()
         self._poll_commits()
         if self._can_take_more():
-            self._claiming = self._threads.submit(self._claim)
+            # With others in hand, no suspect.
+            self._claiming = self._threads.submit(self._claim, set(self._suspects))
         backend = self._backend
         if backend is not None and backend.num_unfinished:
             self._step(backend)
@@ -177,15 +181,17 @@ class Replica:
     def _can_take_more(self) -> bool:
         if self._claiming or self._reading or len(self._works) >= _MAX_ACTIVE:
             return False
-        if self._is_barred or not self.claims.may_have_more:
+        if self._is_barred or self._suspects & self._works.keys():
+            return False
+        if not self.claims.may_have_more:
             return False
         if self._backend is None or not self._backend.num_unfinished:
             return True
         return self._backend.num_waiting <= self._backend.info.max_num_seqs
 
-    def _claim(self) -> Claim | None:
+    def _claim(self, without: Set[int] = frozenset()) -> Claim | None:
         self._is_barred = not self.may_claim()
-        return None if self._is_barred else self.claims.next()
+        return None if self._is_barred else self.claims.next(without)
 
     def _poll_claiming(self) -> bool:
         """Take up a claim that has come; False while none was asked for or it is on its way."""
@@ -334,7 +340,9 @@ class Replica:
 
     def _engine_failed(self, error: InferenceError) -> None:
         """Fail every shard in the engine; go on with a fresh one if that can help."""
-        for shard_id in {owner[0] for owner in self._owners.values()} & self._works.keys():
+        concerned = {owner[0] for owner in self._owners.values()} & self._works.keys()
+        self._suspects |= concerned
+        for shard_id in sorted(concerned):
             self._fail(shard_id, error)
         self._owners.clear()
         if self._backend is not None:
@@ -350,7 +358,9 @@ class Replica:
         if self._reading is None and not (self._backend and self._backend.num_unfinished):
             # Nothing else to do: the time of writing is this shard's, and nobody's who follows.
             started = time.monotonic()
-            with contextlib.suppress(OSError):  # the commit thread meets it again, and reports it
+            with contextlib.suppress(
+                OSError, StorageError
+            ):  # the commit thread meets it again, and reports it
                 work.write()
             self._meter.write_s += time.monotonic() - started
         before, after = self._mark, self._take_mark()

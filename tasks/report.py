@@ -6,19 +6,20 @@ Completions are shown unless the job says `output.private`; errors are shown by 
 from typing import Any
 
 from storage import keys
+from storage.commits import CommitCache
 from storage.object_store import ObjectStore
 from tasks.history import START_PHASES
 from tasks.report_facts import ReportFacts, finish_share, report_facts
 
 
-def write_report(store: ObjectStore) -> bytes:
-    """Draw the run's report, store it as `report.html` and return it.
+def write_report(store: ObjectStore, *, cache: CommitCache | None = None) -> bytes:
+    """Draw the run's report, store it as `report.html` and return it; `cache` has commits known already.
 
     Raises:
         BadInput: the folder is not a planned run's.
         StorageError: the run cannot be read, or the report not be written.
     """
-    page = render_report(report_facts(store)).encode()
+    page = render_report(report_facts(store, cache=cache)).encode()
     store.put(keys.REPORT, page)
     return page
 

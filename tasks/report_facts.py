@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from storage import records
-from storage.commits import current_commits
+from storage import keys, records
+from storage.commits import CommitCache, current_commits
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, digest
 from storage.object_store import ObjectStore
 from storage.reveal import read_manifest
@@ -69,8 +69,8 @@ class ReportFacts:
     roofline: dict[str, float | None]
 
 
-def report_facts(store: ObjectStore) -> ReportFacts:
-    """Collect them.
+def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> ReportFacts:
+    """Collect them; `cache` has commits known already.
 
     Raises:
         BadInput: the folder is not a planned run's.
@@ -79,7 +79,7 @@ def report_facts(store: ObjectStore) -> ReportFacts:
     from tasks.run import planned, read_record
 
     record, plan = read_record(store), planned(store)
-    commits = current_commits(store, digest(store.get("plan.json")))
+    commits = current_commits(store, digest(store.get(keys.PLAN)), cache=cache)
     ordered = sorted(commits.values(), key=lambda c: (c.committed_at, c.shard_id))
     receipts = [commit.receipt for commit in ordered]
     job = job_of(record)

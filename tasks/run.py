@@ -315,12 +315,20 @@ def _collector(run: Run, replica: Replica, progress: Progress, gpu: Any | None) 
     )
 
 
-def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:
-    """Reveal what is committed and publish when every shard is; None while shards are missing."""
+def finish(
+    store: ObjectStore, progress: Progress, *, cache: CommitCache | None = None
+) -> RunManifest | None:
+    """Reveal what is committed and publish when every shard is; None while shards are missing.
+
+    Args:
+        store: The run folder.
+        progress: Counters to keep.
+        cache: Commits known already; what is read is added.
+    """
     progress.phase = "publishing"
     plan = planned(store)
     plan_digest = digest(store.get(keys.PLAN))
-    commits = current_commits(store, plan_digest)
+    commits = current_commits(store, plan_digest, cache=cache)
     healed = reveal_all(store, commits)
     if healed:
         log.info("completions brought in line for %d shards", len(healed))
@@ -328,7 +336,7 @@ def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:
     manifest = publish_run(store, plan, plan_digest, commits)
     if manifest is not None and (before is None or before.revision != manifest.revision):
         remember_run(store, manifest, commits)
-        draw_report(store)
+        draw_report(store, cache)
     return manifest
 
 
@@ -345,12 +353,12 @@ def remember_run(
         log.warning("history not written: %s", error)
 
 
-def draw_report(store: ObjectStore) -> None:
+def draw_report(store: ObjectStore, cache: CommitCache | None = None) -> None:
     """Draw report.html; what goes wrong with it costs the report, never the run."""
     from tasks.report import write_report  # draws, and drawing is heavy
 
     try:
-        write_report(store)
+        write_report(store, cache=cache)
     except StorageError as error:
         log.warning("report not written: %s", error)
 

@@ -11,6 +11,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from inference.sampling import SamplingParams, draw_seed
 from inference.sequence import Completion, Sequence
 from storage import records
+from storage.local_errors import translate
 from storage.manifest import Shard
 from storage.shard_writer import PartWriter, WrittenPart
 from tasks.feed import PreparedBatch, PreparedRow
@@ -101,15 +103,11 @@ class ShardWork:
 
     def read(self, batches: Iterable[PreparedBatch]) -> None:
         """Take the shard's rows from the feed and spill their columns."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.base is not None:
             self._redo = set(self._failed_in_base(self.base))
-        with (
-            pa.OSFile(str(self._spill), "wb") as file,
-            pa.ipc.new_stream(file, self.input_schema) as spill,
-        ):
+        with self._spilling() as spill:
             for batch in batches:
-                spill.write_batch(batch.columns)
+                spill(batch.columns)
                 self._fed_s += batch.read_s + batch.tokenise_s
                 self.tokenise_s += batch.tokenise_s
                 for row in batch.rows:
@@ -118,6 +116,23 @@ class ShardWork:
             raise AssertionError(
                 f"shard {self.shard.shard_id}: read {len(self.rows)} rows, planned {self.shard.num_rows}"
             )
+
+    @contextmanager
+    def _spilling(self) -> Iterator[Callable[[Any], None]]:
+        """Yield what appends a batch to the local file; only its own faults are the disk's."""
+        with translate(self._spill):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = pa.OSFile(str(self._spill), "wb")
+        with file:
+            stream = pa.ipc.new_stream(file, self.input_schema)
+
+            def write(batch: Any) -> None:
+                with translate(self._spill, batch.nbytes):
+                    stream.write_batch(batch)
+
+            yield write
+            with translate(self._spill):
+                stream.close()
 
     def sequences(self, next_id: Callable[[SampleKey], int]) -> list[Sequence]:
         """Return what the engine must run, neighbours by shared prefix, longest first."""
@@ -177,7 +192,12 @@ class ShardWork:
         states: Counter[str] = Counter()
         tokens: Counter[str] = Counter()
         lengths: Counter[str] = Counter()
-        with PartWriter(path, self.columns.schema(self.input_schema)) as writer:
+        # The part holds what was spilled and the completions: so much, or little more.
+        num_bytes = self._spill.stat().st_size
+        with (
+            translate(path, num_bytes),
+            PartWriter(path, self.columns.schema(self.input_schema)) as writer,
+        ):
             for batch in self._output_batches():
                 writer.write(batch)
                 states.update(batch.column("state").to_pylist())

@@ -68,7 +68,7 @@ class RunStatus:
 
 
 def run_status(store: ObjectStore, *, cache: CommitCache | None = None) -> RunStatus:
-    """Read a run's state; `cache` saves reading commits again. Raises BadInput when the folder is not a run's."""
+    """Read a run's state; `cache` has commits known already. Raises BadInput when it is no run's folder."""
     record = read_record(store)
     plan = load_plan(store)
     if plan is None:

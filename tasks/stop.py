@@ -1,9 +1,9 @@
-"""Stopping: one signal asks, and whoever works looks; nothing is cut off between two durable steps."""
+"""Ending early: one signal asks, whoever works looks; nothing is cut off between two durable steps."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 
 class Stopped(Exception):
@@ -15,6 +15,12 @@ class Stoppable(Protocol):
 
     def is_set(self) -> bool:
         """Whether to stop now."""
+
+
+class Broken(Exception):
+    """A run that had begun could not go on; what is committed stays. The cause says why."""
+
+    retryable: ClassVar[bool] = True
 
 
 class StopSignal(threading.Event):

@@ -62,6 +62,9 @@ class Limits:
     """Until the deadline, when the waves begin."""
 
     poll_s: float = 10.0
+    pause_s: float = 2.0
+    """Before the second wave; doubles with each that commits nothing."""
+
     silent_s: float = _SILENT_S
     """Replicas that neither commit nor renew a lease for so long are taken for lost."""
 
@@ -105,6 +108,22 @@ def drain_by_waves(
         raise
 
 
+def one_wave(
+    run: Run, fleet: Fleet, *, count: int, invocation: str, poll_s: float, should_stop: StopSignal
+) -> None:
+    """Launch `count` replicas once and wait until none is left; raises as `drain_by_waves` does."""
+    try:
+        fleet.launch(0, count)
+        with should_stop.watched():
+            while fleet.num_live():
+                if should_stop.is_set() or is_cancelled(run.store, invocation):
+                    raise Stopped
+                _sleep(poll_s, should_stop)
+    except BaseException:
+        fleet.cancel()
+        raise
+
+
 def _turn(
     run: Run,
     fleet: Fleet,
@@ -131,7 +150,7 @@ def _turn(
     count = min(wanted - num_live, free - idle_live)
     if count <= 0 or time.monotonic() < seen.not_before:
         return None
-    if not _may_launch(seen, len(run.shards) - len(missing), num_live):
+    if not _may_launch(seen, limits, len(run.shards) - len(missing)):
         why = f"{MAX_IDLE_WAVES} waves of replicas committed nothing; see their flow runs"
         return None if num_live else {**dict.fromkeys(todo, why), **given_up}
     log.info(
@@ -206,14 +225,14 @@ def _num_live(run: Run, fleet: Fleet, limits: Limits, seen: _Progress) -> int:
     return 0
 
 
-def _may_launch(seen: _Progress, num_commits: int, num_live: int) -> bool:
+def _may_launch(seen: _Progress, limits: Limits, num_commits: int) -> bool:
     """Bound the waves that commit nothing, with a growing pause between them."""
     if num_commits > seen.commits_at_wave:
         seen.commits_at_wave, seen.idle_waves = num_commits, 0
     if seen.idle_waves >= MAX_IDLE_WAVES:
         return False
     seen.idle_waves += 1
-    seen.not_before = time.monotonic() + 2.0**seen.idle_waves
+    seen.not_before = time.monotonic() + limits.pause_s * 2 ** (seen.idle_waves - 1)
     return True
 
 

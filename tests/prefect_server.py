@@ -55,6 +55,7 @@ class PrefectLab:
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+            "NIGHTJAR_WAVE_POLL_S": "1",
             "DO_NOT_TRACK": "1",
             "PYTHONPATH": str(ROOT),
             "PYTHONWARNINGS": "ignore",
@@ -74,10 +75,18 @@ class PrefectLab:
         end(self.server, signal.SIGKILL)
         self.server = None
 
-    def start_worker(self, *, limit: int = 4) -> subprocess.Popen[bytes]:
+    def deploy(self, *options: str) -> dict[str, Any]:
+        """Run `nightjar deploy` for every provider; return what it says is there."""
+        providers = [f"--provider={kind}" for kind in ("process", "kubernetes", "ecs", "command")]
+        command = [sys.executable, "-m", "flows.cli", "deploy", "--json", *providers, *options]
+        done = self.call(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    def start_worker(self, pool: str = POOL, *, limit: int = 4) -> subprocess.Popen[bytes]:
         command = ["env", "--default-signal=INT", "prefect", "worker", "start"]
-        command += ["--pool", POOL, "--type", "process", "--limit", str(limit)]
-        worker = self._start(command, f"worker-{len(self.workers)}.log")
+        command += ["--pool", pool, "--type", "process", "--limit", str(limit)]
+        worker = self._start(command, f"worker-{pool}.log")
         self.workers.append(worker)
         return worker
 
@@ -183,11 +192,7 @@ def running_prefect(folder: Path) -> Iterator[PrefectLab]:
     (folder / "home").mkdir()
     try:
         lab.start_server()
-        made = lab.call("prefect", "work-pool", "create", POOL, "--type", "process")
-        assert made.returncode == 0, made.stdout + made.stderr
-        file = str(ROOT / "deployments" / "prefect.yaml")
-        deployed = lab.call("prefect", "deploy", "--prefect-file", file, "--all")
-        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+        lab.deploy()
         yield lab
     finally:
         lab.stop()
