@@ -74,8 +74,7 @@ def deploy(settings: Settings) -> dict[str, list[str]]:
         JobError: a cron text or a time zone is wrong, or a file is missing.
         ProvisionError: a notification block does not exist, or Prefect refuses a deployment.
     """
-    document = _prefect_file(settings)
-    _check_schedule(settings)
+    document = planned_deployments(settings)
     with get_client(sync_client=True) as client:
         pools = [_pool(client, name, kind, template) for name, kind, template in _pools(settings)]
         _deploy(document)
@@ -99,7 +98,9 @@ def default_folder() -> Path:
     )
 
 
-def _prefect_file(settings: Settings) -> dict[str, Any]:
+def planned_deployments(settings: Settings) -> dict[str, Any]:
+    """Return prefect.yaml as it will be deployed. Raises JobError as `deploy` does."""
+    _check_schedule(settings)
     path = settings.folder / "prefect.yaml"
     try:
         document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
