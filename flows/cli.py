@@ -31,9 +31,19 @@ def build_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "generate a completion for every row; run again to resume")
     run.add_argument("job", help="job file (YAML)")
     _add_overrides(run)
+    plan = _command(
+        commands, "plan", "say what a job would do, take and cost; no GPU, nothing written"
+    )
+    plan.add_argument("job", help="job file (YAML)")
+    plan.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
+    _add_overrides(plan)
     status = _command(commands, "status", "say how far a run is, from the store alone")
+    status.add_argument("--watch", action="store_true", help="go on until it is published")
+    status.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="with --watch")
     retry = _command(commands, "retry", "finish missing shards and redo failed rows in place")
     verify = _command(commands, "verify", "re-read everything stored and prove it whole")
+    report = _command(commands, "report", "draw a run's report as one page, report.html")
+    report.add_argument("--out", metavar="FILE", help="write it to this file too")
     drain = _command(commands, "drain", "join a planned run as one more replica")
     drain.add_argument("--invocation", help="name of the start this replica belongs to")
     drain.add_argument(
@@ -69,9 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     cancel = _command(commands, "cancel", "stop every replica of a run, wherever it runs")
     _add_submit(commands)
     _add_deploy(commands)
-    for command in (status, retry, verify, drain, cancel):
+    for command in (status, retry, verify, report, drain, cancel):
         command.add_argument("run", help=_RUN_HELP)
-    for command in (status, retry, verify, drain, cancel, gc, stage, tiers):
+    for command in (status, retry, verify, report, drain, cancel, gc, stage, tiers):
         command.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
     return parser
 

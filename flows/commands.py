@@ -25,20 +25,23 @@ from flows.cli import (
 )
 from flows.config import JobError, load_job
 from inference.errors import InferenceError
+from storage import keys
+from storage.commits import CommitCache
 from storage.errors import StorageError
 from storage.object_store import ObjectStore, StorageConfig, open_store
+from tasks.budget import BudgetSpent
 from tasks.deadline import next_time
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
 from tasks.scratch import scratch_folder
-from tasks.stop import Stopped, StopSignal
+from tasks.stop import Broken, Stopped, StopSignal
 
 _ORPHAN_GRACE_S = 60.0
 
 if TYPE_CHECKING:
     from tasks.orchestrate import Ended
 
-REFUSALS = (JobError, StorageError, InferenceError, ProvisionError)
+REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, BudgetSpent, Broken)
 STOPS = (Stopped, KeyboardInterrupt)
 
 
@@ -100,6 +103,19 @@ def run(args: argparse.Namespace) -> int:
     return _conclude(args, ended)
 
 
+def plan(args: argparse.Namespace) -> int:
+    """Say what a job would do; runs nothing and writes nothing into its output."""
+    from flows.preflight_text import preflight_lines
+    from tasks.preflight import preflight
+
+    job = load_job(args.job, overrides=args.overrides)
+    progress = Progress()
+    with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
+        found = preflight(job, work_dir=work_dir, progress=progress, hardware=args.hardware)
+    _print(args, found.as_document(), "\n".join(preflight_lines(found)))
+    return EXIT_OK
+
+
 def retry(args: argparse.Namespace) -> int:
     """Finish what is missing, redo failed rows in place, publish again."""
     from tasks.orchestrate import redo
@@ -144,12 +160,31 @@ def status(args: argparse.Namespace) -> int:
     """Say how far a run is; reads the store, never Prefect."""
     from tasks.status import run_status
 
-    found = run_status(_store(args))
+    store = _store(args)
+    if args.watch:
+        return _watch_status(args, store)
+    found = run_status(store)
     if args.json:
         print(json.dumps(found.as_document()))
     else:
         console.print_status(found)
     return EXIT_OK if found.is_published else EXIT_PARTIAL
+
+
+def _watch_status(args: argparse.Namespace, store: ObjectStore) -> int:
+    """One line (or JSON document) at a time, until the run is published or a signal comes."""
+    from tasks.status import run_status
+
+    cache: CommitCache = {}
+    with _signals():
+        while True:
+            found = run_status(store, cache=cache)
+            text = json.dumps(found.as_document()) if args.json else console.status_line(found)
+            print(text, flush=True)
+            if found.is_published:
+                return EXIT_OK
+            if _stop.wait(max(0.2, args.every)):
+                raise Stopped
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -178,6 +213,19 @@ def verify(args: argparse.Namespace) -> int:
     if found.violations:
         return EXIT_UNVERIFIED
     return EXIT_OK if found.is_whole else EXIT_PARTIAL
+
+
+def report(args: argparse.Namespace) -> int:
+    """Draw a run's report and store it beside the run; any run that is planned has one."""
+    from tasks.report import write_report
+
+    store = _store(args)
+    page = write_report(store)
+    if args.out is not None:
+        Path(args.out).write_bytes(page)
+    place = f"{store.uri}/{keys.REPORT}"
+    _print(args, {"run": store.uri, "report": place, "out": args.out}, f"report  {place}")
+    return EXIT_OK
 
 
 def gc(args: argparse.Namespace) -> int:
@@ -324,7 +372,10 @@ def refuse(args: argparse.Namespace, error: BaseException) -> int:
 
 
 def stopped(args: argparse.Namespace, stop: BaseException) -> int:
-    """Stopped by a signal: leases are released, what is committed stays."""
+    """Stopped by a signal or a cancellation: leases are released, what is committed stays."""
+    if isinstance(stop, Stopped) and not _stop.is_set():
+        print(f"nightjar {args.command}: cancelled; run the same again to go on", file=sys.stderr)
+        return EXIT_PARTIAL
     name = signal.Signals(_stop.signum).name
     print(
         f"nightjar {args.command}: stopped by {name}; run the same again to go on", file=sys.stderr
@@ -336,7 +387,7 @@ def _conclude(args: argparse.Namespace, ended: "Ended") -> int:
     from tasks.publish import num_failed
     from tasks.status import run_status
 
-    found = run_status(ended.store)
+    found = run_status(ended.store, cache=ended.commit_cache)
     if args.json:
         failed = {f"{shard_id:05d}": error for shard_id, error in ended.exhausted.items()}
         print(json.dumps({**found.as_document(), "failed_shards": failed}))

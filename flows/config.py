@@ -189,12 +189,17 @@ def _with_dates(job: RunConfig, now: datetime) -> RunConfig:
     def expand(uri: str) -> str:
         return _DATE.sub(lambda match: day.strftime(match[1] or "%Y-%m-%d"), uri)
 
+    before, found, _ = job.output.uri.partition("{date")
+    history = job.output.history
+    if history is None and found:
+        # Tomorrow's folder is another one: what is learnt tonight is kept above it.
+        history = f"{before.rpartition('/')[0] or '.'}/_history"
     uri = job.input.uri
     expanded = expand(uri) if isinstance(uri, str) else [expand(item) for item in uri]
     return dataclasses.replace(
         job,
         input=dataclasses.replace(job.input, uri=expanded),
-        output=dataclasses.replace(job.output, uri=expand(job.output.uri)),
+        output=dataclasses.replace(job.output, uri=expand(job.output.uri), history=history),
     )
 
 

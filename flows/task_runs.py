@@ -25,11 +25,11 @@ from tasks.orchestrate import Ended
 from tasks.progress import Progress
 from tasks.replica import Outcome, Replica, ShardOutcome
 from tasks.run import DrainReport, RunShard
-from tasks.stop import Stopped
+from tasks.stop import Broken, Stopped
 
 T = TypeVar("T")
 
-FAULTS = (JobError, StorageError, InferenceError, ProvisionError)
+FAULTS = (JobError, StorageError, InferenceError, ProvisionError, Broken)
 """What the user can put right; their messages hold no text of the rows."""
 
 _LINE_EVERY_S = 60.0

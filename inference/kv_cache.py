@@ -1,6 +1,6 @@
 """KVCache: keys and values of past tokens, all layers, in blocks.
 
-    K KV heads   H head dim   S tokens in one block
+K KV heads   H head dim   S tokens in one block
 """
 
 from dataclasses import dataclass

@@ -50,7 +50,9 @@ def measure_step(run: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def plan_cuda(shape: KVShape, *, step_bytes: int, max_blocks: int, device: torch.device) -> MemoryPlan:
+def plan_cuda(
+    shape: KVShape, *, step_bytes: int, max_blocks: int, device: torch.device
+) -> MemoryPlan:
     """Give the cache all that weights and steps leave of the device.
 
     Raises:

@@ -1,9 +1,9 @@
 """Models as the paged engine runs them: packed tokens in, hidden states out, attention over the paged cache.
 
-    PagedModel        any transformers class, unmodified: its attention is replaced through AttentionInterface
-    FusedModel        the Llama family's decoder layer written on our fused operations, with the same weights
+PagedModel        any transformers class, unmodified: its attention is replaced through AttentionInterface
+FusedModel        the Llama family's decoder layer written on our fused operations, with the same weights
 
-    T tokens   D hidden size   R rows   V vocabulary   N query heads   K KV heads   H head dim
+T tokens   D hidden size   R rows   V vocabulary   N query heads   K KV heads   H head dim
 """
 
 from types import ModuleType
@@ -32,6 +32,9 @@ class PagedModel:
         _refuse_what_is_unknown(self.config)
         self._model = model
         self._ops = ops
+        self.num_weight_bytes = sum(p.nbytes for p in model.parameters())
+        """Of the model as it was loaded."""
+
         self._cache: KVCache | None = None
         self._batch: Batch | None = None
         self._embedding: Tensor = model.get_input_embeddings().weight
@@ -43,6 +46,11 @@ class PagedModel:
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.nightjar_model = _Reference(self)
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether attention runs on Triton kernels, which take their work cut into pieces."""
+        return self._ops is not plain
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +111,9 @@ class PagedModel:
         """Return the logits [R,V] of hidden states."""
         return torch.nn.functional.linear(hidden_RD, self._head, self._head_bias)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
+    ) -> Tensor:
         """Store k and v [1,K,T,H] and attend with q [1,N,T,H]; return [1,T,N,H]."""
         assert self._cache is not None, "attach a cache first"
         assert self._batch is not None, "attention outside `hidden`"

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.batch import BatchLimits, Plan, Planner, Slots, buffer_size, cut, make_batch, views_of
+from inference.batch import BatchLimits, Plan, buffer_size, cut, make_batch, views_of
 from inference.graphs import GraphPool, padded
 from inference.model import PagedModel
+from inference.planner import Planner, Slots
 from inference.sampler import Sampled, SamplerRow, sample
-from inference.scheduler import Running, Step
 from inference.slot_params import SlotParams
+from inference.steps import Running, Step
 
 NUM_BUFFERS = 4
 """Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
@@ -81,7 +82,8 @@ class ModelRunner:
         self._last_token = torch.zeros(rows, dtype=torch.int32, device=self._device)
         size = buffer_size(limits)
         self._packed = torch.zeros(size, dtype=torch.int32, device=self._device)
-        self._host = deque(self._pinned(size) for _ in range(NUM_BUFFERS if self._is_cuda else 1))
+        host = [self._pinned(size) for _ in range(NUM_BUFFERS if self._is_cuda else 1)]
+        self._host = deque((packed, views_of(packed.numpy(), limits)) for packed in host)
         self._results = deque(self._pinned(rows) for _ in range(NUM_BUFFERS))
         self._result = torch.zeros(rows, dtype=torch.int32, device=self._device)
         self._views: dict[str, Tensor] = views_of(self._packed, limits)
@@ -98,9 +100,8 @@ class ModelRunner:
     def launch(self, step: Step) -> InFlight:
         """Start a step; on CUDA this returns before it has run, unless the host has to sample."""
         self._update_slots(step)
-        packed = self._host[0]
+        packed, parts = self._host[0]
         self._host.rotate(-1)
-        parts: dict[str, Any] = views_of(packed.numpy(), self._limits)
         plan = self._planner.fill(step, parts)
         num_tokens, num_rows = plan.num_tokens, plan.num_samples
         if self._graphs.is_on:
@@ -132,19 +133,19 @@ class ModelRunner:
         def body() -> None:
             self._hidden[:num_tokens] = self._model.hidden(batch, self._last_token)
 
-        self._graphs.run(("body", num_tokens, batch.is_mixed), body)
+        self._graphs.run(("body", num_tokens, batch.is_mixed, batch.has_cascade), body)
 
     def _logits(self, num_rows: int) -> Tensor:
         rows = self._views["sample_token"][:num_rows].long()
         return self._model.logits(self._hidden[rows])
 
     def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
-        from inference.kernels import fused  # Triton exists where CUDA does
+        from inference.kernels import device_sampler  # Triton exists where CUDA does
 
         has_draws, has_floors = self._params.has_draws, self._params.has_floors
 
         def head() -> None:
-            fused.sample(
+            device_sampler.sample(
                 self._logits(num_rows),
                 self._views["sample_slot"][:num_rows],
                 self._views["sample_position"][:num_rows],
@@ -160,7 +161,8 @@ class ModelRunner:
         result = self._results[0]
         self._results.rotate(-1)
         result[:num_rows].copy_(self._result[:num_rows], non_blocking=True)
-        event = torch.cuda.Event()
+        cuda: Any = torch.cuda
+        event = cuda.Event()
         event.record()
         return result, event
 
@@ -179,8 +181,8 @@ class ModelRunner:
             return
         self._packed.zero_()
         for num_tokens in sorted(sizes, reverse=True):
-            for num_tiles in (1, 0):
-                self._run_body(Plan(num_tokens, 0, 0, num_tiles, 0), num_tokens)
+            for num_tiles, has_cascade in ((1, True), (1, False), (0, False)):
+                self._run_body(Plan(num_tokens, 0, 0, num_tiles, has_cascade), num_tokens)
         for num_rows in sorted(row_sizes, reverse=True):
             self._sample_on_device(num_rows)
         torch.cuda.synchronize()
@@ -191,7 +193,7 @@ class ModelRunner:
         self._packed.zero_()
         limits = self._limits
         self._graphs.is_on, was_on = False, self._graphs.is_on
-        self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, 0), limits.max_num_tokens)
+        self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
         self._logits(limits.max_num_seqs)
         self._graphs.is_on = was_on
 
@@ -199,7 +201,8 @@ class ModelRunner:
         """Whether this step is sampled on the host, which must know all tokens before it."""
         if not self._is_cuda:
             return True
-        is_new_fast = all(self._params.is_fast(self._row_of(running)) for running in step.admitted)
-        admitted = set(map(id, step.admitted))
-        old = [running.slot for running in step.sampled if id(running) not in admitted]
-        return not (is_new_fast and self._params.are_fast(old))
+        if not all(self._params.is_fast(self._row_of(running)) for running in step.admitted):
+            return True
+        if not self._params.has_slow:
+            return False
+        return not self._params.are_fast([running.slot for running in step.sampled])

@@ -131,6 +131,12 @@ class PromptBuilder:
         token_ids = [encoding.ids for encoding in encoded]
         return [self._without_double_bos(ids) for ids in token_ids] if special else token_ids
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return what these tokens say to the model, special tokens spelt out."""
+        if self._backend is None:
+            return str(self._tokenizer.decode(list(token_ids)))
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=False))
+
     def encode_token(self, token: str) -> int | None:
         """Return the id of one token by its name; None when the tokenizer has no such token."""
         token_id = self._tokenizer.convert_tokens_to_ids(token)

@@ -22,6 +22,7 @@ from storage.clock import Clock, SystemClock, timestamp
 from storage.errors import AlreadyExists, CorruptObject, FingerprintMismatch, NotFound
 from storage.failpoints import failpoint
 from storage.manifest import CommitRecord, PartFile
+from storage.many import get_many
 from storage.object_store import ObjectStore
 
 CommitCache = dict[str, tuple[str, CommitRecord]]
@@ -148,38 +149,53 @@ def current_commits(
     return read_commits(store, plan_digest, cache=cache).current
 
 
-def current_commit(store: ObjectStore, shard_id: int, plan_digest: str) -> CommitRecord | None:
-    """Return the commit that counts for one shard: one listing and a read."""
+def newer_commit(store: ObjectStore, record: CommitRecord) -> CommitRecord | None:
+    """Return the commit that counts instead of this one, of a higher revision: most often one listing."""
     found = [
-        record
-        for record in all_commits(store, shard_id=shard_id)
-        if record.plan_digest == plan_digest and record.tombstone is None
+        later
+        for later in all_commits(store, shard_id=record.shard_id, above=record.revision)
+        if later.plan_digest == record.plan_digest and later.tombstone is None
     ]
-    return max(found, key=lambda record: record.revision, default=None)
+    return max(found, key=lambda later: later.revision, default=None)
 
 
 def all_commits(
-    store: ObjectStore, *, shard_id: int | None = None, cache: CommitCache | None = None
+    store: ObjectStore,
+    *,
+    shard_id: int | None = None,
+    above: int = 0,
+    cache: CommitCache | None = None,
 ) -> Iterator[CommitRecord]:
-    """Yield every commit, of all revisions and plans, tombstones too; of one shard on request."""
+    """Yield every commit, of all revisions and plans, tombstones too.
+
+    Args:
+        store: The run folder.
+        shard_id: Only this shard's.
+        above: Only revisions higher than this.
+        cache: Commits known already, which are not read again; what is read is added.
+    """
     prefix = keys.COMMITS if shard_id is None else f"{keys.COMMITS}{keys.shard_name(shard_id)}."
-    for info in store.list(prefix):
-        place = keys.parse_commit(info.key)
-        if place is None:
-            continue
-        known = None if cache is None else cache.get(info.key)
-        if known is not None and known[0] == info.etag:
-            yield known[1]
-            continue
-        record = CommitRecord.from_json(store.get(info.key), source=f"{store.uri}/{info.key}")
-        if (record.shard_id, record.revision) != place:
-            raise CorruptObject(
-                f"{store.uri}/{info.key}: says shard {record.shard_id} revision {record.revision}; "
-                "it was put there by something else"
-            )
-        if cache is not None:
-            cache[info.key] = (info.etag, record)
-        yield record
+    cache = {} if cache is None else cache
+    found = [
+        info
+        for info in store.list(prefix)
+        if (place := keys.parse_commit(info.key)) is not None and place.revision > above
+    ]
+    fresh = [info for info in found if cache.get(info.key, ("", None))[0] != info.etag]
+    for info, data in zip(fresh, get_many(store, [info.key for info in fresh]), strict=True):
+        if data is not None:  # else it was deleted after the listing
+            cache[info.key] = (info.etag, _parse(store, info.key, data))
+    yield from (cache[info.key][1] for info in found if info.key in cache)
+
+
+def _parse(store: ObjectStore, key: str, data: bytes) -> CommitRecord:
+    record = CommitRecord.from_json(data, source=f"{store.uri}/{key}")
+    if (record.shard_id, record.revision) != keys.parse_commit(key):
+        raise CorruptObject(
+            f"{store.uri}/{key}: says shard {record.shard_id} revision {record.revision}; "
+            "it was put there by something else"
+        )
+    return record
 
 
 def _create(store: ObjectStore, key: str, record: CommitRecord) -> CommitRecord:

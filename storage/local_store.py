@@ -117,7 +117,7 @@ class LocalStore:
         require()
         return self._put(key, len(data), lambda file: write(file, data), require)
 
-    def copy(self, source: str, target: str) -> ObjectInfo:
+    def copy(self, source: str, target: str, *, size: int | None = None) -> ObjectInfo:
         with self._open(source) as (file, info):
             return self._put(target, info.size, lambda out: shutil.copyfileobj(file, out, 1 << 20))
 

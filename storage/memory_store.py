@@ -108,7 +108,7 @@ class MemoryStore:
             self._require(key, etag)
             return self.put(key, data)
 
-    def copy(self, source: str, target: str) -> ObjectInfo:
+    def copy(self, source: str, target: str, *, size: int | None = None) -> ObjectInfo:
         with self._bucket.lock:
             return self.put(target, self._object(source).data)
 

@@ -84,8 +84,14 @@ class ObjectStore(Protocol):
     def put_if_match(self, key: str, data: bytes, etag: str) -> ObjectInfo:
         """Replace the object if it is still the one with `etag`. Raises PreconditionFailed, NotFound."""
 
-    def copy(self, source: str, target: str) -> ObjectInfo:
-        """Copy within the store, without moving bytes through this process where the store can."""
+    def copy(self, source: str, target: str, *, size: int | None = None) -> ObjectInfo:
+        """Copy within the store, without moving bytes through this process where the store can.
+
+        Args:
+            source: Key to copy from.
+            target: Key to replace or create.
+            size: The source's bytes, where the caller knows; saves a request.
+        """
 
     def delete(self, key: str) -> None:
         """Remove the object; removing what is not there is no fault."""

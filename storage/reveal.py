@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from storage import keys
-from storage.commits import current_commit
+from storage.commits import newer_commit
 from storage.errors import AlreadyExists, CorruptObject, NotFound
 from storage.failpoints import failpoint
 from storage.manifest import CommitRecord, Json, RunManifest, digest, to_json
+from storage.many import get_many
 from storage.object_store import ObjectInfo, ObjectStore
 
 
@@ -28,11 +29,16 @@ class PublishOutcome:
     """The one that stands under this revision."""
 
 
-def reveal(store: ObjectStore, record: CommitRecord) -> CommitRecord:
+def reveal(store: ObjectStore, record: CommitRecord, *, is_new: bool = False) -> CommitRecord:
     """Put the committed part under `completions/` and return the commit whose part is there now.
 
     Idempotent; whoever finds a commit may do it. After the copy it looks once more for a higher revision
     and copies that one, so a slow copier cannot leave an old part standing.
+
+    Args:
+        store: The run folder.
+        record: The commit.
+        is_new: It was made just now, so there is no need to look whether it is revealed.
 
     Raises:
         CorruptObject: the copy does not have the promised size.
@@ -40,21 +46,23 @@ def reveal(store: ObjectStore, record: CommitRecord) -> CommitRecord:
     if record.tombstone is not None:
         raise ValueError(f"shard {record.shard_id}: a tombstone has nothing to reveal")
     while True:
-        if not _is_revealed(store, record, _head(store, keys.completions(record.shard_id))):
+        if is_new or not _is_there(store, record):
             _copy(store, record)
-        newest = current_commit(store, record.shard_id, record.plan_digest)
-        if newest is None or newest.revision <= record.revision:
+        newer = newer_commit(store, record)
+        if newer is None:
             return record
-        record = newest
+        record, is_new = newer, False
 
 
 def unrevealed(store: ObjectStore, records: Iterable[CommitRecord]) -> list[CommitRecord]:
     """Return the commits whose part is not, or no longer, under `completions/`."""
+    wanted = list(records)
     seen = {info.key: info for info in store.list(keys.COMPLETIONS)}
+    marks = get_many(store, (keys.metrics(record.shard_id) for record in wanted))
     return [
         record
-        for record in records
-        if not _is_revealed(store, record, seen.get(keys.completions(record.shard_id)))
+        for record, mark in zip(wanted, marks, strict=True)
+        if not _is_revealed(record, seen.get(keys.completions(record.shard_id)), mark)
     ]
 
 
@@ -105,7 +113,7 @@ def _copy(store: ObjectStore, record: CommitRecord) -> None:
     target = keys.completions(record.shard_id)
     failpoint("before_reveal")
     try:
-        copied = store.copy(record.part.key, target)
+        copied = store.copy(record.part.key, target, size=record.part.size)
     except NotFound as error:
         raise CorruptObject(
             f"{store.uri}/{record.part.key}: a commit names it, but it is gone; redo shard "
@@ -125,21 +133,22 @@ def _copy(store: ObjectStore, record: CommitRecord) -> None:
     failpoint("after_reveal")
 
 
-def _is_revealed(store: ObjectStore, record: CommitRecord, found: ObjectInfo | None) -> bool:
-    if found is None or found.size != record.part.size:
-        return False
+def _is_there(store: ObjectStore, record: CommitRecord) -> bool:
     try:
-        mark = json.loads(store.get(keys.metrics(record.shard_id)))["revealed"]
-        return bool(mark["nonce"] == record.nonce and mark["etag"] == found.etag)
-    except (NotFound, ValueError, KeyError, TypeError):
-        return False
-
-
-def _head(store: ObjectStore, key: str) -> ObjectInfo | None:
-    try:
-        return store.head(key)
+        found = store.head(keys.completions(record.shard_id))
+        return _is_revealed(record, found, store.get(keys.metrics(record.shard_id)))
     except NotFound:
-        return None
+        return False
+
+
+def _is_revealed(record: CommitRecord, found: ObjectInfo | None, metrics: bytes | None) -> bool:
+    if found is None or metrics is None or found.size != record.part.size:
+        return False
+    try:
+        mark = json.loads(metrics)["revealed"]
+        return bool(mark["nonce"] == record.nonce and mark["etag"] == found.etag)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _require_whole(store: ObjectStore, manifest: RunManifest) -> None:

@@ -113,8 +113,8 @@ class S3Store:
         return self._written(key, len(data), reply)
 
     def upload(self, path: Path, key: str) -> ObjectInfo:
-        self._transfer.upload(path, self._name(key))
-        return self.head(key)
+        done = self._transfer.upload(path, self._name(key))
+        return self.head(key) if done is None else self._written(key, done.size, done.reply)
 
     def put_if_absent(self, key: str, data: bytes) -> ObjectInfo:
         name = self._name(key)
@@ -162,8 +162,9 @@ class S3Store:
 
         return self._call(f"PUT {self.uri}/{key}", request)
 
-    def copy(self, source: str, target: str) -> ObjectInfo:
-        self._transfer.copy(self._name(source), self._name(target), self.head(source).size)
+    def copy(self, source: str, target: str, *, size: int | None = None) -> ObjectInfo:
+        num_bytes = self.head(source).size if size is None else size
+        self._transfer.copy(self._name(source), self._name(target), num_bytes)
         return self.head(target)
 
     def delete(self, key: str) -> None:

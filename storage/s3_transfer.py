@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from awscrt.checksums import combine_crc64nvme, crc64nvme
 from botocore.exceptions import BotoCoreError, ClientError
@@ -46,6 +46,13 @@ def full_checksum(reply: Any) -> str | None:
 
 def _spell(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(8, "big")).decode()
+
+
+class Uploaded(NamedTuple):
+    """An object just written, and the reply to it."""
+
+    size: int  # bytes
+    reply: Any
 
 
 class S3Transfer:
@@ -109,14 +116,18 @@ class S3Transfer:
         finally:
             hidden.unlink(missing_ok=True)
 
-    def upload(self, path: Path, name: str) -> None:
-        """Write the file as an object; a failed request is repeated with its whole body."""
+    def upload(self, path: Path, name: str) -> Uploaded | None:
+        """Write the file as an object; a failed request is repeated with its whole body.
+
+        Returns:
+            What the store said of an object that went up in one piece.
+        """
         with translate(path):
             size = path.stat().st_size
             if size <= self.put_limit_bytes:
                 data = path.read_bytes()
-                self._call(f"PUT s3://{self._bucket}/{name}", lambda: self.put(name, data))
-                return
+                what = f"PUT s3://{self._bucket}/{name}"
+                return Uploaded(size, self._call(what, lambda: self.put(name, data)))
         part_bytes = max(self.chunk_bytes, math.ceil(size / _MAX_PARTS))
         crcs: dict[int, tuple[int, int]] = {}
 
@@ -138,6 +149,7 @@ class S3Transfer:
         if sum(length for _, length in crcs.values()) != size:
             raise StorageError(f"{path}: changed while it was uploaded; upload it again")
         self._check(name, size, _combine(crcs[number] for number in sorted(crcs)))
+        return None
 
     def copy(self, source: str, target: str, size: int) -> None:
         """Copy within the bucket; no byte passes through this process."""

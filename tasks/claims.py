@@ -10,7 +10,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -90,10 +90,13 @@ class Claims:
         """Shards neither committed, held here, nor given up."""
         return len(self._pending)
 
-    def next(self) -> Claim | None:
+    def next(self, without: Set[int] = frozenset()) -> Claim | None:
         """Claim the next free shard; None when none can be had now. Raises StorageError.
 
         After None the store is left in peace for a moment, however often this is called.
+
+        Args:
+            without: Shards not wanted now.
         """
         if not self.may_have_more:
             return None
@@ -105,7 +108,7 @@ class Claims:
             self._pending.clear()
         if self._others_seen:
             self._drop_committed()
-        for shard in list(self._pending.values()):
+        for shard in [s for s in self._pending.values() if s.shard_id not in without]:
             claim = self._try(shard)
             if claim is not None:
                 return claim

@@ -24,8 +24,9 @@ from storage.object_store import ObjectStore
 from storage.reveal import reveal
 from storage.shard_writer import WrittenPart, file_digest
 from tasks.claims import Claim
-from tasks.receipt import EngineMark, shard_receipt
-from tasks.shard_work import ShardWork
+from tasks.receipt import Mark, ShardFacts, shard_receipt
+from tasks.shard_work import ShardWork, Written
+from tasks.yardstick import Yardstick
 
 log = logging.getLogger("nightjar.commit")
 
@@ -49,6 +50,11 @@ class ShardCommitter:
     holder: str
     stage_s: float = 0.0
     stopping: threading.Event
+    measure: Callable[[BackendInfo], Yardstick] = lambda info: Yardstick()
+    """What a receipt is measured by, once the engine is there."""
+
+    device: Callable[[], dict[str, float] | None] = lambda: None
+    """What the driver said of the GPU since the last call."""
 
     def fetch_base(self, claim: Claim, folder: Path) -> Path | None:
         """Download the part a retry starts from; None for a first attempt.
@@ -71,28 +77,22 @@ class ShardCommitter:
         work: ShardWork,
         claim: Claim,
         backend: Backend | None,
-        before: EngineMark | None,
-        after: EngineMark | None,
+        before: Mark,
+        after: Mark,
     ) -> CommitResult:
         """Write, upload and commit one attempt. Raises StorageError when the store stays away."""
-        started = time.monotonic()
-        part, states, tokens = work.write()
+        written = work.write()
+        part, states, tokens = written.part, written.states, written.tokens
         if claim.base is not None and not work.num_improved:
             return CommitResult("unchanged", None)
         info = backend.info if backend else _NO_ENGINE
-        mark = EngineMark.take(EngineStats(), at=work.started_at, starved_s=0.0)
-        idle = EngineMark.take(EngineStats(), at=time.monotonic(), starved_s=0.0)
         receipt = shard_receipt(
             info=info,
             stats=backend.stats if backend else EngineStats(),
-            before=before or mark,
-            after=after or idle,
-            states=states,
-            tokens=tokens,
-            read_s=work.read_s,
-            write_s=time.monotonic() - started,
-            stage_s=self.stage_s,
-            host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            before=before,
+            after=after,
+            facts=_facts(work, written, self.device()),
+            yardstick=self.measure(info),
         )
         key = keys.attempt(work.shard.shard_id, work.attempt, PART)
         self._patiently(lambda: self.store.upload(part.path, key))
@@ -101,7 +101,7 @@ class ShardCommitter:
         outcome = self._patiently(lambda: commit_attempt(self.store, record))
         if outcome.record.tombstone is not None:
             return CommitResult("lost", None)
-        self._patiently(lambda: reveal(self.store, outcome.record))
+        self._patiently(lambda: reveal(self.store, outcome.record, is_new=outcome.won))
         log.info(
             "shard=%05d attempt=%d %s rows=%d num_completion_tokens=%d",
             record.shard_id,
@@ -133,7 +133,7 @@ class ShardCommitter:
             counts=counts,
             receipt=receipt,
             holder=self.holder,
-            committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            committed_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
 
     def _patiently(self, effect: Callable[[], T]) -> T:
@@ -150,6 +150,20 @@ class ShardCommitter:
             if self.stopping.wait(pause_s):
                 return effect()
             pause_s = min(30.0, pause_s * 2)
+
+
+def _facts(work: ShardWork, written: Written, device: dict[str, float] | None) -> ShardFacts:
+    return ShardFacts(
+        states=written.states,
+        tokens=written.tokens,
+        lengths=written.lengths,
+        num_repetitive=work.num_repetitive,
+        read_s=work.read_s,
+        tokenise_s=work.tokenise_s,
+        write_s=work.write_s,
+        device=device,
+        host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
 
 
 _NO_ENGINE = BackendInfo(

@@ -1,7 +1,7 @@
-"""`06:00 Europe/Berlin` -> the next such moment."""
+"""A moment as people write it: `06:00 Europe/Berlin`, or an ISO date and time."""
 
 import re
-from datetime import datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from storage.errors import BadInput
@@ -38,3 +38,21 @@ def next_time(text: str, *, timezone: str, now: datetime) -> datetime:
         if moment > now:
             return moment
     raise AssertionError(f"no {text} within two days of {now}")
+
+
+def deadline_at(text: str, *, start: datetime, timezone: str = "UTC") -> datetime:
+    """Return a deadline's moment in UTC: the next `HH:MM` after `start`, or the ISO date and time given.
+
+    Args:
+        text: `HH:MM`, with a time zone's name if it is not the job's; or an ISO date and time.
+        start: When the run begins, with a time zone.
+        timezone: The job's, for text that names none.
+
+    Raises:
+        BadInput: neither form, or an unknown time zone.
+    """
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        return next_time(text, timezone=timezone, now=start).astimezone(UTC)
+    return moment.replace(tzinfo=moment.tzinfo or ZoneInfo(timezone)).astimezone(UTC)

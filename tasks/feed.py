@@ -4,8 +4,10 @@ Everything hostile (files, templates, prompts) is handled in a child process wit
 only receives token ids and Arrow batches.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -13,6 +15,7 @@ from storage.input_schema import decode_schema
 from storage.inputs import InputFiles
 from storage.manifest import InputFile, PlanManifest
 from storage.object_store import ObjectStore
+from tasks.ahead import ahead
 from tasks.converted_inputs import fetch_converted
 from tasks.feed_batches import PreparedBatch, PreparedRow, error_batch, from_rows
 from tasks.feed_process import FeedProcess
@@ -91,14 +94,43 @@ class PromptFeed:
             raise ValueError(
                 f"rows [{row_start}, {row_end}) are not in the plan's {plan.num_rows} rows"
             )
-        for file in plan.inputs:
+        wanted = (
+            file
+            for file in plan.inputs
+            if max(row_start, file.row_start) < min(row_end, file.row_start + file.num_rows)
+        )
+        for file, path in ahead(wanted, self._path):
             first = max(row_start, file.row_start)
             end = min(row_end, file.row_start + file.num_rows)
-            if first < end:
-                yield from self._read_file(plan, file, first, end)
+            yield from self._read_file(plan, file, path, first, end)
+
+    def show(self, plan: PlanManifest, *, num_samples: int, num_rows: int) -> dict[str, Any]:
+        """Return the first rows and the first prompt, for the eye.
+
+        `schema` lists the copied-through columns; `samples` the first rows as clipped text; `prompt`
+        is what the model is given for `row`, or null when none of the first `num_rows` can run.
+        Raises as `read` does.
+        """
+        schema = [{"name": f.name, "type": str(f.type)} for f in input_schema(plan)]
+        shown: dict[str, Any] = {"schema": schema, "samples": [], "prompt": None, "row": None}
+        for file in plan.inputs:
+            if file.error is not None or not file.num_rows:
+                continue
+            path = self._path(file)
+            self._process.load(PromptColumns.from_json(plan.prompt_columns, self._job.input.prompt))
+            request = {"op": "show", "path": str(path), "name": file.uri, "first": file.row_start}
+            limits = {"num_samples": num_samples, "num_rows": num_rows}
+            told = self._process.ask_file({**request, **limits, "schema": plan.input_schema})
+            return shown | {name: told[name] for name in ("samples", "prompt", "row")}
+        return shown
 
     def _read_file(
-        self, plan: PlanManifest, file: InputFile, first: int, end: int
+        self,
+        plan: PlanManifest,
+        file: InputFile,
+        fetch: Callable[[], Path],
+        first: int,
+        end: int,
     ) -> Iterator[PreparedBatch]:
         if file.error is not None:
             schema = input_schema(plan)
@@ -106,7 +138,7 @@ class PromptFeed:
                 count = min(_ERROR_ROWS, end - row)
                 yield error_batch(row, count, schema, self._run_sampling, file.error)
             return
-        path = self._path(file)
+        path = fetch()
         self._process.load(PromptColumns.from_json(plan.prompt_columns, self._job.input.prompt))
         request = {
             "op": "prepare",
@@ -119,10 +151,14 @@ class PromptFeed:
             "mode": "rows",
         }
         for frame in self._process.prepare(request):
-            yield from_rows(frame.payload, frame.header["row_start"], self._run_sampling)
+            batch = from_rows(frame.payload, frame.header["row_start"], self._run_sampling)
+            took = {name: frame.header[name] for name in ("read_s", "tokenise_s")}
+            yield dataclasses.replace(batch, **took)
 
     def _path(self, file: InputFile) -> Path:
         """Return the Parquet file to read, after checking once that the input is the planned one."""
+        if file.error is not None:
+            return Path(file.uri)  # nothing of it is read
         if file.uri not in self._paths:
             if file.read_key is None:
                 self._paths[file.uri] = self._files.fetch(file.uri, file.etag)

@@ -71,6 +71,11 @@ class PreparedBatch:
     row_start: int
     columns: pa.RecordBatch
     rows: list[PreparedRow]
+    read_s: float = 0.0
+    """Seconds the child took to read it."""
+
+    tokenise_s: float = 0.0
+    """Seconds the child took to render and tokenise it."""
 
 
 class Counter:

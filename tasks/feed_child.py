@@ -13,6 +13,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from tasks.frames import IDLE, READING, Recorder, read_frame, write_frame
 from tasks.prepare import RowPreparer, cells
 from tasks.prompt_columns import PromptColumns
 
+_SHOWN_CHARS = 300
 _LOAD_BYTES = 2 << 30
 """Address space that importing transformers and loading a tokenizer may take."""
 
@@ -77,6 +79,7 @@ class Child:
         limit_memory(self._spec.memory_bytes)
         self._sources = {new: old for old, new in self._job.output.rename.items()}
         self._has_id = chosen.id is not None
+        self._builder = builder
         self._preparer = RowPreparer(
             chosen,
             builder,
@@ -102,6 +105,34 @@ class Child:
         (batch,) = file.batches(row, row + 1, [column, LINE])
         (value,), (line,) = cells(batch.records, column), cells(batch.records, LINE)
         self._reply({"kind": "located", "value": str(value), "line": line})
+        file.close()
+
+    def do_show(
+        self, path: str, name: str, first: int, num_samples: int, num_rows: int, schema: str
+    ) -> None:
+        """Send the first rows as clipped text, and the first prompt among `num_rows` as the model sees it."""
+        self._recorder.write(READING, first)
+        file = ParquetInput(Path(path), name=name)
+        output = decode_schema(schema)
+        samples: list[dict[str, str]] = []
+        found: dict[str, Any] = {"prompt": None, "row": None}
+        for batch in file.batches(0, min(num_rows, file.num_rows)):
+            records, bad_text = repair_text(batch.records)
+            start = first + batch.row_start
+            rows = self._preparer.prepare(
+                records, bad_text, row_start=start, poison={}, careful=True
+            )
+            columns = conform(records, output, self._sources, name=name)
+            wanted = columns.slice(0, max(0, num_samples - len(samples)))
+            values = {column: cells(wanted, column) for column in wanted.schema.names}
+            for index in range(wanted.num_rows):
+                samples.append({column: _clipped(cell[index]) for column, cell in values.items()})
+            runnable = next((row for row in rows if row.state is None), None)
+            if runnable is not None:
+                text = self._builder.decode(runnable.token_ids)
+                found = {"prompt": text, "row": runnable.index}
+                break
+        self._reply({"kind": "shown", "samples": samples, **found})
         file.close()
 
     def do_convert(
@@ -139,18 +170,23 @@ class Child:
         output = decode_schema(schema)
         self._recorder.write(READING, row_start)
         file = ParquetInput(Path(path), name=name)
+        started = time.perf_counter()
         for batch in file.batches(row_start - first, row_end - first):
             records, bad_text = repair_text(batch.records)
             start = first + batch.row_start
+            has_read = time.perf_counter()
             rows = self._preparer.prepare(
                 records, bad_text, row_start=start, poison=known, careful=start < careful_until
             )
+            prepared = time.perf_counter()
             header = {
                 "kind": "batch",
                 "row_start": start,
                 "num_rows": len(rows),
                 "num_hard": sum(row.is_hard for row in rows),
                 "num_replaced": sum(map(len, bad_text.values())),
+                "read_s": has_read - started,
+                "tokenise_s": prepared - has_read,
             }
             if mode == "count":
                 conform(records, output, self._sources, name=name)
@@ -159,7 +195,18 @@ class Child:
                 payload = to_rows(rows, conform(records, output, self._sources, name=name))
             self._reply(header, payload)
             self._recorder.write(READING, start + len(rows))
+            started = time.perf_counter()
         file.close()
+
+
+def _clipped(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    text = text.encode("utf-8", "replace").decode()
+    return (
+        text
+        if len(text) <= _SHOWN_CHARS
+        else f"{text[:_SHOWN_CHARS]}... ({len(text):,} characters)"
+    )
 
 
 @contextmanager

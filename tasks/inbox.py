@@ -32,7 +32,7 @@ from storage.object_store import ObjectInfo, ObjectStore, StorageConfig, open_st
 from storage.reveal import read_manifest
 from tasks.deadline import next_time
 from tasks.job import RunConfig
-from tasks.preflight import Letter, preflight
+from tasks.letter import Letter, letter_for
 
 log = logging.getLogger("nightjar.inbox")
 
@@ -210,7 +210,7 @@ def _letter(
         starts = None if after is None else next_time(after, timezone=job.timezone, now=now)
     except (ValueError, BadInput) as error:
         return dataclasses.replace(refused, reason=f"{drop.name}{SIDECAR}: {error}"), None
-    letter = preflight(job, file=drop.name, etag=drop.etag, work_dir=work_dir)
+    letter = letter_for(job, file=drop.name, etag=drop.etag, work_dir=work_dir)
     if not letter.is_accepted:
         return letter, None
     final = jobs.job(

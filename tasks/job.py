@@ -6,10 +6,11 @@ module composes them. `flows.config` turns a job file into a `RunConfig`.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_type_hints
 
 from inference.config import Auto, Backend, Dtype, Quantization
 from inference.sampling import SamplingParams
+from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
 from tasks.provision import Placement
 
@@ -96,6 +97,12 @@ class OutputConfig:
     """Input column -> name in the output, for names that clash with result columns."""
 
     token_ids: bool = False
+    private: bool = False
+    """Keep prompts and completions out of reports and letters; counts and lengths stay."""
+
+    history: str | None = None
+    """Where lengths and speeds of earlier runs are kept, for forecasts; default: `_history/` beside
+    the results, above any `{date}` part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,12 +148,49 @@ class HardwareConfig:
     stage_to: str = "auto"
     """auto, none (read weights in place), or a folder."""
 
+    price_per_hour: float | None = None
+    """US dollars for one GPU (or one replica without one) and hour; default: the hardware file's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetConfig:
     """What a run may cost."""
 
     usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryConfig:
+    """A sample that is run, and judged, before the rest; its answers are kept."""
+
+    rows: int = 64
+    """Rows of the sample; 0: none. Runs of fewer than ten times as many rows have none."""
+
+    max_error_rate: float | None = 0.1
+    """Most sequences the engine may fail on, as a share; null: any."""
+
+    max_truncated_rate: float | None = None
+    """Most sequences that may reach max_tokens, as a share."""
+
+    max_repetitive_rate: float | None = 0.5
+    """Most sequences that may end in circles, as a share."""
+
+    max_length_factor: float | None = 4.0
+    """How many times longer or shorter than in the last good run completions may be on average."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """Where replicas show what they do; off unless asked for."""
+
+    port: int | None = None
+    """Prometheus scrapes here; replicas of one machine take the next free ports."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; nothing is asked of whoever connects."""
+
+    textfile_dir: str | None = None
+    """Folder of node_exporter's textfile collector."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,3 +222,22 @@ class RunConfig:
     """When the run should be published: `06:00 Europe/Berlin`; without a zone, in the job's."""
 
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
+
+
+def job_of(record: RunRecord) -> RunConfig:
+    """Rebuild the job a run was made of. Fields of later versions take their defaults."""
+    return cast(RunConfig, _built(RunConfig, record.job))
+
+
+def _built(cls: Any, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(cls)
+    kwargs = {
+        f.name: _built(hints[f.name], values[f.name])
+        if dataclasses.is_dataclass(hints[f.name])
+        else values[f.name]
+        for f in dataclasses.fields(cls)
+        if f.name in values
+    }
+    return cls(**kwargs)

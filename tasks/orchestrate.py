@@ -4,10 +4,14 @@ The command line and the Prefect flow call `generate` alike; what differs is han
 shown (`Step`) and who drains the shards (`Drainer`).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from inference.errors import InferenceError
+from storage.commits import CommitCache
+from storage.errors import StorageError
 from storage.manifest import RunManifest
 from storage.object_store import ObjectStore
 from tasks.cancel import exempt
@@ -29,7 +33,9 @@ from tasks.run import (
 )
 from tasks.scratch import scratch_folder
 from tasks.status import run_status
-from tasks.stop import StopSignal
+from tasks.stop import Broken, StopSignal
+from tasks.try_canary import try_canary
+from tasks.watch import watching
 
 T = TypeVar("T")
 
@@ -42,6 +48,28 @@ class Step(Protocol):
 
     def __call__(self, name: str, work: Callable[[], T], /) -> T:
         """Return what `work` returns, or raise what it raises."""
+
+
+@contextmanager
+def _breakable(run: Run) -> Iterator[None]:
+    """Tell a run that broke with something to show from one that never began.
+
+    Raises:
+        Broken: something is committed; running again goes on from there.
+    """
+    try:
+        yield
+    except (StorageError, InferenceError) as error:
+        if _has_results(run):
+            raise Broken(str(error)) from error
+        raise
+
+
+def _has_results(run: Run) -> bool:
+    try:
+        return bool(run.commits())
+    except StorageError:
+        return True  # the store is what broke; nothing is known to be wrong with the job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +87,9 @@ class Ended:
     is_cancelled: bool = False
     """Somebody cancelled this start."""
 
+    commit_cache: CommitCache = field(default_factory=dict, repr=False)
+    """What was read of the store already."""
+
     @property
     def is_within_limit(self) -> bool:
         """Whether no more rows failed than `max_failed_rows` allows; true while unpublished."""
@@ -68,7 +99,7 @@ class Ended:
     def sentence(self) -> str:
         """One line without any text of the rows."""
         if self.manifest is None:
-            found = run_status(self.store)
+            found = run_status(self.store, cache=self.commit_cache)
             missing = found.num_shards - found.num_committed
             first = next(iter(sorted(self.exhausted.items())), None)
             why = f" (shard {first[0]:05d}: {first[1]})" if first else ""
@@ -110,22 +141,31 @@ def generate(
 
     Raises:
         StorageError, InferenceError: before any shard, what is wrong and what to change.
+        Broken: the same, with some shards committed.
         Stopped: `should_stop` was set.
     """
     with scratch_folder() as work_dir:
         run = step("plan", lambda: prepare(job, work_dir=work_dir, progress=progress))
         try:
-            progress.phase = "looking for what is committed"
-            reveal_all(run.store, run.commits())
-            report = DrainReport()
-            if drainer is not None:
-                report.exhausted = dict(drainer(run))
-            else:
-                report = run_replicas(
-                    run, progress=progress, should_stop=should_stop, run_shard=run_shard
+            with _breakable(run):
+                progress.phase = "looking for what is committed"
+                reveal_all(run.store, run.commits())
+                if drainer is None:
+                    try_canary(run, progress=progress)
+                report = DrainReport()
+                with watching(run.store, progress):
+                    if drainer is not None:
+                        report.exhausted = dict(drainer(run))
+                    else:
+                        report = run_replicas(
+                            run, progress=progress, should_stop=should_stop, run_shard=run_shard
+                        )
+                manifest = step(
+                    "publish", lambda: finish(run.store, progress, cache=run.commit_cache)
                 )
-            manifest = step("publish", lambda: finish(run.store, progress))
         finally:
+            if (unused := run.take_backend()) is not None:
+                unused.close()
             run.model.close()
     return _ended(run, report, manifest)
 
@@ -147,21 +187,22 @@ def redo(
     with scratch_folder() as work_dir:
         run = attach(job, read_record(store), store, work_dir=work_dir, progress=progress)
         try:
-            report = DrainReport()
-            if drainer is not None:
-                report.exhausted = dict(drainer(run))
-            else:
-                invocation = new_invocation()
-                exempt(store, invocation)
-                report = drain(
-                    run,
-                    invocation=invocation,
-                    progress=progress,
-                    should_stop=should_stop,
-                    run_shard=run_shard,
-                    failed_rows=True,
-                )
-            manifest = step("publish", lambda: finish(store, progress))
+            with _breakable(run):
+                report = DrainReport()
+                if drainer is not None:
+                    report.exhausted = dict(drainer(run))
+                else:
+                    invocation = new_invocation()
+                    exempt(store, invocation)
+                    report = drain(
+                        run,
+                        invocation=invocation,
+                        progress=progress,
+                        should_stop=should_stop,
+                        run_shard=run_shard,
+                        failed_rows=True,
+                    )
+                manifest = step("publish", lambda: finish(store, progress, cache=run.commit_cache))
         finally:
             run.model.close()
     return _ended(run, report, manifest)
@@ -174,4 +215,5 @@ def _ended(run: Run, report: DrainReport, manifest: RunManifest | None) -> Ended
         exhausted=report.exhausted,
         manifest=manifest,
         is_cancelled=report.is_cancelled,
+        commit_cache=run.commit_cache,
     )

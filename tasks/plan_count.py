@@ -10,7 +10,7 @@ import numpy as np
 
 from storage.errors import BadInput
 from storage.manifest import InputFile, Shard
-from tasks.duplicate_ids import check_ids
+from tasks.duplicate_ids import check_ids, num_repeated
 from tasks.feed_batches import from_counts
 from tasks.feed_process import FeedProcess
 from tasks.feed_spec import STATE_CODES
@@ -53,7 +53,10 @@ def count_rows(
         inputs.append(_count_file(job, local, output_schema, process, cutter, on_progress, total))
     if planned.columns.id is not None and job.input.on_duplicate_id == "fail":
         check_ids(planned, planned.columns.id, cutter.digests, process)
-    return cutter.finish(inputs)
+    count = cutter.finish(inputs)
+    if planned.columns.id is not None:
+        count.stats["num_repeated_ids"] = num_repeated(cutter.digests)
+    return count
 
 
 def _count_file(

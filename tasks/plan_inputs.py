@@ -1,6 +1,7 @@
 """The first half of planning: which files, in Parquet form, with which columns."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from storage.input_schema import FileSchema, decode_schema, unify
 from storage.inputs import InputFiles, SourceFile
 from storage.manifest import InputFile
 from storage.object_store import ObjectStore
+from tasks.ahead import ahead
 from tasks.converted_inputs import fetch_converted, keep_converted
 from tasks.feed_process import FeedProcess
 from tasks.job import RunConfig
@@ -49,11 +51,13 @@ def plan_inputs(
         BadInput: a file is unreadable (unless error rows are asked for), files disagree, or the
             columns do not make a prompt.
     """
-    planner = _Planner(job, files, process, store, work_dir)
+    planner = _Planner(job, process, store, work_dir)
     found: list[LocalInput] = []
     row_start = 0
-    for index, source in enumerate(files.expand(job.input.uri)):
-        local = planner.describe(index, source, row_start)
+    sources = files.expand(job.input.uri)
+    fetched = ahead(sources, lambda source: files.fetch(source.uri, source.etag))
+    for index, (source, fetch) in enumerate(fetched):
+        local = planner.describe(index, source, fetch, row_start)
         found.append(local)
         row_start += local.file.num_rows
     kinds = {local.file.format for local in found if local.file.num_rows and not local.file.error}
@@ -71,21 +75,21 @@ class _Planner:
     def __init__(
         self,
         job: RunConfig,
-        files: InputFiles,
         process: FeedProcess,
         store: ObjectStore,
         work_dir: Path,
     ) -> None:
         self._job = job
-        self._files = files
         self._process = process
         self._store = store
         self._work_dir = work_dir
         self.warnings: list[str] = []
 
-    def describe(self, index: int, source: SourceFile, row_start: int) -> LocalInput:
+    def describe(
+        self, index: int, source: SourceFile, fetch: Callable[[], Path], row_start: int
+    ) -> LocalInput:
         try:
-            return self._describe(index, source, row_start)
+            return self._describe(index, source, fetch(), row_start)
         except BadInput as error:
             if self._job.input.on_bad_file == "fail":
                 raise
@@ -96,8 +100,7 @@ class _Planner:
                 dataclasses.replace(file, error=str(error)), Path(source.uri), pa.schema([])
             )
 
-    def _describe(self, index: int, source: SourceFile, row_start: int) -> LocalInput:
-        path = self._files.fetch(source.uri, source.etag)
+    def _describe(self, index: int, source: SourceFile, path: Path, row_start: int) -> LocalInput:
         kind = formats.detect(path, name=source.uri, asked=self._job.input.format)
         read_key = read_etag = None
         if kind != "parquet":

@@ -1,190 +1,298 @@
-"""The pre-flight letter: what a dropped file holds, and whether and when it will be worked on.
+"""preflight: everything that can be known of a job before it runs, without a GPU and without a run.
 
-A whole plan is made in memory and thrown away; nothing is written but the letter, by the caller.
+Nothing is written into the output: the plan goes to a scratch folder. The terminal, `--json` and
+the letter of the inbox show this one document.
 """
 
 import dataclasses
-import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from inference.errors import EngineConfigError, ModelError
-from storage.errors import BadInput
-from storage.manifest import to_json
-from storage.memory_store import MemoryStore
+from inference.roofline import Workload
+from storage.inputs import InputFiles
+from storage.manifest import PlanManifest, RunRecord
+from storage.object_store import open_store
+from tasks.budget import check_budget
+from tasks.choose_tier import Choice, choose_hardware
+from tasks.deadline import deadline_at
 from tasks.feed import PromptFeed
+from tasks.forecast import Forecast, Lengths, Work, forecast, lengths_of, speed_of
+from tasks.history import History, read_history
 from tasks.job import RunConfig
+from tasks.model import open_model
+from tasks.plan import make_plan
 from tasks.progress import Progress
-from tasks.run import Run, prepare
-from tasks.sizing import choose
 
-MAX_ROWS_COMPARED = 200_000
-_PROMPT_CHARS = 4_000
+NUM_SAMPLES = 3
+_LOOK_FOR_PROMPT = 64  # rows searched for the first that can run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Letter:
-    """What the sender of a file is told."""
+class Preflight:
+    """What a job would do. Plain values throughout: `as_document` is strict JSON."""
 
-    file: str
-    etag: str
-    is_accepted: bool
-    reason: str
-    """Why it is accepted or not, and what to change."""
+    name: str
+    model: str
+    input_uri: str | list[str]
+    files: list[dict[str, Any]]
+    schema: list[dict[str, str]]
+    """Name and type of each input column that is copied through."""
 
-    num_rows: int = 0
-    num_prompt_tokens: int = 0
-    num_shards: int = 0
-    bad_rows: dict[str, int] = field(default_factory=dict)
-    """By state, such as overlong or invalid_input."""
+    samples: list[dict[str, str]]
+    """The first rows, values as clipped text; empty when the job's text is not to be shown."""
 
-    bad_row_examples: list[dict[str, Any]] = field(default_factory=list)
-    """The first of them: row_index, state, error."""
+    num_rows: int
+    num_sequences: int
+    """Completions that will be generated."""
 
-    num_repeated_prompts: int | None = None
-    """Rows whose rendered prompt came before; None when no row can run."""
+    bad_rows_by_state: dict[str, int]
+    bad_row_examples: list[dict[str, Any]]
+    """Row number, state and reason of the first bad rows."""
 
-    first_prompt: str | None = None
-    """As the model will see it."""
+    num_repeated_ids: int
+    """Rows whose id an earlier row had."""
 
-    expected: str | None = None
-    """Hardware, time and cost, when they can be told."""
+    num_truncated_prompts: int
+    num_prompt_tokens: int
+    prompt_tokens_histogram: dict[str, int]
+    """Rows by prompt tokens: the bound of each bucket, a power of two, and its count."""
 
-    warnings: Sequence[str] = ()
-    queued_for: str | None = None
-    """Not before this moment."""
+    shared_prefix_share: float
+    """Of all prompt tokens, those a prefix cache need not compute."""
 
-    run_uri: str | None = None
-    """Where the results will be."""
+    max_model_len: int
+    num_shards: int
+    first_prompt: str | None
+    """Of the first row that can run: exactly what the model is given, special tokens spelt out."""
 
-    def to_json(self) -> bytes:
-        """Return the machine's copy."""
-        return to_json({"format": 1, **dataclasses.asdict(self)})
+    first_prompt_row: int | None
+    warnings: list[str]
+    hardware: dict[str, Any]
+    """Backend, device, replicas, tier and why; see `tasks.choose_tier.Choice`."""
 
-    def to_markdown(self) -> bytes:
-        """Return the reader's copy."""
-        verdict = "accepted" if self.is_accepted else "NOT accepted"
-        lines = [f"# {self.file}: {verdict}", "", self.reason, ""]
-        if self.num_rows:
-            lines += [f"- rows: {self.num_rows:,}, prompt tokens: {self.num_prompt_tokens:,}"]
-        for state, count in self.bad_rows.items():
-            lines.append(
-                f"- {state}: {count:,} rows, which will have an error instead of an answer"
-            )
-        if self.num_repeated_prompts:
-            lines.append(
-                f"- {self.num_repeated_prompts:,} rows repeat the prompt of an earlier one"
-            )
-        lines += [f"- {warning}" for warning in self.warnings]
-        if self.expected is not None:
-            lines.append(f"- expected: {self.expected}")
-        if self.queued_for is not None:
-            lines.append(f"- starts not before {self.queued_for}")
-        if self.run_uri is not None:
-            lines.append(f"- results: {self.run_uri}/completions/")
-        if self.bad_row_examples:
-            lines += ["", "## Rows without an answer", "", "| row | state | why |", "|---|---|---|"]
-            lines += [
-                f"| {row['row_index']} | {row['state']} | {_cell(row['error'])} |"
-                for row in self.bad_row_examples
-            ]
-        if self.first_prompt is not None:
-            lines += ["", "## The first prompt, as the model sees it", ""]
-            lines += [f"    {line}" for line in self.first_prompt.splitlines()]
-        return "\n".join([*lines, ""]).encode("utf-8", "backslashreplace")
+    forecast: Forecast
+    planning: dict[str, float | None]
+    """Seconds, and prompt tokens per second, that planning took here."""
+
+    @property
+    def num_bad_rows(self) -> int:
+        """Rows that cannot run."""
+        return sum(self.bad_rows_by_state.values())
+
+    def as_document(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**dataclasses.asdict(self), "num_bad_rows": self.num_bad_rows}
 
 
-def preflight(job: RunConfig, *, file: str, etag: str, work_dir: Path) -> Letter:
-    """Check one file as `job` would use it.
+def preflight(
+    job: RunConfig,
+    *,
+    work_dir: Path,
+    progress: Progress | None = None,
+    show_text: bool = True,
+    hardware: str | None = None,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Preflight:
+    """Read, render and count the whole input, and forecast the run.
 
     Args:
-        job: With `input.uri` naming the file.
-        file: Its name for the letter.
-        etag: What it is at the moment.
-        work_dir: Scratch.
+        job: The job.
+        work_dir: A scratch folder of the caller's.
+        progress: Counters to keep.
+        show_text: Whether rows and the first prompt may be in the document.
+        hardware: Hardware file; default: the one that comes along.
+        now: The clock.
 
     Raises:
-        StorageError, InferenceError: something else than the file is at fault, such as the model.
+        StorageError, InferenceError: what would stop the run before its first shard.
     """
-    in_memory = f"memory://preflight-{secrets.token_hex(8)}"
-    trial = dataclasses.replace(
-        job, output=dataclasses.replace(job.output, uri=in_memory), run_id="preflight"
-    )
+    progress = progress or Progress()
+    starts_at = now()
+    deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
+    model = open_model(job, progress=progress)
     try:
-        run = prepare(trial, work_dir=work_dir, progress=Progress())
-    except BadInput as error:
-        return Letter(file=file, etag=etag, is_accepted=False, reason=str(error))
-    try:
-        return _letter(run, file, etag)
+        files = InputFiles(work_dir, job.storage)
+        scratch = open_store(str(work_dir / "plan"))
+        progress.phase = "planning"
+        started = time.monotonic()
+        plan = make_plan(
+            job=job,
+            record=_record(job),
+            store=scratch,
+            model_dir=model.path,
+            work_dir=work_dir,
+            max_model_len=model.max_model_len,
+            on_progress=progress.planned,
+            files=files,
+        )
+        plan_s = time.monotonic() - started
+        with PromptFeed(
+            job=job,
+            model_dir=model.path,
+            store=scratch,
+            work_dir=work_dir,
+            max_model_len=model.max_model_len,
+            files=files,
+        ) as feed:
+            shown = feed.show(plan, num_samples=NUM_SAMPLES, num_rows=_LOOK_FOR_PROMPT)
+        progress.phase = "forecasting"
+        history = read_history(job)
+        lengths = lengths_of(history, job.sampling.max_tokens)
+        seconds_left = (deadline - starts_at).total_seconds() if deadline else None
+        choice = choose_hardware(
+            job,
+            str(model.path),
+            workload_of(plan, lengths, job.sampling.max_tokens),
+            hardware=hardware,
+            deadline_s=seconds_left,
+        )
+        expected = forecast_run(
+            job, plan, choice, history, lengths, starts_at=starts_at, plan_s=plan_s
+        )
+        return _document(job, plan, shown, choice, expected, plan_s, model.max_model_len, show_text)
     finally:
-        run.model.close()
-        MemoryStore.forget(in_memory)
+        model.close()
 
 
-def _letter(run: Run, file: str, etag: str) -> Letter:
-    plan = run.plan
-    num_good = plan.num_rows - plan.num_bad_rows
-    first_prompt, num_repeated = _look_at_prompts(run) if num_good else (None, None)
-    reason = f"{num_good:,} of {plan.num_rows:,} rows will be answered."
-    if not plan.num_rows:
-        reason = "There are no rows in it."
-    elif not num_good:
-        reason = f"None of its {plan.num_rows:,} rows can be used; see below why."
-    return Letter(
-        file=file,
-        etag=etag,
-        is_accepted=num_good > 0,
-        reason=reason,
-        num_rows=plan.num_rows,
-        num_prompt_tokens=plan.num_prompt_tokens,
-        num_shards=plan.num_shards,
-        bad_rows=plan.bad_rows_by_state,
-        bad_row_examples=plan.bad_row_examples,
-        num_repeated_prompts=num_repeated,
-        first_prompt=first_prompt,
-        expected=_expected(run) if num_good else None,
-        warnings=tuple(plan.stats.get("warnings", ())),
+def workload_of(plan: PlanManifest, lengths: Lengths, max_tokens: int) -> Workload:
+    """Return a plan's token counts as the sizing takes them."""
+    num_sequences = max(1, (plan.num_rows - plan.num_bad_rows) * plan.num_samples)
+    share = plan.stats.get("shared_prefix_share") or 0.0
+    num_prompt_tokens = plan.num_prompt_tokens * plan.num_samples
+    return Workload.from_totals(
+        num_sequences,
+        num_prompt_tokens,
+        round(num_sequences * lengths.mean),
+        max_completion_tokens=max_tokens,
+        num_reused_prompt_tokens=num_prompt_tokens * share,
     )
 
 
-def _look_at_prompts(run: Run) -> tuple[str | None, int]:
-    """Return the first prompt as text, and how many rows repeat an earlier one."""
-    first: list[int] = []
-    seen: set[int] = set()
-    num_repeated = 0
-    with PromptFeed(
-        job=run.job,
-        model_dir=run.model.path,
-        store=run.store,
-        work_dir=run.work_dir,
-        max_model_len=run.max_model_len,
-    ) as feed:
-        for batch in feed.read(run.plan, 0, min(run.plan.num_rows, MAX_ROWS_COMPARED)):
-            for row in batch.rows:
-                if row.state is not None:
-                    continue
-                first = first or list(row.token_ids)
-                key = hash(tuple(row.token_ids))
-                num_repeated += key in seen
-                seen.add(key)
-    from inference.chat_template import load_tokenizer  # transformers takes a while to import
+def refuse_over_budget(job: RunConfig, plan: PlanManifest, model_dir: Path) -> None:
+    """Refuse a planned run that is forecast to cost more than `budget.usd`.
 
-    text: str = load_tokenizer(run.model.path).decode(first)
-    return text[:_PROMPT_CHARS], num_repeated
+    For a run without a commit: later the gate before each shard decides.
+
+    Raises:
+        BadInput: with the forecast and what it rests on.
+        EngineConfigError: no hardware fits.
+    """
+    history = read_history(job)
+    lengths = lengths_of(history, job.sampling.max_tokens)
+    workload = workload_of(plan, lengths, job.sampling.max_tokens)
+    choice = choose_hardware(job, str(model_dir), workload)
+    now = datetime.now(UTC)
+    check_budget(job, forecast_run(job, plan, choice, history, lengths, starts_at=now, plan_s=0.0))
 
 
-def _expected(run: Run) -> str | None:
-    if run.record.fingerprint_fields["engine.backend"] in ("dummy", "transformers"):
-        return None  # sized for GPUs only
-    try:
-        tier, _ = choose(run)
-    except (EngineConfigError, ModelError) as error:
-        return f"not known: {error}"
-    cost = "" if tier.usd is None else f", about ${tier.usd:,.2f}"
-    return f"{tier.label}: about {tier.seconds / 3600:.1f} hours{cost}"
+def forecast_run(
+    job: RunConfig,
+    plan: PlanManifest,
+    choice: Choice,
+    history: History,
+    lengths: Lengths,
+    *,
+    starts_at: datetime,
+    plan_s: float,
+) -> Forecast:
+    """Forecast a planned run on the hardware chosen for it."""
+    past = history.last
+    same = past is not None and past.backend == choice.backend and _is_device(past.device, choice)
+    speed = speed_of(past) if past is not None and same else None
+    num_sequences = (plan.num_rows - plan.num_bad_rows) * plan.num_samples
+    num_prompt_tokens = float(plan.num_prompt_tokens * plan.num_samples)
+    # An earlier run says what its cache saved in fact; a plan only what could be saved.
+    saved = plan.stats.get("shared_prefix_share") or 0.0
+    if speed is None or past is None:
+        num_prompt_tokens *= 1 - saved
+    tier_seconds = None
+    if choice.tier is not None:
+        seconds = choice.tier.seconds
+        tier_seconds = (seconds, seconds * lengths.high / lengths.mean if lengths.mean else seconds)
+    deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
+    return forecast(
+        work=Work(num_sequences=num_sequences, num_prefill_tokens=num_prompt_tokens),
+        lengths=lengths,
+        speed=speed,
+        tier_seconds=tier_seconds,
+        starts_at=starts_at + timedelta(0),
+        plan_s=plan_s,
+        replicas=choice.replicas,
+        gpus_per_replica=choice.gpus_per_replica,
+        price_per_hour=choice.price_per_hour,
+        deadline=deadline or None,
+        budget_usd=job.budget.usd,
+    )
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def _is_device(device: str, choice: Choice) -> bool:
+    """Whether an earlier run's device is the one chosen; `none` and `cpu` are both no GPU."""
+    if choice.tier is None:
+        return device in ("cpu", "none")
+    return choice.device.split("-")[0].upper() in device.upper().replace("-", " ").split()
+
+
+def _record(job: RunConfig) -> RunRecord:
+    return RunRecord(
+        run_id="preflight",
+        name=job.name,
+        fingerprint="preflight",
+        fingerprint_fields={},
+        job={},
+        versions={},
+        created_at="",
+    )
+
+
+def _document(
+    job: RunConfig,
+    plan: PlanManifest,
+    shown: dict[str, Any],
+    choice: Choice,
+    expected: Forecast,
+    plan_s: float,
+    max_model_len: int,
+    show_text: bool,
+) -> Preflight:
+    rate = plan.num_prompt_tokens / plan_s if plan_s > 0 else None
+    return Preflight(
+        name=job.name,
+        model=job.model.source,
+        input_uri=job.input.uri,
+        files=[
+            {
+                "uri": f.uri,
+                "format": f.format,
+                "num_rows": f.num_rows,
+                "size": f.size,
+                "error": f.error,
+            }
+            for f in plan.inputs
+        ],
+        schema=shown["schema"],
+        samples=shown["samples"] if show_text else [],
+        num_rows=plan.num_rows,
+        num_sequences=(plan.num_rows - plan.num_bad_rows) * plan.num_samples,
+        bad_rows_by_state=plan.bad_rows_by_state,
+        bad_row_examples=plan.bad_row_examples,
+        num_repeated_ids=int(plan.stats.get("num_repeated_ids") or 0),
+        num_truncated_prompts=int(plan.stats["num_truncated_prompts"]),
+        num_prompt_tokens=plan.num_prompt_tokens,
+        prompt_tokens_histogram=plan.stats["prompt_tokens_histogram"],
+        shared_prefix_share=plan.stats["shared_prefix_share"],
+        max_model_len=max_model_len,
+        num_shards=plan.num_shards,
+        first_prompt=shown["prompt"] if show_text else None,
+        first_prompt_row=shown["row"],
+        warnings=list(plan.stats.get("warnings") or []),
+        hardware=choice.as_document(),
+        forecast=expected,
+        planning={
+            "seconds": round(plan_s, 3),
+            "prompt_tokens_per_s": None if rate is None else round(rate, 1),
+        },
+    )

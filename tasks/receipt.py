@@ -1,88 +1,175 @@
-"""The receipt of a shard: what was done, how long each phase took, and one plain sentence on it."""
+"""The receipt of a shard: what was done, where each second went, and one plain sentence on it.
+
+`seconds` splits the wall time from the end of this replica's previous shard to the end of this one:
+
+    stage, load, warm_up   once, in the receipt of a replica's first shard
+    start                  once: until the first rows came, most of it starting the tokenizer
+    read, tokenise         the engine had nothing to run: waiting for rows
+    prefill, decode        inside the engine
+    tail                   decoding while no sequence was waiting and the batch ran empty
+    write                  waiting for a part to be written or committed
+    other                  whatever is left
+"""
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from inference.backends.base import BackendInfo, EngineStats
 from storage import records
+from tasks.yardstick import Yardstick, losses
+
+_WORDS = {
+    "stage": "staging the weights",
+    "load": "loading the model",
+    "warm_up": "warming up",
+    "start": "starting, until the first rows came",
+    "read": "waiting for rows to be read",
+    "tokenise": "waiting for prompts to be rendered and tokenised",
+    "prefill": "prefill below the roofline",
+    "decode": "decoding below the roofline",
+    "tail": "the tail, while the last sequences ended and the batch ran empty",
+    "write": "waiting for results to be written",
+    "other": "work outside the engine",
+}
 
 
-@dataclass(frozen=True, slots=True)
-class EngineMark:
-    """Engine totals at one moment; a receipt covers what lies between two."""
+@dataclass(slots=True)
+class Meter:
+    """Where a replica's time has gone so far, in seconds, beside what the engine counts itself."""
 
-    at: float  # monotonic seconds
-    prefill_s: float
-    decode_s: float
-    num_steps: int
-    num_preemptions: int
-    num_cached_tokens: int
-    num_completion_tokens: int
-    starved_s: float  # the engine had nothing to run: waiting for rows
+    stage_s: float = 0.0
+    load_s: float = 0.0
+    warmup_s: float = 0.0
+    start_s: float = 0.0
+    read_s: float = 0.0
+    tokenise_s: float = 0.0
+    step_s: float = 0.0
+    """Inside `Backend.step`."""
+
+    tail_s: float = 0.0
+    """Of `step_s`."""
+
+    write_s: float = 0.0
+
+    def starved(self, seconds: float, tokenise_share: float) -> None:
+        """The engine waited so long for rows; the feed says how much of it was tokenising."""
+        if not self.step_s:
+            self.start_s += seconds
+            return
+        self.tokenise_s += seconds * tokenise_share
+        self.read_s += seconds * (1 - tokenise_share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """All totals at one moment; a receipt covers what lies between two."""
+
+    at: float
+    """Monotonic seconds."""
+
+    meter: Meter = field(default_factory=Meter)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    num_prompt_tokens: int = 0
 
     @classmethod
-    def take(cls, stats: EngineStats, *, at: float, starved_s: float) -> "EngineMark":
+    def take(cls, stats: EngineStats, meter: Meter, *, at: float) -> "Mark":
         """Copy the running totals."""
         return cls(
             at=at,
+            meter=Meter(**{name: getattr(meter, name) for name in Meter.__slots__}),
             prefill_s=stats.prefill_s,
             decode_s=stats.decode_s,
             num_steps=stats.num_steps,
             num_preemptions=stats.num_preemptions,
             num_cached_tokens=stats.num_cached_tokens,
-            num_completion_tokens=stats.num_completion_tokens,
-            starved_s=starved_s,
+            num_prompt_tokens=stats.num_prompt_tokens,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardFacts:
+    """What was written of a shard, beside the engine's totals."""
+
+    states: Counter[str]
+    tokens: Counter[str]
+    """`prompt`, `completion`, and `context`: tokens before each decoded one, summed."""
+
+    lengths: Mapping[str, int]
+    num_repetitive: int = 0
+    read_s: float = 0.0
+    tokenise_s: float = 0.0
+    write_s: float = 0.0
+    host_peak_bytes: int = 0
+    device: dict[str, float] | None = None
+    """What the driver said of the GPU meanwhile."""
 
 
 def shard_receipt(
     *,
     info: BackendInfo,
     stats: EngineStats,
-    before: EngineMark,
-    after: EngineMark,
-    states: Counter[str],
-    tokens: Counter[str],
-    read_s: float,
-    write_s: float,
-    stage_s: float,
-    host_peak_bytes: int,
+    before: Mark,
+    after: Mark,
+    facts: ShardFacts,
+    yardstick: Yardstick,
 ) -> dict[str, Any]:
     """Return the receipt as strict JSON values: rates are null when nothing ran, never NaN.
 
-    `seconds` splits the wall time since this replica's previous shard ended; reading and writing
-    overlap the engine, so they stand beside it under `overlapped_seconds`.
+    Reading and writing overlap the engine: what they took in all is under `overlapped_seconds`.
     """
     wall = after.at - before.at
-    prefill, decode = after.prefill_s - before.prefill_s, after.decode_s - before.decode_s
-    starved = after.starved_s - before.starved_s
-    seconds = {
-        "prefill": prefill,
-        "decode": decode,
-        "waiting_for_rows": starved,
-        "other": max(0.0, wall - prefill - decode - starved),
-    }
+    seconds = _seconds(before, after, wall)
+    num_prompt_tokens = after.num_prompt_tokens - before.num_prompt_tokens
+    num_cached = after.num_cached_tokens - before.num_cached_tokens
+    num_prefilled = max(0, num_prompt_tokens - num_cached)
+    num_sequences = sum(facts.lengths.values())
+    tokens = facts.tokens
+    decode_s = seconds["decode"] + seconds["tail"]
+    engine_s = decode_s + seconds["prefill"]
+    num_steps = after.num_steps - before.num_steps
+    prefill_share = yardstick.prefill_share(
+        num_prefilled, tokens["prompt"] / max(1, num_sequences), seconds["prefill"]
+    )
+    decode_share = yardstick.decode_share(
+        num_steps * decode_s / engine_s if engine_s > 0 else 0.0, tokens["context"], decode_s
+    )
+    usd = yardstick.usd(wall)
     return {
-        "rows_by_state": {state: states[state] for state in records.STATES if states[state]},
-        "num_rows": sum(states.values()),
+        "rows_by_state": {s: facts.states[s] for s in records.STATES if facts.states[s]},
+        "num_rows": sum(facts.states.values()),
+        "num_sequences": num_sequences,
+        "num_repetitive": facts.num_repetitive,
         "num_prompt_tokens": tokens["prompt"],
         "num_completion_tokens": tokens["completion"],
-        "num_cached_prompt_tokens": after.num_cached_tokens - before.num_cached_tokens,
-        "num_steps": after.num_steps - before.num_steps,
+        "num_prefilled_tokens": num_prefilled,
+        "num_cached_prompt_tokens": num_cached,
+        "completion_tokens_histogram": dict(facts.lengths),
+        "num_steps": num_steps,
         "num_preemptions": after.num_preemptions - before.num_preemptions,
         "wall_s": _rounded(wall),
         "seconds": {name: _rounded(value) for name, value in seconds.items()},
-        "overlapped_seconds": {"read_and_tokenise": _rounded(read_s), "write": _rounded(write_s)},
-        "replica_seconds": {
-            "stage": _rounded(stage_s),
-            "load": _rounded(info.load_s),
-            "warm_up": _rounded(info.warmup_s),
+        "overlapped_seconds": {
+            "read": _rounded(max(0.0, facts.read_s - facts.tokenise_s)),
+            "tokenise": _rounded(facts.tokenise_s),
+            "write": _rounded(facts.write_s),
         },
         "completion_tokens_per_s": _rate(tokens["completion"], wall),
-        "peak_host_bytes": host_peak_bytes,
+        "roofline": {
+            "gpu": yardstick.gpu.name if yardstick.gpu else None,
+            "prefill_share_of_flops": _share(prefill_share),
+            "decode_share_of_bandwidth": _share(decode_share),
+        },
+        "usd": None if usd is None else round(usd, 6),
+        "peak_host_bytes": facts.host_peak_bytes,
         "peak_device_bytes": stats.peak_device_bytes,
+        "device": facts.device,
         "kv_occupancy": _rounded(stats.kv_occupancy),
         "engine": {
             "backend": info.backend,
@@ -91,28 +178,62 @@ def shard_receipt(
             "max_num_seqs": info.max_num_seqs,
             "max_model_len": info.max_model_len,
         },
-        "summary": _sentence(seconds, wall, tokens["completion"]),
+        "summary": _sentence(seconds, wall, tokens["completion"], prefill_share, decode_share),
     }
 
 
-def _sentence(seconds: dict[str, float], wall: float, num_tokens: int) -> str:
+def _seconds(before: Mark, after: Mark, wall: float) -> dict[str, float]:
+    def spent(name: str) -> float:
+        return float(getattr(after.meter, name) - getattr(before.meter, name))
+
+    step, tail = spent("step_s"), spent("tail_s")
+    prefill = after.prefill_s - before.prefill_s
+    counted = prefill + after.decode_s - before.decode_s
+    # The engine says how its steps divide; how long they took is measured from outside.
+    prefill = step * prefill / counted if counted > 0 else 0.0
+    tail = min(tail, step - prefill)
+    seconds = {
+        "stage": spent("stage_s"),
+        "load": spent("load_s"),
+        "warm_up": spent("warmup_s"),
+        "start": spent("start_s"),
+        "read": spent("read_s"),
+        "tokenise": spent("tokenise_s"),
+        "prefill": prefill,
+        "decode": step - prefill - tail,
+        "tail": tail,
+        "write": spent("write_s"),
+    }
+    return seconds | {"other": max(0.0, wall - sum(seconds.values()))}
+
+
+def _sentence(
+    seconds: dict[str, float],
+    wall: float,
+    num_tokens: int,
+    prefill_share: float | None,
+    decode_share: float | None,
+) -> str:
     if wall <= 0 or not num_tokens:
         return "No tokens were generated."
-    words = {
-        "prefill": "reading prompts (prefill)",
-        "decode": "generating tokens (decode)",
-        "waiting_for_rows": "waiting for rows to be read and tokenised",
-        "other": "work outside the engine",
-    }
-    name, longest = max(seconds.items(), key=lambda item: item[1])
-    share = round(100 * longest / wall)
-    return (
-        f"{share} % of {wall:.1f} s went into {words[name]}, at {num_tokens / wall:,.0f} tokens/s."
-    )
+    rate = f"{num_tokens / wall:,.0f} tokens/s over {wall:,.1f} s"
+    name, lost = max(losses(seconds, prefill_share, decode_share).items(), key=lambda i: i[1])
+    share = round(100 * lost / wall)
+    if share < 1:
+        return f"{rate}; nothing was lost that is worth a per cent."
+    if name == "decode" and decode_share is not None:
+        return f"{rate}; the largest loss, {share} %, was decoding at {100 * decode_share:.0f} % of the memory's bandwidth."
+    if name == "prefill" and prefill_share is not None:
+        return f"{rate}; the largest loss, {share} %, was prefill at {100 * prefill_share:.0f} % of the arithmetic peak."
+    return f"{rate}; the largest loss, {share} %, was {_WORDS[name]}."
 
 
 def _rate(count: int, seconds: float) -> float | None:
     return round(count / seconds, 2) if seconds > 0 else None
+
+
+def _share(value: float | None) -> float | None:
+    return None if value is None else _rounded(value)
 
 
 def _rounded(value: float) -> float:

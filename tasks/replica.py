@@ -7,29 +7,33 @@ another. The next shard's rows are read and submitted before this one's tail has
 does not idle between shards. Everything outside arrives as a parameter; Prefect is not known here.
 """
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inference.backends.base import Backend
+from inference.backends.base import Backend, EngineStats
 from inference.errors import InferenceError
 from storage.errors import AccessDenied, StorageError
 from storage.manifest import PlanManifest, Shard
+from tasks.canary import Kept
 from tasks.claims import Claim, Claims
 from tasks.commit_shard import CommitResult, ShardCommitter
 from tasks.feed import PreparedBatch, PromptFeed
+from tasks.latency import Latencies
+from tasks.metrics import EngineReading
 from tasks.progress import Progress
-from tasks.receipt import EngineMark
+from tasks.receipt import Mark, Meter
 from tasks.results import ResultColumns, count_states
 from tasks.retry import ends_run, is_retryable
 from tasks.shard_work import SampleKey, ShardWork
-from tasks.stop import Stopped, StopSignal
+from tasks.stop import Stoppable, Stopped
 
 log = logging.getLogger("nightjar.replica")
 
@@ -70,19 +74,30 @@ class Replica:
     input_schema: Any
     work_dir: Path
     progress: Progress
-    should_stop: StopSignal
+    should_stop: Stoppable
+    kept: Kept = field(default_factory=dict)
+    """Answers of the canary."""
 
+    may_claim: Callable[[], bool] = lambda: True
+    """Asked before every claim; False ends the drain once what is in hand is done."""
+
+    latencies: Latencies = field(default_factory=Latencies)
     _backend: Backend | None = None
     _works: dict[int, ShardWork] = field(default_factory=dict)
     _claims_of: dict[int, Claim] = field(default_factory=dict)
-    _owners: dict[int, tuple[int, SampleKey]] = field(default_factory=dict)
+    _owners: dict[int, tuple[int, SampleKey, float]] = field(default_factory=dict)
     _claiming: Future[Claim | None] | None = None
     _reading: tuple[int, Future[None]] | None = None
     _committing: dict[int, Future[CommitResult]] = field(default_factory=dict)
     _outcomes: dict[int, ShardOutcome] = field(default_factory=dict)
+    _suspects: set[int] = field(default_factory=set)
+    """Shards that were in an engine when it broke: each runs alone from then on, so the one at fault shows."""
+
     _next_seq_id: int = 0
-    _starved_s: float = 0.0
-    _mark: EngineMark | None = None
+    _num_failed: int = 0
+    _is_barred: bool = False
+    _meter: Meter = field(default_factory=Meter)
+    _mark: Mark | None = None
     _away_since: float | None = None
     _closing: threading.Event = field(default_factory=threading.Event)
     _threads: ThreadPoolExecutor = field(
@@ -102,7 +117,7 @@ class Replica:
             if self.should_stop.is_set():
                 raise Stopped
             if self._claiming is None:
-                self._claiming = self._threads.submit(self.claims.next)
+                self._claiming = self._threads.submit(self._claim)
             _wait_any([self._claiming])
             if self._poll_claiming() and not self._works:
                 pause_s = self._pause_s()
@@ -124,6 +139,23 @@ class Replica:
             self._turn()
         return self._outcomes.pop(shard_id)
 
+    def reading(self) -> EngineReading:
+        """Return what the engine is doing now; any thread may ask."""
+        backend = self._backend
+        if backend is None:
+            return EngineReading(num_failed_attempts=self._num_failed)
+        waiting, stats = backend.num_waiting, backend.stats
+        return EngineReading(
+            num_running=max(0, backend.num_unfinished - waiting),
+            num_waiting=waiting,
+            kv_occupancy=stats.kv_occupancy,
+            num_prompt_tokens=stats.num_prompt_tokens,
+            num_cached_tokens=stats.num_cached_tokens,
+            num_completion_tokens=stats.num_completion_tokens,
+            num_preemptions=stats.num_preemptions,
+            num_failed_attempts=self._num_failed,
+        )
+
     def close(self) -> None:
         """Release leases and the engine. Safe to repeat; unfinished shards stay resumable."""
         self._closing.set()
@@ -138,7 +170,8 @@ class Replica:
         self._poll_reading()
         self._poll_commits()
         if self._can_take_more():
-            self._claiming = self._threads.submit(self.claims.next)
+            # With others in hand, no suspect.
+            self._claiming = self._threads.submit(self._claim, set(self._suspects))
         backend = self._backend
         if backend is not None and backend.num_unfinished:
             self._step(backend)
@@ -148,11 +181,17 @@ class Replica:
     def _can_take_more(self) -> bool:
         if self._claiming or self._reading or len(self._works) >= _MAX_ACTIVE:
             return False
+        if self._is_barred or self._suspects & self._works.keys():
+            return False
         if not self.claims.may_have_more:
             return False
         if self._backend is None or not self._backend.num_unfinished:
             return True
         return self._backend.num_waiting <= self._backend.info.max_num_seqs
+
+    def _claim(self, without: Set[int] = frozenset()) -> Claim | None:
+        self._is_barred = not self.may_claim()
+        return None if self._is_barred else self.claims.next(without)
 
     def _poll_claiming(self) -> bool:
         """Take up a claim that has come; False while none was asked for or it is on its way."""
@@ -180,9 +219,13 @@ class Replica:
 
     def _pause_s(self) -> float | None:
         """How long to wait for the next shard when none is in hand; None: there is none to wait for."""
+        if self._is_barred:
+            return None
         return _OUTAGE_PAUSE_S if self._away_since is not None else self.claims.backoff_s
 
     def _begin(self, claim: Claim) -> None:
+        if self._mark is None:
+            self._start_meter()
         shard_id = claim.shard.shard_id
         work = ShardWork(
             shard=claim.shard,
@@ -191,6 +234,7 @@ class Replica:
             columns=self.columns,
             input_schema=self.input_schema,
             num_samples=self.plan.num_samples,
+            kept=self.kept,
             started_at=time.monotonic(),
         )
         self._works[shard_id], self._claims_of[shard_id] = work, claim
@@ -223,7 +267,7 @@ class Replica:
             self._fail(shard_id, error)
             return
         work = self._works[shard_id]
-        for result in work.refused:
+        for result in work.settled:
             self.progress.row_done(result.state, 0)
         sequences = work.sequences(lambda key: self._register(shard_id, key))
         if sequences:
@@ -238,29 +282,54 @@ class Replica:
     def _register(self, shard_id: int, key: SampleKey) -> int:
         seq_id = self._next_seq_id
         self._next_seq_id += 1
-        self._owners[seq_id] = shard_id, key
+        self._owners[seq_id] = shard_id, key, time.monotonic()
         return seq_id
 
     def _engine(self) -> Backend:
         if self._backend is None:
             self.progress.phase = "loading the model"
+            started = time.monotonic()
             self._backend = self.build_backend()
+            elapsed = time.monotonic() - started
+            # An engine that was warm already took no time, and has counted before.
+            warmup_s = min(self._backend.info.warmup_s, elapsed)
+            self._meter.warmup_s += warmup_s
+            self._meter.load_s += elapsed - warmup_s
+            if self._mark is not None:
+                self._mark = Mark.take(self._backend.stats, self._mark.meter, at=self._mark.at)
             self.progress.phase = "generating"
-        if self._mark is None:
-            self._mark = self._take_mark(self._backend)
         return self._backend
 
-    def _take_mark(self, backend: Backend) -> EngineMark:
-        return EngineMark.take(backend.stats, at=time.monotonic(), starved_s=self._starved_s)
+    def _start_meter(self) -> None:
+        """Count from now on; what staging took before is the first shard's."""
+        stage_s, self.committer.stage_s = self.committer.stage_s, 0.0
+        self._mark = Mark(at=time.monotonic() - stage_s)
+        self._meter = Meter(stage_s=stage_s)
+
+    def _take_mark(self) -> Mark:
+        stats = self._backend.stats if self._backend is not None else EngineStats()
+        return Mark.take(stats, self._meter, at=time.monotonic())
 
     def _step(self, backend: Backend) -> None:
+        # Nothing waits and nothing is being read: from here on the batch only shrinks.
+        is_tail = (
+            self._reading is None
+            and not backend.num_waiting
+            and backend.num_unfinished < backend.info.max_num_seqs
+        )
+        started, decoded_s = time.monotonic(), backend.stats.decode_s
         try:
             completions = backend.step()
         except InferenceError as error:
             self._engine_failed(error)
             return
+        stepped = time.monotonic()
+        self._meter.step_s += stepped - started
+        if is_tail:
+            self._meter.tail_s += backend.stats.decode_s - decoded_s
         for completion in completions:
-            shard_id, key = self._owners.pop(completion.seq_id)
+            shard_id, key, submitted_at = self._owners.pop(completion.seq_id)
+            self.latencies.add(stepped - submitted_at)
             work = self._works.get(shard_id)
             if work is None:
                 continue  # its attempt failed while it ran
@@ -271,22 +340,32 @@ class Replica:
 
     def _engine_failed(self, error: InferenceError) -> None:
         """Fail every shard in the engine; go on with a fresh one if that can help."""
-        for shard_id in {owner[0] for owner in self._owners.values()} & self._works.keys():
+        concerned = {owner[0] for owner in self._owners.values()} & self._works.keys()
+        self._suspects |= concerned
+        for shard_id in sorted(concerned):
             self._fail(shard_id, error)
         self._owners.clear()
         if self._backend is not None:
             self._backend.close()
             self._backend = None
-        self._mark = None
+        self._mark = self._take_mark()
         if not error.retryable:
             raise error
 
     def _commit(self, shard_id: int) -> None:
         work = self._works[shard_id]
         backend = self._engine_if_used(work)
-        before = self._mark
-        after = self._take_mark(backend) if backend else None
+        if self._reading is None and not (self._backend and self._backend.num_unfinished):
+            # Nothing else to do: the time of writing is this shard's, and nobody's who follows.
+            started = time.monotonic()
+            with contextlib.suppress(
+                OSError, StorageError
+            ):  # the commit thread meets it again, and reports it
+                work.write()
+            self._meter.write_s += time.monotonic() - started
+        before, after = self._mark, self._take_mark()
         self._mark = after
+        assert before is not None, shard_id
         claim = self._claims_of[shard_id]
 
         def commit() -> CommitResult:
@@ -313,6 +392,7 @@ class Replica:
 
     def _fail(self, shard_id: int, error: Exception) -> None:
         work = self._works[shard_id]
+        self._num_failed += 1
         log.warning("shard=%05d attempt=%d failed: %s", shard_id, work.attempt, error)
         self.progress.note(f"shard {shard_id:05d}, attempt {work.attempt}: {error}")
         self.progress.rows_undone(count_states(list(work.results.values())))
@@ -339,8 +419,11 @@ class Replica:
             _wait_any(pending)
         else:
             time.sleep(_IDLE_WAIT_S)
-        if first:
-            self._starved_s += time.monotonic() - started
+        waited = time.monotonic() - started
+        if self._reading:
+            self._meter.starved(waited, self._works[self._reading[0]].tokenise_share)
+        elif self._committing:
+            self._meter.write_s += waited
 
 
 def _wait_any(futures: list[Any]) -> None:

@@ -17,21 +17,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from inference.backends import create_backend, resolve_backend
+from inference.backends import Backend, create_backend, resolve_backend
 from inference.config import EngineConfig
 from inference.errors import ModelError
 from storage import keys
 from storage.commits import CommitCache, current_commits, read_commits
-from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
+from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound, StorageError
 from storage.failpoints import failpoint
 from storage.inputs import InputFiles
 from storage.lease import Leases
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
+from storage.reveal import read_manifest
+from tasks.budget import BudgetGate, BudgetSpent
+from tasks.canary import kept_answers
 from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
@@ -43,15 +47,20 @@ from tasks.fingerprint import (
     fingerprint_fields,
     versions,
 )
+from tasks.gpu_sample import DeviceSampler, open_gpu
+from tasks.history import past_run, remember
 from tasks.holder import holder_name, is_dead
-from tasks.job import RunConfig
+from tasks.job import RunConfig, job_of
+from tasks.metrics import ReplicaCollector, exported
 from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
+from tasks.preflight import refuse_over_budget
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
 from tasks.replica import Replica, ShardOutcome
 from tasks.results import ResultColumns
 from tasks.stop import Stopped, StopSignal
+from tasks.yardstick import Yardstick
 
 log = logging.getLogger("nightjar.run")
 
@@ -72,6 +81,8 @@ class Run:
     work_dir: Path
     max_model_len: int
     commit_cache: CommitCache = dataclasses.field(default_factory=dict)
+    warm_backend: Backend | None = None
+    """The engine of the canary, for the first replica in this process to take over."""
 
     @property
     def uri(self) -> str:
@@ -84,6 +95,11 @@ class Run:
         return ResultColumns(
             token_ids=self.job.output.token_ids, logprobs=self.job.sampling.logprobs is not None
         )
+
+    def take_backend(self) -> Backend | None:
+        """Hand the canary's engine over; None if there is none."""
+        backend, self.warm_backend = self.warm_backend, None
+        return backend
 
     def commits(self) -> dict[int, CommitRecord]:
         """Return what is committed now, by shard."""
@@ -100,7 +116,7 @@ class DrainReport:
     """Shards that others hold."""
 
     is_cancelled: bool = False
-    """Somebody has cancelled the run; shards that were in hand are finished."""
+    """Somebody has cancelled the run; leases are released and the rest is resumable."""
 
 
 def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
@@ -142,7 +158,10 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
             files=inputs,
         )
         _check_inputs(plan, [(file.uri, file.etag) for file in files])
-        return _run(job, record, store, plan, model, work_dir)
+        run = _run(job, record, store, plan, model, work_dir)
+        if job.budget.usd is not None and not run.commits():
+            refuse_over_budget(job, plan, model.path)
+        return run
     except BaseException:
         model.close()
         raise
@@ -201,6 +220,9 @@ def drain(
         failed_rows: Redo rows without an answer, in new revisions of their shards.
         budget_s: No further shard is claimed after this many seconds.
         build_backend: Loads the engine; replaced by tests only to break it.
+
+    Raises:
+        BudgetSpent: the next shard would cost more than `budget.usd` leaves; all else is committed.
     """
     standing = read_commits(run.store, run.plan_digest, cache=run.commit_cache)
     commits = standing.current
@@ -225,13 +247,18 @@ def drain(
         bases=bases,
         claim_until=time.monotonic() + budget_s,
     )
+    gpu = open_gpu()
+    sampler = DeviceSampler(gpu)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
         holder=holder,
         stage_s=run.model.stage_s,
         stopping=stopping,
+        device=sampler.take,
+        measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
+    budget = BudgetGate(store=run.store, usd=run.job.budget.usd)
     with PromptFeed(
         job=run.job,
         model_dir=run.model.path,
@@ -245,42 +272,95 @@ def drain(
             claims=claims,
             feed=feed,
             committer=committer,
-            build_backend=lambda: build_backend(engine_config(run)),
+            build_backend=lambda: run.take_backend() or build_backend(engine_config(run)),
             columns=run.columns,
             input_schema=input_schema(run.plan),
             work_dir=run.work_dir,
             progress=progress,
             should_stop=watch,
+            may_claim=budget.allows,
+            kept=kept_answers(run.store),
         )
-        with should_stop.watched():
-            try:
+        collector = partial(_collector, run, replica, progress, gpu)
+        exporter = exported(run.job.metrics, collector, holder.replace("/", "-"))
+        try:
+            with should_stop.watched(), exporter:
                 while (next_id := replica.next_shard()) is not None:
                     report.outcomes[run_shard(replica, next_id).outcome] += 1
-            except Stopped:
-                if not watch.is_cancelled:
-                    raise
-            finally:
-                stopping.set()
-                replica.close()
-                watch.close()
+        except Stopped:
+            if not watch.is_cancelled:
+                raise
+        finally:
+            stopping.set()
+            replica.close()
+            watch.close()
+            sampler.close()
         for warning in feed.warnings:
             progress.note(warning)
+    if budget.reason is not None and claims.num_pending:
+        raise BudgetSpent(budget.reason)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
     report.is_cancelled = claims.is_cancelled or watch.is_cancelled
     return report
 
 
-def finish(store: ObjectStore, progress: Progress) -> RunManifest | None:
-    """Reveal what is committed and publish when every shard is; None while shards are missing."""
+def _collector(run: Run, replica: Replica, progress: Progress, gpu: Any | None) -> ReplicaCollector:
+    return ReplicaCollector(
+        replica,
+        progress,
+        labels={"run": run.record.run_id, "job": run.job.name},
+        staging_gb_per_s=run.model.staged.report.gb_per_s if run.model.staged else None,
+        gpu=gpu,
+    )
+
+
+def finish(
+    store: ObjectStore, progress: Progress, *, cache: CommitCache | None = None
+) -> RunManifest | None:
+    """Reveal what is committed and publish when every shard is; None while shards are missing.
+
+    Args:
+        store: The run folder.
+        progress: Counters to keep.
+        cache: Commits known already; what is read is added.
+    """
     progress.phase = "publishing"
     plan = planned(store)
     plan_digest = digest(store.get(keys.PLAN))
-    commits = current_commits(store, plan_digest)
+    commits = current_commits(store, plan_digest, cache=cache)
     healed = reveal_all(store, commits)
     if healed:
         log.info("completions brought in line for %d shards", len(healed))
-    return publish_run(store, plan, plan_digest, commits)
+    before = read_manifest(store)
+    manifest = publish_run(store, plan, plan_digest, commits)
+    if manifest is not None and (before is None or before.revision != manifest.revision):
+        remember_run(store, manifest, commits)
+        draw_report(store, cache)
+    return manifest
+
+
+def remember_run(
+    store: ObjectStore, manifest: RunManifest, commits: Mapping[int, CommitRecord]
+) -> None:
+    """Keep lengths and speed for the next forecast; a store that refuses costs only that."""
+    record = read_record(store)
+    if any(commit.revision > 1 for commit in commits.values()):
+        return  # the receipts of redone shards cover their redone rows only
+    try:
+        remember(job_of(record), past_run(record, manifest, commits))
+    except StorageError as error:
+        log.warning("history not written: %s", error)
+
+
+def draw_report(store: ObjectStore, cache: CommitCache | None = None) -> None:
+    """Draw report.html; what goes wrong with it costs the report, never the run."""
+    from tasks.report import write_report  # draws, and drawing is heavy
+
+    try:
+        write_report(store, cache=cache)
+    except StorageError as error:
+        log.warning("report not written: %s", error)
 
 
 def planned(store: ObjectStore) -> PlanManifest:

@@ -7,9 +7,11 @@ only token ids, outcomes and completions of a shard are ever in memory.
 """
 
 import shutil
+import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +22,12 @@ import pyarrow.parquet as pq
 from inference.sampling import SamplingParams, draw_seed
 from inference.sequence import Completion, Sequence
 from storage import records
+from storage.local_errors import translate
 from storage.manifest import Shard
 from storage.shard_writer import PartWriter, WrittenPart
 from tasks.feed import PreparedBatch, PreparedRow
+from tasks.lengths import bucket, merged
+from tasks.repetition import is_repetitive
 from tasks.results import (
     ResultColumns,
     RowOutcome,
@@ -40,6 +45,18 @@ class SampleKey(NamedTuple):
 
     offset: int  # row within the shard
     sample_index: int
+
+
+class Written(NamedTuple):
+    """A part and what it holds."""
+
+    part: WrittenPart
+    states: Counter[str]
+    tokens: Counter[str]
+    """See `tasks.receipt.ShardFacts`."""
+
+    lengths: dict[str, int]
+    """Answered samples by completion tokens; see `tasks.lengths.bucket`."""
 
 
 class _Runnable(NamedTuple):
@@ -66,33 +83,56 @@ class ShardWork:
     base: Path | None = None
     """The part a retry starts from: its answered rows are kept, its failed ones redone."""
 
+    kept: Mapping[tuple[int, int], SampleResult] = field(default_factory=dict)
+    """Answers that are there already, by row and sample; not generated again."""
+
     rows: list[RowOutcome] = field(default_factory=list)
     results: dict[SampleKey, SampleResult] = field(default_factory=dict)
     started_at: float = 0.0
     read_s: float = 0.0
+    tokenise_s: float = 0.0
+    write_s: float = 0.0
+    num_repetitive: int = 0
     num_improved: int = 0
     num_sequences: int = 0
+    _fed_s: float = 0.0
     _runnable: list[_Runnable] = field(default_factory=list)
     _redo: set[SampleKey] | None = None
     _num_open: int = 0
+    _written: "Written | None" = None
 
     def read(self, batches: Iterable[PreparedBatch]) -> None:
         """Take the shard's rows from the feed and spill their columns."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.base is not None:
             self._redo = set(self._failed_in_base(self.base))
-        with (
-            pa.OSFile(str(self._spill), "wb") as file,
-            pa.ipc.new_stream(file, self.input_schema) as spill,
-        ):
+        with self._spilling() as spill:
             for batch in batches:
-                spill.write_batch(batch.columns)
+                spill(batch.columns)
+                self._fed_s += batch.read_s + batch.tokenise_s
+                self.tokenise_s += batch.tokenise_s
                 for row in batch.rows:
                     self._take(row)
         if len(self.rows) != self.shard.num_rows:
             raise AssertionError(
                 f"shard {self.shard.shard_id}: read {len(self.rows)} rows, planned {self.shard.num_rows}"
             )
+
+    @contextmanager
+    def _spilling(self) -> Iterator[Callable[[Any], None]]:
+        """Yield what appends a batch to the local file; only its own faults are the disk's."""
+        with translate(self._spill):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = pa.OSFile(str(self._spill), "wb")
+        with file:
+            stream = pa.ipc.new_stream(file, self.input_schema)
+
+            def write(batch: Any) -> None:
+                with translate(self._spill, batch.nbytes):
+                    stream.write_batch(batch)
+
+            yield write
+            with translate(self._spill):
+                stream.close()
 
     def sequences(self, next_id: Callable[[SampleKey], int]) -> list[Sequence]:
         """Return what the engine must run, neighbours by shared prefix, longest first."""
@@ -110,7 +150,7 @@ class ShardWork:
             )
             for row in order
             for key in self._keys(row.offset)
-            if self._redo is None or key in self._redo
+            if key not in self.results and (self._redo is None or key in self._redo)
         ]
         self.num_sequences = self._num_open = len(found)
         self._runnable = []
@@ -120,6 +160,7 @@ class ShardWork:
         """Take one finished sequence."""
         result = sample_result(self.rows[key.offset], key.sample_index, completion)
         self.results[key] = result
+        self.num_repetitive += is_repetitive(completion.token_ids)
         self._num_open -= 1
         return result
 
@@ -129,21 +170,39 @@ class ShardWork:
         return self._num_open == 0 and not self._runnable
 
     @property
-    def refused(self) -> list[SampleResult]:
-        """Results of rows that never reached the engine."""
-        return [r for r in self.results.values() if self.rows[self._offset(r)].state is not None]
+    def settled(self) -> list[SampleResult]:
+        """Once read: results that need no engine, of bad rows and of answers that were kept."""
+        return list(self.results.values())
 
-    def write(self) -> tuple[WrittenPart, Counter[str], Counter[str]]:
-        """Write the part in input order; return it with rows by state and token counts."""
+    @property
+    def tokenise_share(self) -> float:
+        """Of the time rows took so far, what went into rendering and tokenising them."""
+        return self.tokenise_s / self._fed_s if self._fed_s > 0 else 0.0
+
+    def write(self) -> Written:
+        """Write the part in input order, once; return it with what it holds."""
+        if self._written is None:
+            started = time.monotonic()
+            self._written = self._write()
+            self.write_s = time.monotonic() - started
+        return self._written
+
+    def _write(self) -> Written:
         path = self.folder / "completions.parquet"
         states: Counter[str] = Counter()
         tokens: Counter[str] = Counter()
-        with PartWriter(path, self.columns.schema(self.input_schema)) as writer:
+        lengths: Counter[str] = Counter()
+        # The part holds what was spilled and the completions: so much, or little more.
+        num_bytes = self._spill.stat().st_size
+        with (
+            translate(path, num_bytes),
+            PartWriter(path, self.columns.schema(self.input_schema)) as writer,
+        ):
             for batch in self._output_batches():
                 writer.write(batch)
                 states.update(batch.column("state").to_pylist())
-                _count_tokens(batch, tokens)
-            return writer.finish(), states, tokens
+                _count_tokens(batch, tokens, lengths)
+            return Written(writer.finish(), states, tokens, merged([lengths]))
 
     def discard(self) -> None:
         """Remove the attempt's local files."""
@@ -156,9 +215,6 @@ class ShardWork:
     def _keys(self, offset: int) -> list[SampleKey]:
         return [SampleKey(offset, sample) for sample in range(self.num_samples)]
 
-    def _offset(self, result: SampleResult) -> int:
-        return result.row_index - self.shard.row_start
-
     def _take(self, row: PreparedRow) -> None:
         offset = len(self.rows)
         outcome = RowOutcome(
@@ -168,6 +224,10 @@ class ShardWork:
         if row.state is None:
             tokens = array("i", row.token_ids)
             self._runnable.append(_Runnable(offset, tokens, row.sampling, row.row_key))
+            for key in self._keys(offset) if self.base is None else ():
+                known = self.kept.get((row.row_index, key.sample_index))
+                if known is not None:
+                    self.results[key] = known
             return
         for key in self._keys(offset):
             self.results[key] = unrun_sample(outcome, key.sample_index)
@@ -231,10 +291,13 @@ def _prefix(row: _Runnable) -> bytes:
     return row.token_ids[:_PREFIX_TOKENS].tobytes()
 
 
-def _count_tokens(batch: Any, tokens: Counter[str]) -> None:
+def _count_tokens(batch: Any, tokens: Counter[str], lengths: Counter[str]) -> None:
     columns = ("sample_index", "state", "num_prompt_tokens", "num_completion_tokens")
     for row in batch.select(columns).to_pylist():
         if row["state"] in records.ANSWERED:
-            tokens["completion"] += row["num_completion_tokens"]
+            count = row["num_completion_tokens"]
+            tokens["completion"] += count
+            tokens["context"] += count * row["num_prompt_tokens"] + count * (count - 1) // 2
+            lengths[str(bucket(count))] += 1
             if row["sample_index"] == 0:
                 tokens["prompt"] += row["num_prompt_tokens"]

@@ -6,10 +6,11 @@ from typing import Any
 
 from storage import keys, records
 from storage.attempts import attempts_of
-from storage.commits import current_commits
+from storage.commits import CommitCache, current_commits
 from storage.manifest import RunManifest, digest
 from storage.object_store import ObjectStore
 from storage.reveal import read_manifest
+from tasks.outlook import Outlook, read_outlook
 from tasks.plan import load_plan
 from tasks.run import read_record
 
@@ -32,6 +33,8 @@ class RunStatus:
     """Shards without a commit whose last attempt failed, with its error."""
 
     manifest: RunManifest | None = None
+    outlook: Outlook | None = None
+    """When it will be done; None before it is planned and once it is published."""
 
     @property
     def is_published(self) -> bool:
@@ -59,20 +62,22 @@ class RunStatus:
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_completion_tokens": self.num_completion_tokens,
             "failed_shards": {f"{i:05d}": error for i, error in self.failed_shards.items()},
+            "outlook": self.outlook.as_document() if self.outlook else None,
             "totals": self.manifest.totals if self.manifest else None,
         }
 
 
-def run_status(store: ObjectStore) -> RunStatus:
-    """Read a run's state. Raises BadInput when the folder is not a run's."""
+def run_status(store: ObjectStore, *, cache: CommitCache | None = None) -> RunStatus:
+    """Read a run's state; `cache` has commits known already. Raises BadInput when it is no run's folder."""
     record = read_record(store)
     plan = load_plan(store)
     if plan is None:
         return RunStatus(uri=store.uri, run_id=record.run_id, name=record.name, is_planned=False)
-    commits = current_commits(store, digest(store.get(keys.PLAN)))
+    commits = current_commits(store, digest(store.get(keys.PLAN)), cache=cache)
     counts: Counter[str] = Counter()
     for commit in commits.values():
         counts.update(commit.counts)
+    manifest = read_manifest(store)
     missing = [i for i in range(plan.num_shards) if i not in commits]
     return RunStatus(
         uri=store.uri,
@@ -88,7 +93,8 @@ def run_status(store: ObjectStore) -> RunStatus:
             c.receipt.get("num_completion_tokens", 0) for c in commits.values()
         ),
         failed_shards=_failed(store, missing),
-        manifest=read_manifest(store),
+        manifest=manifest,
+        outlook=None if manifest else read_outlook(store, commits=commits),
     )
 
 

@@ -1,12 +1,26 @@
-"""Stopping: one signal asks, and whoever works looks; nothing is cut off between two durable steps."""
+"""Ending early: one signal asks, whoever works looks; nothing is cut off between two durable steps."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar, Protocol
 
 
 class Stopped(Exception):
     """The work was asked to stop; leases are released and every shard is resumable."""
+
+
+class Stoppable(Protocol):
+    """Whatever can say that it is time to stop."""
+
+    def is_set(self) -> bool:
+        """Whether to stop now."""
+
+
+class Broken(Exception):
+    """A run that had begun could not go on; what is committed stays. The cause says why."""
+
+    retryable: ClassVar[bool] = True
 
 
 class StopSignal(threading.Event):

@@ -30,6 +30,8 @@ class Verification:
     counts: Counter[str] = field(default_factory=Counter)
     num_parts: int = 0
     missing_shards: list[int] = field(default_factory=list)
+    """Not committed, or committed a moment ago and not yet where readers look."""
+
     is_published: bool = False
     violations: list[str] = field(default_factory=list)
 
@@ -107,6 +109,9 @@ def _check_part(
             return
         counts = _count_rows(path, key, plan, shard, found, schemas)
     except NotFound:
+        if not found.is_published:
+            found.missing_shards.append(shard.shard_id)  # committed, and not yet revealed
+            return
         found.violations.append(
             f"{key}: missing although its shard is committed; run again to restore it"
         )

@@ -54,6 +54,7 @@ class Nightjar:
         self._num_jobs = 0
 
     def call(self, *args: str) -> Finished:
+        """Run one command; its run folder is only told when it is a local one."""
         self._capsys.readouterr()
         code = main([*args])
         out, err = self._capsys.readouterr()

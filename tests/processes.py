@@ -142,6 +142,12 @@ def results(store: ObjectStore, folder: Path) -> pa.Table:
     return pa.concat_tables(tables).drop_columns(["attempt"])
 
 
+def holders(store: ObjectStore) -> list[str]:
+    """Who holds a lease now."""
+    leases = [info.key for info in store.list(keys.LEASES) if info.key != keys.LEASE_CLOCK]
+    return [name for name in (json.loads(store.get(key))["holder"] for key in leases) if name]
+
+
 def _is_below(pid: int, root: int, parents: dict[int, int]) -> bool:
     while pid in parents:
         pid = parents[pid]

@@ -3,7 +3,10 @@
 The work of a step is a list of items, each a range of one row's tokens, longest first; a fixed number of
 programs draws (item, KV head) pairs from it by an atomic counter, so one captured launch serves any batch and a
 program that starts late, because another kernel holds its place, leaves its share to the others. All query heads of a KV head
-share its keys (GQA-packed). A row cut into several items leaves normalised parts that `combine` merges.
+share its keys (GQA-packed).
+
+A row cut into several items leaves normalised parts; whoever leaves the last one merges them. Rows that also have
+parts of a shared prefix, which another kernel writes, are merged by `combine`.
 
     N query heads   K KV heads   G = N / K   H head dim   S tokens in one block
 """
@@ -11,8 +14,39 @@ share its keys (GQA-packed). A row cut into several items leaves normalised part
 import triton
 import triton.language as tl
 
-ITEM_FIELDS = 6
-"""row, slot, kv_start (a block's first token), kv_end, part (-1: the only one), context length."""
+
+@triton.jit
+def _merge(
+    part_out_ptr,
+    part_lse_ptr,
+    first_part,
+    num_parts,
+    offs_n,
+    is_n,
+    offs_h,
+    mask,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    H_PAD: tl.constexpr,
+):
+    """Return the attention [N_BLOCK,H_PAD] of heads whose keys were attended to in parts."""
+    top = tl.full([N_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([N_BLOCK], tl.float32)
+    acc = tl.zeros([N_BLOCK, H_PAD], tl.float32)
+    for part in range(first_part, first_part + num_parts):
+        heads = part * N + offs_n
+        lse = tl.load(part_lse_ptr + heads, mask=is_n, other=float("-inf"), cache_modifier=".cg")
+        place = part_out_ptr + heads[:, None] * H + offs_h[None, :]
+        value = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, lse)
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink = tl.exp2(top - safe_top)
+        weight = tl.exp2(lse - safe_top)
+        total = total * shrink + weight
+        acc = acc * shrink[:, None] + value * weight[:, None]
+        top = new_top
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
 @triton.jit
@@ -27,6 +61,7 @@ def decode_kernel(
     out_ptr,
     part_out_ptr,
     part_lse_ptr,
+    arrivals_ptr,
     scale_log2,
     table_stride,
     K: tl.constexpr,
@@ -41,7 +76,7 @@ def decode_kernel(
 ):
     """q [T,N,H]; k, v [blocks,K,S,H]; out [T,N,H]; part_out [P,N,H] fp32; part_lse [P,N] fp32, base 2.
 
-    `ticket_ptr` points to a 0, and does so again when the launch is over.
+    `ticket_ptr` points to a 0 and `arrivals_ptr` to zeros [T,K], and do so again when the launch is over.
     """
     offs_g = tl.arange(0, G_PAD)
     offs_h = tl.arange(0, H_PAD)
@@ -51,7 +86,7 @@ def decode_kernel(
     num_pairs = tl.load(num_items_ptr) * K
     pair = tl.atomic_add(ticket_ptr, 1)
     while pair < num_pairs:
-        item = items_ptr + (pair // K) * 6
+        item = items_ptr + (pair // K) * 8
         head = pair % K
         row = tl.load(item)
         slot = tl.load(item + 1)
@@ -63,6 +98,8 @@ def decode_kernel(
             start = tl.maximum(start, (first // TILE) * TILE)
         q_offs = (row * N + head * G + offs_g[:, None]) * H + offs_h[None, :]
         q = tl.load(q_ptr + q_offs, mask=is_head, other=0.0)
+        if k_ptr.dtype.element_ty == tl.float8e4nv:
+            q = q.to(tl.float16)  # e4m3 becomes fp16 in one instruction, bf16 in several
         top = tl.full([G_PAD], float("-inf"), tl.float32)
         total = tl.zeros([G_PAD], tl.float32)
         acc = tl.zeros([G_PAD, H_PAD], tl.float32)
@@ -104,6 +141,29 @@ def decode_kernel(
             tl.store(part_out_ptr + heads[:, None] * H + offs_h[None, :], result, mask=is_head)
             lse = tl.where(is_empty, float("-inf"), top + tl.log2(tl.where(is_empty, 1.0, total)))
             tl.store(part_lse_ptr + heads, lse, mask=offs_g < G)
+            num_parts = tl.load(item + 6)
+            if num_parts > 0:
+                arrivals = arrivals_ptr + row * K + head
+                tl.debug_barrier()  # all of the part is written before it is counted
+                if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+                    tl.store(arrivals, 0)
+                    first_part = tl.load(item + 7)
+                    offs_n = head * G + offs_g
+                    merged = _merge(
+                        part_out_ptr,
+                        part_lse_ptr,
+                        first_part,
+                        num_parts,
+                        offs_n,
+                        offs_g < G,
+                        offs_h,
+                        is_head,
+                        N,
+                        H,
+                        G_PAD,
+                        H_PAD,
+                    )
+                    tl.store(out_ptr + q_offs, merged.to(out_ptr.dtype.element_ty), mask=is_head)
         pair = tl.atomic_add(ticket_ptr, 1)
     # Every program draws one ticket too many; whoever draws the last of all resets the counter.
     if pair == num_pairs + tl.num_programs(0) - 1:
@@ -122,31 +182,28 @@ def combine_kernel(
     H: tl.constexpr,
     H_PAD: tl.constexpr,
 ):
-    """Merge the parts of one row into out [T,N,H]; rows of a single part wrote theirs directly."""
+    """Merge the parts of one row into out [T,N,H], if it has a shared prefix; other rows are done."""
     row = tl.program_id(0)
     num_parts = tl.load(row_num_parts_ptr + row)
     if num_parts < 2:
         return
-    first = tl.load(row_part_ptr + row)
+    first_part = tl.load(row_part_ptr + row)
     offs_n = tl.program_id(1) * N_BLOCK + tl.arange(0, N_BLOCK)
     offs_h = tl.arange(0, H_PAD)
     mask = (offs_n[:, None] < N) & (offs_h[None, :] < H)
-    top = tl.full([N_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([N_BLOCK], tl.float32)
-    acc = tl.zeros([N_BLOCK, H_PAD], tl.float32)
-    for part in range(first, first + num_parts):
-        heads = part * N + offs_n
-        lse = tl.load(part_lse_ptr + heads, mask=offs_n < N, other=float("-inf"))
-        value = tl.load(
-            part_out_ptr + heads[:, None] * H + offs_h[None, :], mask=mask, other=0.0
-        )
-        new_top = tl.maximum(top, lse)
-        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink = tl.exp2(top - safe_top)
-        weight = tl.exp2(lse - safe_top)
-        total = total * shrink + weight
-        acc = acc * shrink[:, None] + value * weight[:, None]
-        top = new_top
-    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    result = _merge(
+        part_out_ptr,
+        part_lse_ptr,
+        first_part,
+        num_parts,
+        offs_n,
+        offs_n < N,
+        offs_h,
+        mask,
+        N,
+        H,
+        N_BLOCK,
+        H_PAD,
+    )
     out_offs = (row * N + offs_n[:, None]) * H + offs_h[None, :]
     tl.store(out_ptr + out_offs, result.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,11 +1,11 @@
 """Sampling kernels: logits in, one token a row out, on the device. Follow `inference.sampler` and `inference.noise`.
 
-    maxima    best token of each part of the vocabulary, and NaN where a part is broken
-    floors    the least logit that top-k, top-p and min-p keep, found by bisection over its bits: no sort
-    draws     rows with a temperature: best of (logit - max) / temperature + Gumbel noise in each part
-    commit    merge the parts, look for end tokens, leave the token for the next step and for the host
+maxima    best token of each part of the vocabulary, and NaN where a part is broken
+floors    the least logit that top-k, top-p and min-p keep, found by bisection over its bits: no sort
+draws     rows with a temperature: best of (logit - max) / temperature + Gumbel noise in each part
+commit    merge the parts, look for end tokens, leave the token for the next step and for the host
 
-    R rows that sample   V vocabulary   C parts of the vocabulary   P fields of a slot (`inference.slot_params`)
+R rows that sample   V vocabulary   C parts of the vocabulary   P fields of a slot (`inference.slot_params`)
 """
 
 import triton
@@ -13,9 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def maxima_kernel(
-    logits_ptr, value_ptr, index_ptr, V, PART: tl.constexpr, BLOCK: tl.constexpr
-):
+def maxima_kernel(logits_ptr, value_ptr, index_ptr, V, PART: tl.constexpr, BLOCK: tl.constexpr):
     """logits [R,V] -> value, index [R,C]; the lowest index wins a tie."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -41,9 +39,7 @@ def maxima_kernel(
 @triton.jit
 def _row_max(value_ptr, row, C: tl.constexpr, C_PAD: tl.constexpr):
     parts = tl.arange(0, C_PAD)
-    return tl.max(
-        tl.load(value_ptr + row * C + parts, mask=parts < C, other=float("-inf")), 0
-    )
+    return tl.max(tl.load(value_ptr + row * C + parts, mask=parts < C, other=float("-inf")), 0)
 
 
 @triton.jit
@@ -54,7 +50,9 @@ def _ordered(x):
 
 
 @triton.jit
-def _above(logits_ptr, row, V, bound, floor, top, temperature, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+def _above(
+    logits_ptr, row, V, bound, floor, top, temperature, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Count, or weigh by probability, the logits above `bound` and not below `floor` (both ordered bits)."""
     offs = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

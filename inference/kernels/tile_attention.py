@@ -5,14 +5,69 @@ A tile is up to M / G query tokens of one block table, all G query heads of a KV
     prefill   consecutive tokens of one chunk, causal, keys from the cache (the chunk's own are already there)
     cascade   decoding rows that share a prefix: its keys are read once for all of them; leaves parts to combine
 
+One launch does both kinds, so that it gets its place before the decode kernel that runs beside it.
+
     N query heads   K KV heads   G = N / K   H head dim   S tokens in one block
 """
 
 import triton
 import triton.language as tl
 
-TILE_FIELDS = 7
-"""slot, kv_start, kv_end, first query, number of queries, position of the first query, part offset."""
+
+@triton.jit
+def _attend(
+    q,
+    top,
+    total,
+    acc,
+    k_ptr,
+    v_ptr,
+    row_table,
+    head,
+    begin,
+    end,
+    position,
+    scale_log2,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attend to the tokens from `begin` to `end`; without a mask, all of them count for all queries."""
+    offs_h = tl.arange(0, H_PAD)
+    offs_s = tl.arange(0, TILE)
+    for at in tl.range(begin, end, TILE, num_stages=STAGES):
+        block = tl.load(row_table + at // S).to(tl.int64)
+        base = (block * K + head) * (S * H) + (at % S) * H
+        k_place = k_ptr + base + offs_s[None, :] * H + offs_h[:, None]
+        v_place = v_ptr + base + offs_s[:, None] * H + offs_h[None, :]
+        offs = at + offs_s
+        if IS_MASKED or H != H_PAD:
+            in_range = offs < end
+            k = tl.load(k_place, mask=in_range[None, :] & (offs_h[:, None] < H), other=0.0)
+            v = tl.load(v_place, mask=in_range[:, None] & (offs_h[None, :] < H), other=0.0)
+        else:
+            k = tl.load(k_place)
+            v = tl.load(v_place)
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2
+        if IS_MASKED:
+            allowed = (offs[None, :] <= position[:, None]) & (offs < end)[None, :]
+            if WINDOW > 0:
+                allowed = allowed & (offs[None, :] > position[:, None] - WINDOW)
+            scores = tl.where(allowed, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - safe_top[:, None])
+        shrink = tl.exp2(top - safe_top)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        top = new_top
+    return top, total, acc
 
 
 @triton.jit
@@ -39,7 +94,6 @@ def tile_kernel(
     S: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
-    IS_CASCADE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """q [T,N,H]; k, v [blocks,K,S,H]; out [T,N,H] (prefill); part_out [P,N,H], part_lse [P,N] (cascade).
@@ -48,7 +102,6 @@ def tile_kernel(
     """
     offs_m = tl.arange(0, M)
     offs_h = tl.arange(0, H_PAD)
-    offs_s = tl.arange(0, TILE)
     N: tl.constexpr = K * G
     num_pairs = tl.load(num_tiles_ptr) * K
     pair = tl.atomic_add(ticket_ptr, 1)
@@ -60,58 +113,77 @@ def tile_kernel(
         end = tl.load(tile + 2)
         query = tl.load(tile + 3) + offs_m // G
         is_query = offs_m // G < tl.load(tile + 4)
-        position = tl.load(tile + 5) + offs_m // G
-        if IS_CASCADE:
-            token = tl.load(rows_ptr + query, mask=is_query, other=0)
-        else:
-            token = query
+        first_position = tl.load(tile + 5)
+        part_offset = tl.load(tile + 6)
+        is_cascade = part_offset >= 0
+        token = tl.load(rows_ptr + query, mask=is_query & is_cascade, other=0)
+        token = tl.where(is_cascade, token, query)
         heads = head * G + offs_m % G
         mask = is_query[:, None] & (offs_h[None, :] < H)
         q_offs = (token * N + heads)[:, None] * H + offs_h[None, :]
         q = tl.load(q_ptr + q_offs, mask=mask, other=0.0)
+        if k_ptr.dtype.element_ty == tl.float8e4nv:
+            q = q.to(tl.float16)  # e4m3 becomes fp16 in one instruction, bf16 in several
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, H_PAD], tl.float32)
-        if WINDOW > 0 and not IS_CASCADE:
-            first = tl.maximum(tl.load(tile + 5) - WINDOW + 1, 0)
-            start = tl.maximum(start, (first // TILE) * TILE)
+        position = first_position + offs_m // G
         row_table = table_ptr + slot.to(tl.int64) * table_stride
-        for at in tl.range(start, end, TILE, num_stages=STAGES):
-            block = tl.load(row_table + at // S).to(tl.int64)
-            base = (block * K + head) * (S * H) + (at % S) * H
-            offs = at + offs_s
-            in_range = offs < end
-            if H == H_PAD:
-                k_mask = in_range[None, :]
-                v_mask = in_range[:, None]
-            else:
-                k_mask = in_range[None, :] & (offs_h[:, None] < H)
-                v_mask = in_range[:, None] & (offs_h[None, :] < H)
-            k = tl.load(
-                k_ptr + base + offs_s[None, :] * H + offs_h[:, None], mask=k_mask, other=0.0
+        if WINDOW > 0:
+            first = tl.maximum(first_position - WINDOW + 1, 0)
+            middle = tl.maximum(start, (first // TILE) * TILE)
+        else:
+            # What every query of the tile sees needs no mask.
+            whole = tl.minimum(end, first_position + 1)
+            middle = start + tl.maximum(whole - start, 0) // TILE * TILE
+            top, total, acc = _attend(
+                q,
+                top,
+                total,
+                acc,
+                k_ptr,
+                v_ptr,
+                row_table,
+                head,
+                start,
+                middle,
+                position,
+                scale_log2,
+                K,
+                H,
+                H_PAD,
+                S,
+                TILE,
+                0,
+                False,
+                STAGES,
             )
-            v = tl.load(
-                v_ptr + base + offs_s[:, None] * H + offs_h[None, :], mask=v_mask, other=0.0
-            )
-            scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2
-            allowed = in_range[None, :]
-            if not IS_CASCADE:
-                allowed = allowed & (offs[None, :] <= position[:, None])
-                if WINDOW > 0:
-                    allowed = allowed & (offs[None, :] > position[:, None] - WINDOW)
-            scores = tl.where(allowed, scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weights = tl.exp2(scores - safe_top[:, None])
-            shrink = tl.exp2(top - safe_top)
-            total = total * shrink + tl.sum(weights, 1)
-            acc = acc * shrink[:, None]
-            acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
-            top = new_top
+        top, total, acc = _attend(
+            q,
+            top,
+            total,
+            acc,
+            k_ptr,
+            v_ptr,
+            row_table,
+            head,
+            middle,
+            end,
+            position,
+            scale_log2,
+            K,
+            H,
+            H_PAD,
+            S,
+            TILE,
+            WINDOW,
+            True,
+            STAGES,
+        )
         is_empty = total == 0.0
         result = acc / tl.where(is_empty, 1.0, total)[:, None]
-        if IS_CASCADE:
-            part = tl.load(row_part_ptr + token, mask=is_query, other=0) + tl.load(tile + 6)
+        if is_cascade:
+            part = tl.load(row_part_ptr + token, mask=is_query, other=0) + part_offset
             place = part * N + heads
             tl.store(part_out_ptr + place[:, None] * H + offs_h[None, :], result, mask=mask)
             lse = tl.where(is_empty, float("-inf"), top + tl.log2(tl.where(is_empty, 1.0, total)))

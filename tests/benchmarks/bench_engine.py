@@ -21,8 +21,8 @@ import torch
 import transformers
 from workload import requests
 
-from inference.backends.paged import PagedSettings, build_engine
 from inference.backends.row import Row
+from inference.build_engine import PagedSettings, build_engine
 from inference.config import EngineConfig
 from inference.model import make_paged_model
 from inference.sampling import SamplingParams
@@ -107,7 +107,7 @@ def sequences_of(mix: str, count: int, temperature: float) -> list[Sequence]:
 
 def run(engine: Any, sequences: list[Sequence]) -> float:
     """Run sequences to their ends; return the seconds it took."""
-    engine.scheduler.blocks.forget_prefixes()  # each run prefills its prompts anew
+    engine.scheduler.forget_prefixes()  # each run prefills its prompts anew
     started_at = time.perf_counter()
     engine.submit(sequences)
     lengths = {}
@@ -122,7 +122,7 @@ def run(engine: Any, sequences: list[Sequence]) -> float:
 
 def profile(engine: Any, sequences: list[Sequence], first: int, count: int) -> None:
     """Print the kernels that take longest in `count` steps after the first ones."""
-    engine.scheduler.blocks.forget_prefixes()
+    engine.scheduler.forget_prefixes()
     engine.submit(sequences)
     for _ in range(first):
         engine.step()
@@ -136,14 +136,32 @@ def profile(engine: Any, sequences: list[Sequence], first: int, count: int) -> N
     elapsed_ms = (time.perf_counter() - started_at) * 1e3
     while engine.num_unfinished:
         engine.step()
-    events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in events)
-    print(
-        f"{count} steps: {elapsed_ms / count:.2f} ms a step, kernels {total / count / 1e3:.2f} ms"
-    )
-    for event in events[:18]:
-        ms = event.self_device_time_total / count / 1e3
-        print(f"  {ms:7.3f} ms  {event.count / count:6.1f}x  {event.key[:90]}")
+    events = [
+        (e.start_ns() / 1e6, (e.start_ns() + e.duration_ns()) / 1e6, e.name())
+        for e in profiler.profiler.kineto_results.events()
+        if e.device_type() == torch.autograd.DeviceType.CUDA
+    ]
+    print_events(sorted(events), count, elapsed_ms)
+
+
+def print_events(events: list[tuple[float, float, str]], count: int, elapsed_ms: float) -> None:
+    """Print kernels (start ms, end ms, name) by the time only they run, and the gaps between them."""
+    alone: dict[str, list[float]] = {}
+    gaps: dict[str, list[float]] = {}
+    reached, last = events[0][0], ""
+    idle = 0.0
+    for start, end, name in events:
+        name = name[:60]
+        if start > reached:
+            idle += start - reached
+            gaps.setdefault(f"{last[:34]} -> {name[:34]}", []).append(start - reached)
+        alone.setdefault(name, []).append(max(0.0, end - max(start, reached)))
+        if end > reached:
+            reached, last = end, name
+    print(f"{count} steps: {elapsed_ms / count:.2f} ms a step, idle {idle / count:.2f} ms")
+    for table, size in ((alone, 16), (gaps, 14)):
+        for name, times in sorted(table.items(), key=lambda item: -sum(item[1]))[:size]:
+            print(f"  {sum(times) / count:7.3f} ms  {len(times) / count:6.1f}x  {name}")
 
 
 def profile_host(engine: Any, sequences: list[Sequence]) -> None:

@@ -9,6 +9,7 @@ drop_after   let the upstream do it, then close: the reply is lost
 flip         one bit of the reply's body is wrong
 truncate     half of the body, then close
 stall        half of the body, then silence for `seconds`, then close
+unless       take If-None-Match out and sign anew: a store that ignores the condition
 """
 
 import asyncio
@@ -18,8 +19,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
-Kind = Literal["status", "drop_before", "drop_after", "flip", "truncate", "stall"]
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+from tests.seaweed import ACCESS_KEY, SECRET_KEY
+
+Kind = Literal["status", "drop_before", "drop_after", "flip", "truncate", "stall", "unless"]
 _LIMIT = 1 << 20
+FOREVER = 1 << 60
 
 
 @dataclass
@@ -34,6 +42,10 @@ class Rule:
     status: int = 503
     code: str = "SlowDown"
     seconds: float = 5.0
+    once_each: bool = False
+    """Hit each request line only the first time it comes."""
+
+    seen: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -136,6 +148,8 @@ class FaultProxy:
             return True
         if kind == "drop_before":
             return False
+        if kind == "unless" and "if-none-match" in request.headers:
+            request.head = _signed_anew(request)
         reply = await self._forward(request, line)
         if kind == "drop_after":
             return False
@@ -155,9 +169,13 @@ class FaultProxy:
     def _take(self, line: str) -> Rule | None:
         with self._lock:
             for rule in self._rules:
-                if rule.count > 0 and re.search(rule.match, line):
-                    rule.count -= 1
-                    return rule
+                if rule.count <= 0 or not re.search(rule.match, line):
+                    continue
+                if rule.once_each and line in rule.seen:
+                    continue
+                rule.seen.add(line)
+                rule.count -= 1
+                return rule
         return None
 
     async def _forward(self, request: _Message, line: str) -> _Message:
@@ -177,6 +195,21 @@ class FaultProxy:
             return reply
         finally:
             writer.close()
+
+
+def _signed_anew(request: _Message) -> bytes:
+    """Return the head without If-None-Match, under a signature of its own."""
+    first, *lines = request.head.decode("latin-1").rstrip("\r\n").split("\r\n")
+    verb, target, _ = first.split(" ")
+    signed = {}
+    for line in lines:
+        name, value = line.split(":", 1)
+        if name.lower() not in ("authorization", "if-none-match", "x-amz-date", "expect"):
+            signed[name] = value.strip()
+    anew = AWSRequest(verb, f"http://{request.headers['host']}{target}", signed, request.body)
+    S3SigV4Auth(Credentials(ACCESS_KEY, SECRET_KEY), "s3", "us-east-1").add_auth(anew)
+    head = "".join(f"{name}: {value}\r\n" for name, value in anew.headers.items())
+    return f"{first}\r\n{head}\r\n".encode("latin-1")
 
 
 def _refusal(rule: Rule) -> bytes:

@@ -1,6 +1,5 @@
 """Runs that are asked to stop: leases let go, the right exit code, and the rest done by the next start."""
 
-import json
 import os
 import signal
 import time
@@ -14,7 +13,7 @@ import pytest
 from storage import keys
 from storage.local_store import LocalStore
 from tasks.verify import verify_run
-from tests.processes import Cli, children, cli_in, is_alive, wait_for
+from tests.processes import Cli, children, cli_in, holders, is_alive, wait_for
 
 NUM_SHARDS, NUM_ROWS = 8, 160
 
@@ -45,12 +44,6 @@ def run_in(folder: Path) -> LocalStore | None:
     """The run's folder, as soon as something is committed."""
     found = list(folder.glob("out/*/commits/*"))
     return LocalStore(found[0].parents[1]) if found else None
-
-
-def holders(store: LocalStore) -> list[str]:
-    """Who holds a lease now."""
-    leases = [info.key for info in store.list(keys.LEASES) if info.key != keys.LEASE_CLOCK]
-    return [name for name in (json.loads(store.get(key))["holder"] for key in leases) if name]
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

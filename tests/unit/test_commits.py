@@ -350,12 +350,12 @@ class CountingStore(MemoryStore):
         self.num_gets += 1
         return super().get(key)
 
-    def copy(self, source: str, target: str) -> ObjectInfo:
+    def copy(self, source: str, target: str, *, size: int | None = None) -> ObjectInfo:
         self.num_copies += 1
         action = next(self.before_copy, None)
         if callable(action):
             action()
-        return super().copy(source, target)
+        return super().copy(source, target, size=size)
 
 
 class StaleListing(MemoryStore):

@@ -1,0 +1,126 @@
+"""Which hardware a job would run on, and why; a machine without a GPU says so."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from inference.hardware import GpuType, match_gpu
+from inference.model_config import read_model_shape
+from inference.roofline import Workload
+from inference.tier import Options, Tier
+from inference.tiers import Objective, choose_tier, size_model
+from tasks.hardware import load_hardware
+from tasks.job import RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What a run would have; `tier` is None where no GPU is involved."""
+
+    backend: str
+    device: str
+    reason: str
+    replicas: int = 1
+    gpus_per_replica: int = 1
+    price_per_hour: float | None = None
+    tier: Tier | None = None
+
+    def as_document(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        document = dataclasses.asdict(self)
+        document["tier"] = None if self.tier is None else dataclasses.asdict(self.tier)
+        return document
+
+
+def choose_hardware(
+    job: RunConfig,
+    model_dir: str,
+    workload: Workload,
+    *,
+    hardware: str | None = None,
+    deadline_s: float | None = None,
+) -> Choice:
+    """Choose for a workload.
+
+    Raises:
+        EngineConfigError: nothing fits; with the arithmetic.
+        ModelError: the model's config.json says too little to size it.
+    """
+    price = job.hardware.price_per_hour
+    if job.engine.backend == "dummy":
+        return _without_gpu(job, "dummy", "the dummy backend needs no model and no GPU")
+    known = load_hardware(hardware)
+    if job.hardware.provider == "local":
+        found = local_gpu(known)
+        if found is None:
+            backend = "transformers" if job.engine.backend == "auto" else job.engine.backend
+            why = f"this machine has no GPU that the hardware file knows: the {backend} backend runs on the CPU"
+            return _without_gpu(job, backend, why)
+        known = [found]
+    elif job.hardware.tier != "auto":
+        known = [gpu for gpu in known if gpu.name == job.hardware.tier] or known
+    if price is not None:
+        known = [dataclasses.replace(gpu, price_per_hour=price) for gpu in known]
+    shape, options = read_model_shape(model_dir), _options(job)
+    objective: Objective = "fastest" if job.hardware.provider == "local" else "cheapest"
+    # What is over the budget is shown all the same: the forecast says so, with the numbers.
+    tier = size_model(
+        shape,
+        known,
+        workload,
+        options=options,
+        deadline_s=deadline_s,
+        budget_usd=job.budget.usd,
+        objective=objective,
+    ).best or choose_tier(shape, known, workload, options=options)
+    gpu = next(gpu for gpu in known if gpu.name == tier.gpu)
+    return Choice(
+        backend=tier.backend,
+        device=tier.gpu,
+        reason=tier.reason,
+        replicas=tier.replicas,
+        gpus_per_replica=tier.tensor_parallel_size,
+        price_per_hour=gpu.price_per_hour,
+        tier=tier,
+    )
+
+
+def local_gpu(known: list[GpuType]) -> GpuType | None:
+    """Return the type of this machine's GPUs with their number; None without one that is known."""
+    import torch  # heavy, and only to ask for devices
+
+    count = torch.cuda.device_count()
+    if not count:
+        return None
+    device = torch.cuda.get_device_properties(0)
+    found = match_gpu(device.name, device.total_memory, known)
+    return (
+        None if found is None else dataclasses.replace(found, max_count=count, gpus_per_host=count)
+    )
+
+
+def _options(job: RunConfig) -> Options:
+    size, replicas, seqs = (
+        job.engine.tensor_parallel_size,
+        job.hardware.replicas,
+        job.engine.max_num_seqs,
+    )
+    options = Options(
+        dtype=job.model.dtype,
+        quantizations=(job.model.quantization,),
+        kv_cache_dtype=job.engine.kv_cache_dtype,
+        tensor_parallel_size=None if size == "auto" else size,
+        replicas=None if replicas == "auto" else replicas,
+    )
+    return options if seqs == "auto" else dataclasses.replace(options, max_num_seqs=seqs)
+
+
+def _without_gpu(job: RunConfig, backend: str, reason: str) -> Choice:
+    wanted = job.hardware.replicas
+    return Choice(
+        backend=backend,
+        device="cpu",
+        reason=reason,
+        replicas=1 if wanted == "auto" else wanted,
+        price_per_hour=job.hardware.price_per_hour,
+    )

@@ -1,0 +1,249 @@
+"""Forecast: when a run will be done and what it will cost, with what that rests on.
+
+Lengths come from earlier runs, else from a canary, else max_tokens bounds them. Speed comes from
+earlier runs on such a device, else from the roofline of the tier, else nothing is known of it.
+"""
+
+import statistics
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from tasks.history import START_PHASES, History, PastRun
+from tasks.lengths import quantile
+
+Basis = Literal["history", "canary", "max_tokens"]
+
+_SPREAD_HISTORY = 0.15
+_SPREAD_ROOFLINE = 0.30
+_HALF_OF_BOUND = 0.5  # what is assumed of max_tokens when nothing else is known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """How long completions are taken to be."""
+
+    basis: Basis
+    mean: float
+    high: float
+    """Mean that is exceeded once in ten; with `max_tokens`, the bound itself."""
+
+    p50: int | None = None
+    p90: int | None = None
+    sentence: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What there is to generate."""
+
+    num_sequences: int
+    num_prefill_tokens: float
+    """Prompt tokens of all sequences without what is taken from the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What one replica needs."""
+
+    basis: Literal["history", "roofline"]
+    start_s: float
+    """Once for each replica: stage, load, warm-up, and the tail."""
+
+    prefill_s_per_token: float
+    decode_s_per_token: float
+    other_s_per_sequence: float
+    spread: float
+    """P90 over P50, less one, of the speed alone."""
+
+    sentence: str = ""
+
+    def seconds(self, work: Work, mean_tokens: float, replicas: int) -> float:
+        """Return the wall seconds `replicas` need."""
+        spent = work.num_prefill_tokens * self.prefill_s_per_token
+        spent += work.num_sequences * mean_tokens * self.decode_s_per_token
+        spent += work.num_sequences * self.other_s_per_sequence
+        return self.start_s + spent / max(1, replicas)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Seconds are wall seconds from `starts_at`; null where nothing is known of the speed."""
+
+    starts_at: str
+    lengths: Lengths
+    speed_basis: Literal["history", "roofline"] | None
+    replicas: int
+    num_completion_tokens_p50: int
+    num_completion_tokens_p90: int
+    seconds_p50: float | None = None
+    seconds_p90: float | None = None
+    finish_p50: str | None = None
+    finish_p90: str | None = None
+    gpu_hours_p50: float | None = None
+    gpu_hours_p90: float | None = None
+    usd_p50: float | None = None
+    usd_p90: float | None = None
+    deadline: str | None = None
+    budget_usd: float | None = None
+    is_late: bool | None = None
+    """P90 is past the deadline; null when one of them is not known."""
+
+    is_over_budget: bool | None = None
+    """P90 costs more than the budget; null when one of them is not known."""
+
+    sentence: str = ""
+
+
+def lengths_of(history: History, max_tokens: int) -> Lengths:
+    """Return what is known of completion lengths; lacking everything, max_tokens as a bound."""
+    past = history.last
+    if past is None:
+        return Lengths(
+            basis="max_tokens",
+            mean=max_tokens * _HALF_OF_BOUND,
+            high=float(max_tokens),
+            sentence=f"lengths: no earlier run; half of max_tokens ({max_tokens}) is assumed, P90 takes all of it",
+        )
+    means = [run.mean_completion_tokens for run in history.runs if run.num_rows]
+    mean = min(past.mean_completion_tokens, float(max_tokens))
+    spread = statistics.stdev(means) if len(means) > 1 else 0.1 * mean
+    return Lengths(
+        basis="history",
+        mean=mean,
+        high=min(mean + 1.28 * spread, float(max_tokens)),
+        p50=quantile(history.lengths, 0.5),
+        p90=quantile(history.lengths, 0.9),
+        sentence=f"lengths: {mean:.0f} tokens on average in the last of {len(means)} earlier runs",
+    )
+
+
+def lengths_of_canary(num_sequences: int, num_tokens: int, max_tokens: int) -> Lengths:
+    """Return what a canary of so many sequences says."""
+    mean = num_tokens / max(1, num_sequences)
+    return Lengths(
+        basis="canary",
+        mean=mean,
+        high=min(float(max_tokens), mean * (1 + 1.28 / max(1, num_sequences) ** 0.5)),
+        sentence=f"lengths: {mean:.0f} tokens on average in a canary of {num_sequences} rows",
+    )
+
+
+def speed_of(past: PastRun) -> Speed:
+    """Return the speed of an earlier run."""
+    seconds = past.replica_seconds
+    # The tail is as long as the longest completion, however many there are before it.
+    once = (*START_PHASES, "tail")
+    started = sum(seconds.get(name, 0.0) for name in once) / past.num_replicas
+    known = {*once, "prefill", "decode"}
+    other = sum(value for name, value in seconds.items() if name not in known)
+    return Speed(
+        basis="history",
+        start_s=started,
+        prefill_s_per_token=seconds.get("prefill", 0.0) / max(1, past.num_prompt_tokens),
+        decode_s_per_token=seconds.get("decode", 0.0) / max(1, past.num_completion_tokens),
+        other_s_per_sequence=other / max(1, past.num_rows),
+        spread=_SPREAD_HISTORY,
+        sentence=f"speed: as in run {past.run_id} on {past.device}",
+    )
+
+
+def forecast(
+    *,
+    work: Work,
+    lengths: Lengths,
+    speed: Speed | None,
+    tier_seconds: tuple[float, float] | None,
+    starts_at: datetime,
+    plan_s: float = 0.0,
+    replicas: int = 1,
+    gpus_per_replica: int = 1,
+    price_per_hour: float | None = None,
+    deadline: datetime | None = None,
+    budget_usd: float | None = None,
+) -> Forecast:
+    """Forecast a run that starts now.
+
+    Args:
+        work: What there is to generate.
+        lengths: How long completions are taken to be.
+        speed: Of one replica, from an earlier run; it wins over `tier_seconds`.
+        tier_seconds: Wall seconds the roofline says for mean and high lengths.
+        starts_at: When planning begins, with a time zone.
+        plan_s: Seconds the run plans before its first replica starts.
+        replicas: Engines at work.
+        gpus_per_replica: GPUs, or 1 on a machine without.
+        price_per_hour: US dollars for one of them.
+        deadline: With a time zone.
+        budget_usd: What the run may cost.
+    """
+    basis: Literal["history", "roofline"] | None = None
+    p50 = p90 = None
+    if work.num_sequences == 0:
+        p50 = p90 = plan_s
+    elif speed is not None:
+        basis = speed.basis
+        p50 = plan_s + speed.seconds(work, lengths.mean, replicas)
+        p90 = plan_s + speed.seconds(work, lengths.high, replicas) * (1 + speed.spread)
+    elif tier_seconds is not None:
+        basis = "roofline"
+        p50 = plan_s + tier_seconds[0]
+        p90 = plan_s + tier_seconds[1] * (1 + _SPREAD_ROOFLINE)
+    hours = [
+        None if s is None else (s - plan_s) * replicas * gpus_per_replica / 3600 for s in (p50, p90)
+    ]
+    usd = [None if h is None or price_per_hour is None else h * price_per_hour for h in hours]
+    values: dict[str, Any] = {
+        "starts_at": _iso(starts_at),
+        "lengths": lengths,
+        "speed_basis": basis,
+        "replicas": replicas,
+        "num_completion_tokens_p50": round(work.num_sequences * lengths.mean),
+        "num_completion_tokens_p90": round(work.num_sequences * lengths.high),
+        "seconds_p50": _rounded(p50, 3),
+        "seconds_p90": _rounded(p90, 3),
+        "finish_p50": None if p50 is None else _iso(starts_at + timedelta(seconds=p50)),
+        "finish_p90": None if p90 is None else _iso(starts_at + timedelta(seconds=p90)),
+        "gpu_hours_p50": _rounded(hours[0], 4),
+        "gpu_hours_p90": _rounded(hours[1], 4),
+        "usd_p50": _rounded(usd[0], 4),
+        "usd_p90": _rounded(usd[1], 4),
+        "deadline": None if deadline is None else _iso(deadline),
+        "budget_usd": budget_usd,
+        "is_late": None
+        if deadline is None or p90 is None
+        else starts_at + timedelta(seconds=p90) > deadline,
+        "is_over_budget": None if budget_usd is None or usd[1] is None else usd[1] > budget_usd,
+    }
+    made = Forecast(**values)
+    return Forecast(**{**values, "sentence": _sentence(made, speed)})
+
+
+def _sentence(made: Forecast, speed: Speed | None) -> str:
+    parts = []
+    if made.seconds_p50 is None:
+        parts.append("finish: not known, no earlier run on such a device and no GPU to reckon with")
+    else:
+        parts.append(f"finish: even odds by {made.finish_p50}, nine in ten by {made.finish_p90}")
+    if made.is_late is not None:
+        verdict = "misses" if made.is_late else "meets"
+        parts.append(f"P90 {verdict} the deadline {made.deadline}")
+    if made.usd_p50 is not None:
+        parts.append(f"cost: ${made.usd_p50:.2f} to ${made.usd_p90:.2f}")
+    if made.is_over_budget is not None:
+        verdict = "is over" if made.is_over_budget else "is within"
+        parts.append(f"P90 {verdict} the budget of ${made.budget_usd:.2f}")
+    parts.append(made.lengths.sentence)
+    if speed is not None:
+        parts.append(speed.sentence)
+    elif made.speed_basis == "roofline":
+        parts.append("speed: from the GPU's data sheet, no earlier run")
+    return "; ".join(parts)
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)

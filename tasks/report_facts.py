@@ -1,0 +1,263 @@
+"""What a run's report is drawn from: commits, receipts, and a look into a few parts."""
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from storage import keys, records
+from storage.commits import CommitCache, current_commits
+from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, digest
+from storage.object_store import ObjectStore
+from storage.reveal import read_manifest
+from tasks.job import job_of
+from tasks.lengths import merged
+
+NUM_SLOWEST = 8
+NUM_COMPLETIONS = 10
+_MAX_PARTS = 20  # parts looked into for the kinds of failure
+_MAX_KINDS = 12
+_SHOWN_CHARS = 600
+_BINS = 60
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_NUMBER = re.compile(r"\d[\d,.]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportFacts:
+    """Plain values; nothing here is drawn yet."""
+
+    uri: str
+    record: RunRecord
+    plan: PlanManifest
+    manifest: RunManifest | None
+    is_private: bool
+    num_committed: int
+    rows_by_state: dict[str, int]
+    seconds: dict[str, float]
+    """Over all replicas, by phase."""
+
+    num_completion_tokens: int
+    wall_s: float
+    """From the first shard's start to the last one's commit."""
+
+    usd: float | None
+    num_replicas: int
+    devices: list[str]
+    rates: list[tuple[float, float]]
+    """Minutes since the start, and completion tokens per second then."""
+
+    completion_tokens_histogram: dict[str, int]
+    shards: list[dict[str, Any]]
+    """The slowest, slowest first: id, attempt, rows, tokens/s, wall_s, summary."""
+
+    device: list[dict[str, float]]
+    """Per shard in the order of commits: minutes, memory in GB, utilisation, KV occupancy."""
+
+    failures: list[tuple[str, str, int]]
+    """State, kind of error, rows; from the parts looked into."""
+
+    is_failures_sampled: bool
+    completions: list[dict[str, Any]]
+    num_repetitive: int
+    roofline: dict[str, float | None]
+
+
+def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> ReportFacts:
+    """Collect them; `cache` has commits known already.
+
+    Raises:
+        BadInput: the folder is not a planned run's.
+        StorageError: a part or commit cannot be read.
+    """
+    from tasks.run import planned, read_record
+
+    record, plan = read_record(store), planned(store)
+    commits = current_commits(store, digest(store.get(keys.PLAN)), cache=cache)
+    ordered = sorted(commits.values(), key=lambda c: (c.committed_at, c.shard_id))
+    receipts = [commit.receipt for commit in ordered]
+    job = job_of(record)
+    counts: Counter[str] = Counter()
+    for commit in ordered:
+        counts.update(commit.counts)
+    start, end = _span(ordered)
+    prices = [receipt.get("usd") for receipt in receipts]
+    failing = [
+        c for c in ordered if any(n and s not in records.ANSWERED for s, n in c.counts.items())
+    ]
+    return ReportFacts(
+        uri=store.uri,
+        record=record,
+        plan=plan,
+        manifest=read_manifest(store),
+        is_private=job.output.private,
+        num_committed=len(commits),
+        rows_by_state={state: counts[state] for state in records.STATES if counts[state]},
+        seconds=_seconds(receipts),
+        num_completion_tokens=sum(r.get("num_completion_tokens") or 0 for r in receipts),
+        wall_s=(end - start).total_seconds() if start and end else 0.0,
+        usd=sum(p for p in prices if p is not None) if prices and None not in prices else None,
+        num_replicas=len({commit.holder for commit in ordered}),
+        devices=sorted({r["engine"]["device"] for r in receipts if r.get("num_sequences")}),
+        rates=_rates(ordered, start, end),
+        completion_tokens_histogram=merged(
+            r.get("completion_tokens_histogram") or {} for r in receipts
+        ),
+        shards=_slowest(ordered),
+        device=_device(ordered, start),
+        failures=_failures(store, failing[:_MAX_PARTS]),
+        is_failures_sampled=len(failing) > _MAX_PARTS,
+        completions=[] if job.output.private else _completions(store, ordered),
+        num_repetitive=sum(r.get("num_repetitive") or 0 for r in receipts),
+        roofline=_roofline(receipts),
+    )
+
+
+def error_kind(error: str | None) -> str:
+    """Return an error without its values, so that equal faults count together and no text leaks."""
+    return _NUMBER.sub("N", _QUOTED.sub("'...'", error or "no reason given"))[:160]
+
+
+def _span(ordered: list[CommitRecord]) -> tuple[datetime | None, datetime | None]:
+    if not ordered:
+        return None, None
+    starts = [
+        datetime.fromisoformat(c.committed_at) - timedelta(seconds=c.receipt.get("wall_s") or 0.0)
+        for c in ordered
+    ]
+    return min(starts), datetime.fromisoformat(ordered[-1].committed_at)
+
+
+def _seconds(receipts: list[dict[str, Any]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for receipt in receipts:
+        for name, value in (receipt.get("seconds") or {}).items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def _rates(
+    ordered: list[CommitRecord], start: datetime | None, end: datetime | None
+) -> list[tuple[float, float]]:
+    """Spread each shard's tokens evenly over the time it took."""
+    if start is None or end is None or end <= start:
+        return []
+    width = (end - start).total_seconds() / _BINS
+    tokens = [0.0] * _BINS
+    for commit in ordered:
+        last = (datetime.fromisoformat(commit.committed_at) - start).total_seconds()
+        wall = max(commit.receipt.get("wall_s") or 0.0, 1e-6)
+        count = commit.receipt.get("num_completion_tokens") or 0
+        for index in range(_BINS):
+            low, high = max(last - wall, index * width), min(last, (index + 1) * width)
+            if high > low:
+                tokens[index] += count * (high - low) / wall
+    return [((i + 0.5) * width / 60, value / width) for i, value in enumerate(tokens)]
+
+
+def _slowest(ordered: list[CommitRecord]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {
+            "shard_id": commit.shard_id,
+            "attempt": commit.attempt,
+            "num_rows": commit.part.num_rows,
+            "tokens_per_s": commit.receipt.get("completion_tokens_per_s"),
+            "wall_s": commit.receipt.get("wall_s") or 0.0,
+            "summary": commit.receipt.get("summary") or "",
+        }
+        for commit in ordered
+        if commit.receipt.get("num_sequences")
+    ]
+    rows.sort(key=lambda row: (row["tokens_per_s"] or 0.0, -row["wall_s"]))
+    return rows[:NUM_SLOWEST]
+
+
+def _device(ordered: list[CommitRecord], start: datetime | None) -> list[dict[str, float]]:
+    found = []
+    for commit in ordered:
+        receipt = commit.receipt
+        if start is None or not receipt.get("peak_device_bytes"):
+            continue
+        at = (datetime.fromisoformat(commit.committed_at) - start).total_seconds() / 60
+        row = {
+            "minutes": at,
+            "memory_gb": receipt["peak_device_bytes"] / 1e9,
+            "kv_occupancy": receipt.get("kv_occupancy") or 0.0,
+        }
+        told = receipt.get("device") or {}
+        if told.get("mean_utilisation") is not None:
+            row["utilisation"] = told["mean_utilisation"]
+        found.append(row)
+    return found
+
+
+def _roofline(receipts: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Shares weighted by the time they hold for."""
+    found: dict[str, float | None] = {}
+    for name, phases in (
+        ("prefill_share_of_flops", ("prefill",)),
+        ("decode_share_of_bandwidth", ("decode", "tail")),
+    ):
+        weighted = seconds = 0.0
+        for receipt in receipts:
+            share = (receipt.get("roofline") or {}).get(name)
+            took = sum(receipt["seconds"].get(p, 0.0) for p in phases) if share is not None else 0.0
+            weighted, seconds = weighted + (share or 0.0) * took, seconds + took
+        found[name] = weighted / seconds if seconds > 0 else None
+    return found
+
+
+def _parts(store: ObjectStore, commits: list[CommitRecord], columns: list[str]) -> Iterator[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.parquet"
+        for commit in commits:
+            store.download(commit.part.key, path)
+            with pq.ParquetFile(path) as file:
+                yield from file.iter_batches(batch_size=16_384, columns=columns)
+
+
+def _failures(store: ObjectStore, failing: list[CommitRecord]) -> list[tuple[str, str, int]]:
+    kinds: Counter[tuple[str, str]] = Counter()
+    for batch in _parts(store, failing, ["state", "error"]):
+        for row in batch.to_pylist():
+            if row["state"] not in records.ANSWERED:
+                kinds[row["state"], error_kind(row["error"])] += 1
+    return [(state, kind, count) for (state, kind), count in kinds.most_common(_MAX_KINDS)]
+
+
+def _completions(store: ObjectStore, ordered: list[CommitRecord]) -> list[dict[str, Any]]:
+    """The first answers of parts spread over the run."""
+    chosen = ordered[:: max(1, len(ordered) // NUM_COMPLETIONS)][:NUM_COMPLETIONS]
+    each = -(-NUM_COMPLETIONS // max(1, len(chosen)))
+    columns = ["row_index", "state", "completion", "num_completion_tokens"]
+    found: list[dict[str, Any]] = []
+    for commit in chosen:
+        answered = [
+            row
+            for batch in _first(_parts(store, [commit], columns))
+            for row in batch.slice(0, 256).to_pylist()
+            if row["state"] in records.ANSWERED
+        ]
+        found += [{**row, "completion": _clipped(row["completion"])} for row in answered[:each]]
+    return found[:NUM_COMPLETIONS]
+
+
+def _first(batches: Iterator[Any]) -> list[Any]:
+    return [batch for batch, _ in zip(batches, range(1), strict=False)]
+
+
+def _clipped(text: str | None) -> str:
+    text = text or ""
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+
+
+def finish_share(counts: Mapping[str, int]) -> float | None:
+    """Of all rows, those with an answer."""
+    total = sum(counts.values())
+    return sum(counts.get(s, 0) for s in records.ANSWERED) / total if total else None

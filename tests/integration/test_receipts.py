@@ -1,0 +1,136 @@
+"""Receipts account for the time, and a second run is forecast from the first."""
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from flows.config import load_job
+from inference.backends.dummy import DummyBackend
+from tasks.preflight import preflight
+from tasks.progress import Progress
+from tasks.run import drain, finish, new_invocation, prepare
+from tasks.stop import StopSignal
+
+
+def make_job(folder, num_rows=160, **changes):
+    lines = [json.dumps({"text": f"row {n} " * (1 + n % 5)}) for n in range(num_rows)]
+    (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
+    values = {
+        "name": "timed",
+        "model": {"source": "dummy"},
+        "input": {"uri": str(folder / "in.jsonl"), "prompt": "{text}"},
+        "output": {"uri": str(folder / "out")},
+        "sampling": {"max_tokens": 48},
+        "engine": {"backend": "dummy", "max_num_seqs": 16},
+        "hardware": {"price_per_hour": 3.6},
+        "shards": {"max_rows": 40},
+    }
+    return load_job({**values, **changes})
+
+
+def run_job(job, folder, step_s=0.004):
+    folder.mkdir(exist_ok=True)
+    run = prepare(job, work_dir=folder, progress=Progress())
+    drained = time.monotonic()
+    drain(
+        run,
+        invocation=new_invocation(),
+        progress=Progress(),
+        should_stop=StopSignal(),
+        build_backend=lambda config: DummyBackend(config, step_s=step_s),
+    )
+    wall = time.monotonic() - drained
+    return run, wall, finish(run.store, Progress())
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    job = make_job(folder)
+    run, wall, manifest = run_job(job, folder / "work")
+    return folder, job, run, wall, manifest
+
+
+def test_the_phases_of_every_shard_add_up_to_its_wall_time(first):
+    _, _, run, _, _ = first
+    for commit in run.commits().values():
+        receipt = commit.receipt
+        assert sum(receipt["seconds"].values()) == pytest.approx(receipt["wall_s"], rel=0.02)
+        # Claims and the hand-over between shards, on a machine that may be busy.
+        assert receipt["seconds"]["other"] < 0.25 * receipt["wall_s"]
+
+
+def test_the_shards_of_a_replica_add_up_to_the_time_it_took(first):
+    _, _, run, wall, manifest = first
+    told = sum(commit.receipt["wall_s"] for commit in run.commits().values())
+    # The feed starts before the first claim and the last commit ends after the last receipt.
+    assert told == pytest.approx(wall, abs=max(0.15, 0.02 * wall))
+    assert sum(manifest.totals["replica_seconds"].values()) == pytest.approx(told, rel=0.02)
+    assert manifest.totals["usd"] == pytest.approx(told * 3.6 / 3600, rel=0.01)
+
+
+def test_a_receipt_says_what_it_knows_and_null_where_it_knows_nothing(first):
+    _, _, run, _, _ = first
+    receipts = [commit.receipt for _, commit in sorted(run.commits().items())]
+    lengths = [sum(r["completion_tokens_histogram"].values()) for r in receipts]
+    assert lengths == [40, 40, 40, 40]
+    assert receipts[0]["roofline"] == {
+        "gpu": None,
+        "prefill_share_of_flops": None,
+        "decode_share_of_bandwidth": None,
+    }
+    assert "tokens/s over" in receipts[0]["summary"]
+    assert receipts[-1]["seconds"]["tail"] > 0
+    assert receipts[0]["seconds"]["decode"] > receipts[0]["seconds"]["tail"]
+    assert receipts[0]["seconds"]["start"] > 0
+
+
+def test_the_second_run_of_a_job_is_forecast_from_the_first(first, tmp_path):
+    folder, *_ = first
+    again = make_job(folder, num_rows=320)
+    found = preflight(again, work_dir=tmp_path / "plan", now=lambda: datetime.now(UTC))
+    told = found.forecast
+    assert (told.lengths.basis, told.speed_basis) == ("history", "history")
+    second, _, _ = run_job(again, tmp_path / "work")
+    receipts = [commit.receipt for commit in second.commits().values()]
+    took = sum(receipt["wall_s"] for receipt in receipts)
+    tokens = sum(receipt["num_completion_tokens"] for receipt in receipts)
+    assert told.num_completion_tokens_p50 == pytest.approx(tokens, rel=0.15)
+    assert told.seconds_p50 - found.planning["seconds"] == pytest.approx(took, rel=0.15)
+    assert told.seconds_p90 - found.planning["seconds"] >= took
+    assert told.usd_p50 == pytest.approx(took * 3.6 / 3600, rel=0.15)
+
+
+MODEL = os.environ.get("NIGHTJAR_TEST_MODEL", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path(MODEL, "config.json").is_file(),
+    reason="set NIGHTJAR_TEST_MODEL to a SmolLM2 model folder",
+)
+def test_a_real_model_is_forecast_from_its_first_run(tmp_path):
+    changes = {
+        "model": {"source": MODEL, "dtype": "float32"},
+        "engine": {"backend": "transformers", "max_num_seqs": 16, "max_model_len": 256},
+        "sampling": {"max_tokens": 24},
+    }
+    took = []
+    for name, num_rows in (("first", 48), ("second", 96)):
+        job = make_job(tmp_path, num_rows=num_rows, **changes)
+        told = preflight(job, work_dir=tmp_path / f"plan-{name}")
+        (tmp_path / name).mkdir()
+        run = prepare(job, work_dir=tmp_path / name, progress=Progress())
+        drain(run, invocation=new_invocation(), progress=Progress(), should_stop=StopSignal())
+        assert finish(run.store, Progress()) is not None
+        run.model.close()
+        took.append(sum(commit.receipt["wall_s"] for commit in run.commits().values()))
+    assert told.forecast.speed_basis == "history"
+    forecast = told.forecast.seconds_p50 - told.planning["seconds"]
+    print(json.dumps({"forecast_s": forecast, "took_s": took[1], "first_s": took[0]}))
+    assert forecast == pytest.approx(took[1], rel=0.25)
+    assert told.forecast.seconds_p90 - told.planning["seconds"] >= took[1]

@@ -1,0 +1,208 @@
+"""The scheduler finishes everyone, keeps to its limits and spreads the work evenly."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference.block_manager import BlockManager
+from inference.expectations import LengthEstimate, PlannedPrefixes
+from inference.sampling import SamplingParams
+from inference.scheduler import Scheduler
+from inference.sequence import Sequence
+from inference.steps import Running
+
+SIZE = 4
+MAX_MODEL_LEN = 60
+
+
+def sequence_of(
+    seq_id: int, prompt: list[int], max_tokens: int, ignore_eos: bool = True
+) -> Sequence:
+    return Sequence(seq_id, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos))
+
+
+class Driver:
+    """Plays the engine without a model: tokens are numbers, ends come where `ends` says."""
+
+    def __init__(self, ends: dict[int, int] | None = None, **options: int | None) -> None:
+        values = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "min_step_tokens": None}
+        num_blocks = options.pop("num_blocks", 40)
+        self.blocks = BlockManager(num_blocks=num_blocks, block_size=SIZE)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_model_len=MAX_MODEL_LEN,
+            completion_of=self._completion_of,
+            **{**values, **options},
+        )
+        self.ends = ends or {}
+        self.sampled: Counter[int] = Counter()
+        self.finished: set[int] = set()
+        self.computed: Counter[int] = Counter()
+        self.num_step_tokens: list[int] = []
+
+    def _completion_of(self, running: Running) -> list[int]:
+        return [7] * (self.sampled[running.sequence.seq_id] - running.num_sampled)
+
+    def step(self) -> bool:
+        step = self.scheduler.schedule()
+        if step is None:
+            return False
+        scheduler = self.scheduler
+        num_tokens = len(step.decodes) + sum(chunk.num_tokens for chunk in step.chunks)
+        self.num_step_tokens.append(num_tokens)
+        assert 0 < num_tokens <= max(scheduler.max_num_batched_tokens, len(step.decodes))
+        assert len({running.slot for running in step.sampled}) == len(step.sampled)
+        for running in (*step.decodes, *(chunk.running for chunk in step.chunks)):
+            assert 0 <= running.slot < scheduler.max_num_seqs
+        for running in step.decodes:
+            context = len(running.token_ids) + step.number - running.joined_at + 1
+            assert context <= len(running.block_table) * SIZE, "a token has no block"
+        for chunk in step.chunks:
+            assert chunk.start + chunk.num_tokens <= len(chunk.running.block_table) * SIZE
+            self.computed[chunk.running.sequence.seq_id] += chunk.num_tokens
+        for running in step.sampled:
+            seq_id = running.sequence.seq_id
+            assert seq_id not in self.finished, "a finished sequence was run on"
+            self.sampled[seq_id] += 1
+            if self.sampled[seq_id] == self.ends.get(seq_id, -1) or running in step.finishing:
+                self.finished.add(seq_id)
+                scheduler.finish(running, self.sampled[seq_id])
+                scheduler.release_slot(running)
+        self.blocks.check_integrity([running.block_table for running in scheduler.running])
+        return True
+
+    def run(self, sequences: list[Sequence]) -> None:
+        self.scheduler.add(sequences)
+        for _ in range(20_000):
+            if not self.step():
+                break
+        assert self.finished == {sequence.seq_id for sequence in sequences}
+        for sequence in sequences:
+            room = MAX_MODEL_LEN - len(sequence.prompt_token_ids)
+            limit = min(sequence.sampling.max_tokens, room)
+            expected = min(limit, self.ends.get(sequence.seq_id, limit))
+            assert self.sampled[sequence.seq_id] == expected
+        assert self.blocks.num_free_blocks == self.blocks.num_usable_blocks
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+
+
+SEQUENCES = st.lists(
+    st.tuples(
+        st.integers(1, 40), st.integers(1, 30), st.booleans(), st.integers(1, 30), st.integers(0, 2)
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    SEQUENCES,
+    st.integers(1, 5),
+    st.integers(5, 40),
+    st.one_of(st.none(), st.integers(1, 12)),
+    st.integers(17, 60),
+    st.integers(1, 30),
+)
+def test_everyone_finishes_whatever_the_limits(
+    shapes, max_num_seqs, max_num_batched_tokens, min_step_tokens, num_blocks, first_length
+):
+    sequences, ends = [], {}
+    for seq_id, (num_prompt, max_tokens, ignore_eos, end, kind) in enumerate(shapes):
+        prompt = [kind] * num_prompt  # few kinds, so that prefixes are shared
+        sequences.append(sequence_of(seq_id, prompt, max_tokens, ignore_eos))
+        if not ignore_eos:
+            ends[seq_id] = end
+    driver = Driver(
+        ends,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        min_step_tokens=min_step_tokens,
+        num_blocks=num_blocks,
+    )
+    driver.scheduler.lengths.observe(first_length)
+    driver.run(sequences)
+
+
+def test_blocks_that_run_out_preempt_and_all_still_finish():
+    sequences = [sequence_of(i, [i] * 4, 30, ignore_eos=False) for i in range(4)]
+    driver = Driver(num_blocks=18)
+    driver.scheduler.lengths.observe(1)
+    driver.run(sequences)
+    assert driver.scheduler.num_preemptions > 0
+
+
+def test_known_lengths_are_reserved_and_never_preempt():
+    driver = Driver(num_blocks=18)
+    driver.run([sequence_of(i, [i] * 4, 30) for i in range(6)])
+    assert driver.scheduler.num_preemptions == 0
+
+
+def test_a_shared_prefix_is_computed_once():
+    prefix = list(range(12))
+    driver = Driver(max_num_seqs=8, max_num_batched_tokens=64)
+    driver.run([sequence_of(i, [*prefix, 50 + i], 3) for i in range(6)])
+    assert sum(driver.computed.values()) == 13 + 5 * 1
+
+
+def test_the_longest_completion_starts_first():
+    driver = Driver(max_num_seqs=1)
+    driver.scheduler.add([sequence_of(i, [i], length) for i, length in enumerate([3, 9, 5])])
+    order = []
+    while driver.step():
+        order += [seq_id for seq_id in driver.finished if seq_id not in order]
+    assert order == [1, 2, 0]
+
+
+def test_an_even_load_takes_no_more_steps_than_the_longest_completion():
+    generator_lengths = [5 + (7 * i) % 35 for i in range(40)]
+    driver = Driver(max_num_seqs=64, max_num_batched_tokens=256, min_step_tokens=1, num_blocks=700)
+    driver.run([sequence_of(i, [i] * 16, n) for i, n in enumerate(generator_lengths)])
+    crowd = Driver(max_num_seqs=64, max_num_batched_tokens=256, num_blocks=700)
+    crowd.run([sequence_of(i, [i] * 16, n) for i, n in enumerate(generator_lengths)])
+    assert len(driver.num_step_tokens) <= max(generator_lengths) + 10
+    assert max(driver.num_step_tokens) < max(crowd.num_step_tokens) / 4
+
+
+def test_prefill_fills_a_step_up_to_the_size_it_is_computed_at():
+    driver = Driver(max_num_seqs=8, max_num_batched_tokens=64, min_step_tokens=3, num_blocks=100)
+    driver.scheduler._padded = lambda count: -(-count // 10) * 10
+    driver.scheduler.add([sequence_of(i, [i] * 20, 25) for i in range(8)])
+    driver.step()
+    assert driver.num_step_tokens[0] % 10 == 0
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_restarting_a_step_computes_it_again(count):
+    driver = Driver(max_num_seqs=8, max_num_batched_tokens=64)
+    sequences = [sequence_of(i, [i] * 6, 1 + i) for i in range(5)]
+    driver.scheduler.add(sequences)
+    for _ in range(count - 1):
+        driver.step()
+    step = driver.scheduler.schedule()
+    driver.scheduler.restart(step)
+    driver.blocks.check_integrity([])
+    while driver.step():
+        pass
+    assert driver.finished == {0, 1, 2, 3, 4}
+    assert driver.sampled == {i: 1 + i for i in range(5)}
+
+
+def test_expected_lengths_follow_what_has_finished_and_known_ones_are_exact():
+    lengths = LengthEstimate(first_guess=100)
+    open_ended, forced = sequence_of(0, [1], 500, ignore_eos=False), sequence_of(1, [1], 500)
+    assert lengths.of(open_ended) == 141
+    assert lengths.of(forced) == 500
+    for _ in range(50):
+        lengths.observe(20)
+    assert lengths.of(open_ended) == 41
+
+
+def test_planned_prefixes_count_what_an_earlier_prompt_begins_with():
+    planned = PlannedPrefixes(SIZE)
+    assert planned.add([1, 2, 3, 4, 5]) == 0
+    assert planned.add([1, 2, 3, 4, 6]) == 4
+    assert planned.add([1, 2, 3, 4]) == 0
+    assert planned.add([9, 2, 3, 4, 5]) == 0
