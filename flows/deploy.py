@@ -27,6 +27,7 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
+from pydantic import ValidationError
 
 from flows.command_worker import CommandWorker
 from flows.config import JobError, load_job
@@ -130,10 +131,9 @@ def _check_schedule(settings: Settings) -> None:
             load_job(name)  # one that only the workers see is checked by them
     try:
         CronSchedule(cron=settings.cron, timezone=settings.timezone)
-    except ValueError as error:
-        first = str(error).splitlines()
+    except ValidationError as error:
         raise JobError(
-            f"--cron {settings.cron!r} --timezone {settings.timezone!r}: {' '.join(first[2:3]).strip()}; "
+            f"--cron {settings.cron!r} --timezone {settings.timezone!r}: {error.errors()[0]['msg']}; "
             "write them as in '0 22 * * *' and Europe/Berlin"
         ) from error
 
