@@ -3,6 +3,7 @@
 Prefect sees a job file's path, a run folder and shard numbers: never a row, never prompt text.
 """
 
+from functools import partial
 from typing import Any
 
 from prefect import flow
@@ -10,6 +11,8 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 
 from flows.config import load_job
+from flows.fleet import stop_replicas_of
+from flows.provisioning import drain_elsewhere
 from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state, as_task_run, ended_state, shard_as_task_run
 from tasks.orchestrate import Ended, generate
@@ -17,7 +20,17 @@ from tasks.progress import Progress
 from tasks.stop import Stopped, StopSignal
 
 
-@flow(name="batch-generate", persist_result=False)
+def stop_replicas(flow: Any, flow_run: Any, state: Any) -> None:
+    """Hook: no replica outlives the flow run that started it."""
+    stop_replicas_of(str(flow_run.id))
+
+
+@flow(
+    name="batch-generate",
+    persist_result=False,
+    on_cancellation=[stop_replicas],
+    on_crashed=[stop_replicas],
+)
 def batch_generate(job: str, overrides: list[str] | None = None) -> Any:
     """Generate a completion for every row of a job; the same job again does what is missing.
 
@@ -51,7 +64,12 @@ def generate_here(
             raise
         return ended[0]
 
-    @flow(name="batch-generate", persist_result=False)
+    @flow(
+        name="batch-generate",
+        persist_result=False,
+        on_cancellation=[stop_replicas],
+        on_crashed=[stop_replicas],
+    )
     def batch_generate(job: str, overrides: list[str]) -> Any:
         with stop_on_sigterm(should_stop) as stop:
             return as_state(lambda: body(stop), ended_state)
@@ -67,11 +85,13 @@ def generate_here(
 
 def _generate(job: str, overrides: list[str], progress: Progress, should_stop: StopSignal) -> Ended:
     # The day that `{date}` means is the night's own, also when the flow run starts late.
-    scheduled_at = flow_run.scheduled_start_time
+    config = load_job(job, overrides=overrides, now=flow_run.scheduled_start_time)
+    is_here = config.hardware.provider == "local"
     return generate(
-        load_job(job, overrides=overrides, now=scheduled_at),
+        config,
         progress=progress,
         should_stop=should_stop,
         step=as_task_run,
+        drainer=None if is_here else partial(drain_elsewhere, should_stop=should_stop),
         run_shard=shard_as_task_run(progress),
     )

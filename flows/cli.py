@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
     _add_overrides(plan)
     status = _command(commands, "status", "say how far a run is, from the store alone")
+    status.add_argument("--watch", action="store_true", help="go on until it is published")
+    status.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="with --watch")
     retry = _command(commands, "retry", "finish missing shards and redo failed rows in place")
     verify = _command(commands, "verify", "re-read everything stored and prove it whole")
     report = _command(commands, "report", "draw a run's report as one page, report.html")
@@ -74,9 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tiers.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
     tiers.add_argument("--all", action="store_true", help="every GPU count, not only the smallest")
-    for command in (status, retry, verify, report, drain):
+    cancel = _command(commands, "cancel", "stop every replica of a run, wherever it runs")
+    _add_submit(commands)
+    _add_deploy(commands)
+    for command in (status, retry, verify, report, drain, cancel):
         command.add_argument("run", help=_RUN_HELP)
-    for command in (status, retry, verify, report, drain, gc, stage, tiers):
+    for command in (status, retry, verify, report, drain, cancel, gc, stage, tiers):
         command.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
     return parser
 
@@ -110,6 +115,38 @@ def _command(
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     return parser
+
+
+def _add_submit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    submit = _command(commands, "submit", "drop a file of prompts into the inbox")
+    submit.add_argument("file", help="Parquet, JSONL or CSV file of prompts")
+    submit.add_argument("--inbox", help="inbox prefix; default: $NIGHTJAR_INBOX")
+    submit.add_argument("--job", help="job file whose settings go over the inbox's own")
+    submit.add_argument("--after", help="not before this time of day, such as 20:00 Europe/Berlin")
+    submit.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
+
+
+def _add_deploy(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    deploy = _command(
+        commands, "deploy", "set up Prefect's work pools, deployments and automations"
+    )
+    deploy.add_argument(
+        "--folder", help="folder of prefect.yaml; default: the one that comes along"
+    )
+    deploy.add_argument(
+        "--provider",
+        action="append",
+        dest="providers",
+        choices=("process", "kubernetes", "ecs", "command"),
+        help="how replicas get machines; may be repeated; default: process",
+    )
+    deploy.add_argument("--job", help="job file of the nightly deployment, as its worker sees it")
+    deploy.add_argument("--cron", default="0 22 * * *", help="when it starts; default: 0 22 * * *")
+    deploy.add_argument("--timezone", default="UTC", help="of --cron, such as Europe/Berlin")
+    deploy.add_argument("--inbox", help="prefix to look for dropped files")
+    deploy.add_argument("--inbox-job", help="job file whose settings dropped files get")
+    deploy.add_argument("--notify", help="notification block that hears of failures: TYPE/NAME")
+    deploy.add_argument("--webhook", help="URL that hears of failures")
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

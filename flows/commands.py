@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,11 @@ from flows.cli import (
 from flows.config import JobError, load_job
 from inference.errors import InferenceError
 from storage import keys
+from storage.commits import CommitCache
 from storage.errors import StorageError
 from storage.object_store import ObjectStore, StorageConfig, open_store
+from tasks.budget import BudgetSpent
+from tasks.deadline import next_time
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
 from tasks.scratch import scratch_folder
@@ -37,7 +41,7 @@ _ORPHAN_GRACE_S = 60.0
 if TYPE_CHECKING:
     from tasks.orchestrate import Ended
 
-REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, Broken)
+REFUSALS = (JobError, StorageError, InferenceError, ProvisionError, BudgetSpent, Broken)
 STOPS = (Stopped, KeyboardInterrupt)
 
 
@@ -90,6 +94,11 @@ def run(args: argparse.Namespace) -> int:
                 str(args.job), args.overrides, progress=progress, should_stop=_stop
             )
         else:
+            if job.hardware.provider != "local":
+                raise JobError(
+                    f"hardware.provider: {job.hardware.provider} starts replicas through Prefect; set "
+                    "PREFECT_API_URL, or give --set hardware.provider=local"
+                )
             ended = generate(job, progress=progress, should_stop=_stop)
     return _conclude(args, ended)
 
@@ -151,12 +160,31 @@ def status(args: argparse.Namespace) -> int:
     """Say how far a run is; reads the store, never Prefect."""
     from tasks.status import run_status
 
-    found = run_status(_store(args))
+    store = _store(args)
+    if args.watch:
+        return _watch_status(args, store)
+    found = run_status(store)
     if args.json:
         print(json.dumps(found.as_document()))
     else:
         console.print_status(found)
     return EXIT_OK if found.is_published else EXIT_PARTIAL
+
+
+def _watch_status(args: argparse.Namespace, store: ObjectStore) -> int:
+    """One line (or JSON document) at a time, until the run is published or a signal comes."""
+    from tasks.status import run_status
+
+    cache: CommitCache = {}
+    with _signals():
+        while True:
+            found = run_status(store, cache=cache)
+            text = json.dumps(found.as_document()) if args.json else console.status_line(found)
+            print(text, flush=True)
+            if found.is_published:
+                return EXIT_OK
+            if _stop.wait(max(0.2, args.every)):
+                raise Stopped
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -273,6 +301,65 @@ def tiers(args: argparse.Namespace) -> int:
     else:
         console.print_tiers(rows)
     return EXIT_OK if sizing.best is not None else EXIT_REFUSED
+
+
+def cancel(args: argparse.Namespace) -> int:
+    """Ask every replica there is now to stop; a later start goes on."""
+    from tasks.cancel import cancel as cancel_run
+    from tasks.run import read_record
+
+    store = _store(args)
+    read_record(store)
+    cancel_run(store)
+    _print(args, {"run": store.uri, "is_cancelled": True}, f"{store.uri}: its replicas will stop")
+    return EXIT_OK
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Drop a file into the inbox; the next scan answers with a letter."""
+    from flows.config import read_values
+    from tasks.inbox import submit as drop
+
+    where = args.inbox or os.environ.get("NIGHTJAR_INBOX")
+    if not where:
+        raise JobError("no inbox; give --inbox or set NIGHTJAR_INBOX")
+    path = Path(args.file)
+    if not path.is_file():
+        raise JobError(f"{args.file}: not found; give a file of prompts")
+    if args.after is not None:
+        next_time(args.after, timezone="UTC", now=datetime.now(UTC))
+    settings = read_values(args.job) if args.job else None
+    inbox = open_store(where, _storage(args))
+    key = drop(inbox, path, settings=settings, after=args.after)
+    text = f"{inbox.uri}/{key}: dropped; the letter will be under accepted/ or rejected/"
+    _print(args, {"inbox": inbox.uri, "key": key}, text)
+    return EXIT_OK
+
+
+def deploy(args: argparse.Namespace) -> int:
+    """Set up a Prefect server; safe to repeat."""
+    if not os.environ.get("PREFECT_API_URL"):
+        raise JobError(
+            "PREFECT_API_URL is not set; give the server, as in http://127.0.0.1:4200/api"
+        )
+    from flows.deploy import Settings, default_folder
+    from flows.deploy import deploy as set_up
+
+    done = set_up(
+        Settings(
+            folder=Path(args.folder) if args.folder else default_folder(),
+            providers=args.providers or ("process",),
+            job=args.job,
+            cron=args.cron,
+            timezone=args.timezone,
+            inbox=args.inbox,
+            inbox_job=args.inbox_job,
+            notify=args.notify,
+            webhook=args.webhook,
+        )
+    )
+    _print(args, done, "\n".join(f"{kind}: {', '.join(names)}" for kind, names in done.items()))
+    return EXIT_OK
 
 
 def refuse(args: argparse.Namespace, error: BaseException) -> int:

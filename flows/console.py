@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -55,7 +56,34 @@ def progress_line(snapshot: Snapshot) -> str:
         parts.append(f"{snapshot.rows_done:,}/{snapshot.num_rows:,} rows")
         parts.append(f"{snapshot.tokens_per_s:,.0f} tokens/s")
         parts.append(f"ETA {_duration(snapshot.eta_s)}")
+        if snapshot.finish_p50 and snapshot.finish_p90:
+            parts.append(f"P50 {clock(snapshot.finish_p50)}, P90 {clock(snapshot.finish_p90)}")
         parts.append(f"shards: {shards or 'none started'} of {snapshot.num_shards}")
+    return " | ".join(parts)
+
+
+def clock(moment: str) -> str:
+    """Return a stored moment as this machine's wall clock shows it."""
+    return datetime.fromisoformat(moment).astimezone().strftime("%a %H:%M:%S")
+
+
+def status_line(status: RunStatus) -> str:
+    """Return one plain line on a run, all replicas together."""
+    done = sum(status.rows_by_state.values())
+    parts = [
+        "published" if status.is_published else "not published",
+        f"{done:,}/{status.num_rows:,} rows",
+        f"{status.num_committed:,}/{status.num_shards:,} shards",
+    ]
+    found = status.outlook
+    if found is not None:
+        parts.append(f"{found.num_replicas if found.is_running else 0} replicas")
+        if found.completion_tokens_per_s is not None:
+            parts.append(f"{found.completion_tokens_per_s:,.0f} tokens/s")
+        if found.finish_p50 and found.finish_p90:
+            parts.append(f"P50 {clock(found.finish_p50)}, P90 {clock(found.finish_p90)}")
+        if found.warning:
+            parts.append(f"WARNING: {found.warning}")
     return " | ".join(parts)
 
 
@@ -77,6 +105,8 @@ def print_status(status: RunStatus) -> None:
     """Print how far a run is."""
     console = Console()
     console.print(_summary_table(status))
+    if status.outlook is not None:
+        console.print(Text(status_line(status)))
     for shard_id, error in status.failed_shards.items():
         console.print(Text(f"shard {shard_id:05d}, last attempt: {error}", style="red"))
     _print_places(console, status)

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import FrameType
 
 from prefect.exceptions import TerminationSignal
@@ -24,18 +24,22 @@ class StopRequest(StopSignal):
     def __init__(self, outer: StopSignal | None = None) -> None:
         """Stop when `outer` is set, too."""
         super().__init__()
-        self._outer = outer
-        self.is_terminated = False
+        self._outer = outer or StopSignal()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Look at both. Raises Stopped when one was set before."""
-        with super().watched(), self._outer.watched() if self._outer else nullcontext():
-            yield
+    @property
+    def is_terminated(self) -> bool:
+        """Whether SIGTERM came."""
+        return super().is_set()
 
     def is_set(self) -> bool:
         """Whether to stop now."""
-        return super().is_set() or (self._outer is not None and self._outer.is_set())
+        return self.is_terminated or self._outer.is_set()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Promise to look while the body runs; raises as `StopSignal.watched` does."""
+        with self._outer.watched(), super().watched():
+            yield
 
 
 @contextmanager
@@ -43,7 +47,8 @@ def stop_on_sigterm(outer: StopSignal | None = None) -> Iterator[StopRequest]:
     """Yield what SIGTERM sets.
 
     Raises:
-        TerminationSignal: at the end if SIGTERM came; anywhere, when it came ten seconds ago.
+        TerminationSignal: at the end if SIGTERM came; at once while nobody watches, and when it
+            came ten seconds ago.
     """
     request = StopRequest(outer)
     if threading.current_thread() is not threading.main_thread():
@@ -53,9 +58,8 @@ def stop_on_sigterm(outer: StopSignal | None = None) -> Iterator[StopRequest]:
     timer.daemon = True
 
     def on_sigterm(signum: int, frame: FrameType | None) -> None:
-        if request.is_terminated:
+        if request.is_terminated or not request.is_watched:
             raise TerminationSignal(signum)
-        request.is_terminated = True
         request.set()
         timer.start()
 

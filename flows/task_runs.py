@@ -105,12 +105,16 @@ def as_state(work: Callable[[], T], state_of: Callable[[T], State[Any]]) -> Stat
 
 def ended_state(ended: Ended) -> State[Any]:
     """How a start of a run shows: Failed when it is not published as the job allows."""
+    if ended.is_cancelled and ended.manifest is None:
+        return _stopped()
     is_good = ended.manifest is not None and ended.is_within_limit
     return (Completed if is_good else Failed)(message=ended.sentence())
 
 
 def drained_state(report: DrainReport) -> State[Any]:
     """How a replica shows: Failed when it gave shards up."""
+    if report.is_cancelled:
+        return _stopped()
     counts = ", ".join(f"{count} {outcome}" for outcome, count in report.outcomes.items())
     if not report.exhausted:
         return Completed(message=f"shards: {counts or 'none left'}")

@@ -1,23 +1,19 @@
 """Batch: everything one forward pass needs to know, in one packed buffer of int32.
 
-The host plans in numpy, fills a pinned copy and sends it in one transfer; kernels read their parts of the
+The host (`inference.planner`) fills a pinned copy and sends it in one transfer; kernels read their parts of the
 device buffer, whose addresses never change, so captured graphs find them.
 
     T tokens: the decoding rows first, then the prefill chunks, then padding
     R rows that sample: the decoding rows first, then the chunks that are last, then padding
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from inference.block_manager import TRASH_BLOCK
-from inference.scheduler import MIN_SHARING_ROWS, Step
-
-IntArray = np.ndarray[Any, np.dtype[np.int32]]
 ITEM_FIELDS = 8
 """row, slot, kv_start (a block's first token), kv_end, part (-1: the only one), context length, and of the row: the
 parts to merge once all are there (0: not here), its first part."""
@@ -26,11 +22,6 @@ TILE_FIELDS = 7
 """slot, kv_start, kv_end, first query, number of queries, position of the first, part offset or NOT_CASCADE."""
 
 NOT_CASCADE = -1
-ITEMS_PER_PROGRAM = 3
-"""Attention work is cut so that each program gets about this many items, or more when rows are short."""
-
-MIN_ITEM_TOKENS = 256
-
 NUM_ITEMS, NUM_TILES, NUM_SAMPLES = range(3)
 """Places in `counts`."""
 
@@ -150,217 +141,11 @@ class Plan:
         return self.num_tiles > 0
 
 
-@dataclass(slots=True)
-class Slots:
-    """The host's state of every slot, updated by events and read by the planner."""
-
-    limits: BatchLimits
-    block_table: IntArray
-    """[slots, blocks of a sequence], zeros: the host copy of the device's."""
-
-    context_len: IntArray = field(init=False)
-    num_sampled: IntArray = field(init=False)
-    shared_len: IntArray = field(init=False)
-    shared_block: IntArray = field(init=False)
-
-    def __post_init__(self) -> None:
-        rows = self.limits.max_num_seqs
-        self.context_len = np.zeros(rows, np.int32)
-        self.num_sampled = np.zeros(rows, np.int32)
-        self.shared_len = np.zeros(rows, np.int32)
-        self.shared_block = np.zeros(rows, np.int32)
-
-    def write_block_table(self, slot: int, block_table: Sequence[int]) -> None:
-        """Take over a sequence's block table; what is past its end is trash."""
-        self.block_table[slot, : len(block_table)] = block_table
-        self.block_table[slot, len(block_table) :] = TRASH_BLOCK
-
-    def start(self, slot: int, num_computed: int, num_sampled: int) -> None:
-        """Begin a sequence in a slot, with this much of it in the cache."""
-        self.context_len[slot] = num_computed
-        self.num_sampled[slot] = num_sampled
-        self.shared_len[slot] = 0
-
-    def slot_of_tokens(self, slot: Any, positions: Any) -> Any:
-        """Return the cache slots of tokens, given their sequences' slots and their positions."""
-        size = self.limits.block_size
-        return self.block_table[slot, positions // size] * size + positions % size
-
-
-class Planner:
-    """Turns a scheduler's step into a packed batch."""
-
-    def __init__(self, limits: BatchLimits, slots: Slots, *, allow_cascade: bool = True) -> None:
-        self._limits = limits
-        self._allow_cascade = allow_cascade
-        self._slots = slots
-        self._row_slot: IntArray = np.zeros(0, np.int32)
-
-    def fill(self, step: Step, parts: dict[str, Any]) -> Plan:
-        """Write `step` into the packed buffer's parts and move the slots on by what it computes."""
-        slots = self._slots
-        if step.has_new_rows or len(self._row_slot) != len(step.decodes):
-            self._row_slot = np.array([running.slot for running in step.decodes], np.int32)
-        rows = self._row_slot
-        num_rows = len(rows)
-        positions = slots.context_len[rows]
-        parts["token_source"][:num_rows] = -rows - 1
-        parts["positions"][:num_rows] = positions
-        parts["slot_mapping"][:num_rows] = slots.slot_of_tokens(rows, positions)
-        parts["row_slot"][:num_rows] = rows
-        parts["row_len"][:num_rows] = positions + 1
-        parts["sample_token"][:num_rows] = np.arange(num_rows)
-        parts["sample_slot"][:num_rows] = rows
-        parts["sample_position"][:num_rows] = slots.num_sampled[rows]
-        num_tiles = self._fill_items(parts, rows, positions + 1)
-        has_cascade = num_tiles > 0
-        slots.context_len[rows] += 1
-        slots.num_sampled[rows] += 1
-
-        num_tokens, num_samples = num_rows, num_rows
-        for chunk in step.chunks:
-            running, slot = chunk.running, chunk.running.slot
-            end = num_tokens + chunk.num_tokens
-            at = np.arange(chunk.start, chunk.start + chunk.num_tokens, dtype=np.int32)
-            tokens = running.token_ids[chunk.start : chunk.start + chunk.num_tokens]
-            parts["token_source"][num_tokens:end] = tokens
-            parts["positions"][num_tokens:end] = at
-            parts["slot_mapping"][num_tokens:end] = slots.slot_of_tokens(slot, at)
-            num_tiles = self._fill_tiles(
-                parts["tiles"], num_tiles, slot, num_tokens, chunk.start, chunk.num_tokens
-            )
-            if chunk.is_last:
-                parts["sample_token"][num_samples] = end - 1
-                parts["sample_slot"][num_samples] = slot
-                parts["sample_position"][num_samples] = slots.num_sampled[slot]
-                num_samples += 1
-                slots.num_sampled[slot] += 1
-                self._join(running, slot)
-            slots.context_len[slot] = chunk.start + chunk.num_tokens
-            num_tokens = end
-        parts["counts"][NUM_TILES] = num_tiles
-        parts["counts"][NUM_SAMPLES] = num_samples
-        return Plan(num_tokens, num_rows, num_samples, num_tiles, has_cascade)
-
-    def pad(self, parts: dict[str, Any], plan: Plan, num_tokens: int, num_samples: int) -> None:
-        """Fill up to the sizes a captured graph has; padding reads token 0 and writes to the trash block."""
-        parts["token_source"][plan.num_tokens : num_tokens] = 0
-        parts["positions"][plan.num_tokens : num_tokens] = 0
-        parts["slot_mapping"][plan.num_tokens : num_tokens] = TRASH_BLOCK
-        parts["sample_token"][plan.num_samples : num_samples] = 0
-        parts["sample_slot"][plan.num_samples : num_samples] = 0
-        parts["sample_position"][plan.num_samples : num_samples] = 0
-
-    def _join(self, running: Any, slot: int) -> None:
-        shared = running.num_shared_blocks if self._allow_cascade else 0
-        self._slots.shared_len[slot] = shared * self._limits.block_size
-        self._slots.shared_block[slot] = running.block_table[shared - 1] if shared else 0
-
-    def _fill_tiles(
-        self, tiles: IntArray, at: int, slot: int, first: int, start: int, count: int
-    ) -> int:
-        """Append the tiles of one chunk whose `count` tokens begin at `first` in the batch."""
-        size = self._limits.tile_queries
-        begins = np.arange(0, count, size, dtype=np.int32)[::-1]  # the longest first
-        ends = np.minimum(begins + size, count)
-        part = tiles[at : at + len(begins)]
-        part[:, 0] = slot
-        part[:, 1] = 0
-        part[:, 2] = start + ends
-        part[:, 3] = first + begins
-        part[:, 4] = ends - begins
-        part[:, 5] = start + begins
-        part[:, 6] = NOT_CASCADE
-        return at + len(begins)
-
-    def _fill_items(self, parts: dict[str, Any], rows: IntArray, lens: IntArray) -> int:
-        """Cut the rows' own keys into items of about one size; return the number of cascade tiles."""
-        limits, num_rows = self._limits, len(rows)
-        prefix, num_tiles, num_prefix_parts = self._fill_cascade(parts, rows)
-        own = lens - prefix
-        block = limits.block_size
-        target = int(own.sum()) // (ITEMS_PER_PROGRAM * limits.num_programs) if num_rows else 0
-        target = max(
-            target,
-            MIN_ITEM_TOKENS,
-            int(own.sum()) // max(1, limits.max_num_items - num_rows) + block,
-        )
-        count = -(-own // (-(-target // block) * block))
-        size = -(-own // (count * block)) * block
-        count = -(-own // size)
-        num_parts = count + num_prefix_parts
-        is_cut = num_parts > 1
-        held = np.where(is_cut, num_parts, 0)
-        first_part = np.cumsum(held) - held
-        row_of = np.repeat(np.arange(num_rows), count)
-        nth = np.arange(len(row_of)) - np.repeat(np.cumsum(count) - count, count)
-        begin = prefix[row_of] + nth * size[row_of]
-        end = np.minimum(begin + size[row_of], lens[row_of])
-        order = np.argsort(begin - end, kind="stable")
-        items = parts["items"][: len(row_of)]
-        items[:, 0] = row_of[order]
-        items[:, 1] = rows[row_of[order]]
-        items[:, 2] = begin[order]
-        items[:, 3] = end[order]
-        part = np.where(is_cut[row_of], first_part[row_of] + num_prefix_parts[row_of] + nth, -1)
-        items[:, 4] = part[order]
-        items[:, 5] = lens[row_of[order]]
-        num_merged = np.where(num_prefix_parts > 0, 0, num_parts)
-        items[:, 6] = num_merged[row_of[order]]
-        items[:, 7] = first_part[row_of[order]]
-        parts["counts"][NUM_ITEMS] = len(row_of)
-        parts["row_part"][:num_rows] = first_part
-        parts["row_num_parts"][:num_rows] = np.where(num_prefix_parts > 0, num_parts, 0)
-        parts["row_num_parts"][num_rows:] = 0
-        return num_tiles
-
-    def _fill_cascade(
-        self, parts: dict[str, Any], rows: IntArray
-    ) -> tuple[IntArray, int, IntArray]:
-        """Group the rows by shared prefix; return each row's prefix length, the tiles, each row's parts."""
-        limits, slots = self._limits, self._slots
-        prefix = slots.shared_len[rows]
-        none = np.zeros(len(rows), np.int32)
-        if not prefix.any():
-            return none, 0, none
-        keys = np.where(prefix > 0, slots.shared_block[rows], 0)
-        order = np.argsort(keys, kind="stable").astype(np.int32)
-        _, starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)
-        groups = [
-            (int(start), int(size))
-            for start, size in zip(starts, sizes, strict=True)
-            if size >= MIN_SHARING_ROWS and prefix[order[start]] > 0
-        ]
-        shared, num_parts = none.copy(), none.copy()
-        parts["cascade_rows"][: len(rows)] = order
-        num_group_tiles = sum(-(-size // limits.tile_queries) for _, size in groups)
-        at = 0
-        for start, size in groups:
-            members = order[start : start + size]
-            length = int(prefix[members[0]])
-            num_pieces = _num_pieces(length, num_group_tiles, limits)
-            piece = -(-length // (num_pieces * limits.block_size)) * limits.block_size
-            num_pieces = -(-length // piece)
-            shared[members], num_parts[members] = length, num_pieces
-            for first in range(start, start + size, limits.tile_queries):
-                count = min(limits.tile_queries, start + size - first)
-                for nth in range(num_pieces):
-                    begin = nth * piece
-                    end = min(begin + piece, length)
-                    slot = int(rows[members[0]])
-                    parts["tiles"][at] = (slot, begin, end, first, count, end, nth)
-                    at += 1
-        return shared, at, num_parts
-
-
-def _num_pieces(length: int, num_tiles: int, limits: BatchLimits) -> int:
-    """Cut a long prefix so that its tiles keep the programs busy, in pieces of at least 256 tokens."""
-    return max(1, min(length // 256, limits.num_programs // max(1, num_tiles)))
-
-
 def make_batch(views: dict[str, Tensor], block_table: Tensor, scratch: Any = None) -> Batch:
     """Return a batch over the whole of a device buffer's parts; `cut` it to a step's sizes."""
-    names = [name for name in views if not name.startswith("sample_")]
+    parts: dict[str, Any] = {
+        name: view for name, view in views.items() if not name.startswith("sample_")
+    }
     return Batch(
         num_tokens=views["token_source"].shape[0],
         num_decodes=0,
@@ -368,29 +153,20 @@ def make_batch(views: dict[str, Tensor], block_table: Tensor, scratch: Any = Non
         has_cascade=False,
         block_table=block_table,
         scratch=scratch,
-        **{name: views[name] for name in names},
+        **parts,
     )
 
 
 def cut(whole: Batch, plan: Plan, num_tokens: int) -> Batch:
     """Return the batch of one step, padded to `num_tokens`."""
-    return Batch(
+    return replace(
+        whole,
         num_tokens=num_tokens,
         num_decodes=plan.num_decodes,
         is_mixed=plan.is_mixed,
         has_cascade=plan.has_cascade,
-        counts=whole.counts,
         token_source=whole.token_source[:num_tokens],
         positions=whole.positions[:num_tokens],
         slot_mapping=whole.slot_mapping[:num_tokens],
-        row_slot=whole.row_slot,
-        row_len=whole.row_len,
-        row_part=whole.row_part,
-        row_num_parts=whole.row_num_parts,
-        tiles=whole.tiles,
-        cascade_rows=whole.cascade_rows,
-        items=whole.items,
-        block_table=whole.block_table,
-        scratch=whole.scratch,
         num_tiles=plan.num_tiles,
     )

@@ -21,9 +21,10 @@ from inference.backends.row import Row
 from inference.errors import EngineFault, OutOfMemory
 from inference.model_runner import InFlight, ModelRunner
 from inference.sampler import SamplerRow
-from inference.scheduler import Running, Scheduler, Step
+from inference.scheduler import Scheduler
 from inference.sequence import Completion, Sequence, TokenLogprob
 from inference.slot_params import STOPPED
+from inference.steps import Running, Step
 
 logger = logging.getLogger(__name__)
 

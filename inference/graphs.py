@@ -1,10 +1,13 @@
 """GraphPool: CUDA graphs by key, captured on first use, in one memory pool."""
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 class GraphPool:
@@ -13,6 +16,7 @@ class GraphPool:
     def __init__(self, *, is_on: bool) -> None:
         self.is_on = is_on
         self._graphs: dict[Hashable, Any] = {}
+        self._uncapturable: set[Hashable] = set()
         self._pool: Any = None
 
     @property
@@ -22,25 +26,32 @@ class GraphPool:
 
     def run(self, key: Hashable, launch: Callable[[], None]) -> None:
         """Do what `launch` does. The key must hold every number that is baked into its launches."""
-        if not self.is_on:
+        if not self.is_on or key in self._uncapturable:
             launch()
             return
         graph = self._graphs.get(key)
         if graph is None:
             launch()  # compiles kernels and picks algorithms, which must not happen during capture
-            graph = self._capture(launch)
-            self._graphs[key] = graph
+            self._capture(key, launch)
             return
         graph.replay()
 
-    def _capture(self, launch: Callable[[], None]) -> Any:
+    def _capture(self, key: Hashable, launch: Callable[[], None]) -> None:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
-            launch()
-        return graph
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                launch()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # Some modules of others wait for the device (expert layers in fp32); they run as they are.
+            logger.warning("%s cannot be captured and is launched each time: %s", key, error)
+            self._uncapturable.add(key)
+            return
+        self._graphs[key] = graph
 
 
 _SIZES = (8, 16, 32, 64, 128, 192, 256)

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.batch import Batch
+from inference.kernels.plain import FP8_MAX
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """Rows as they are, or in e4m3 with their fp32 scales."""
-
-_FP8_MAX = 448.0
 
 
 class Linear:
@@ -45,6 +44,10 @@ class Linear8(Linear):
     def __call__(self, x: Rows) -> Tensor:
         """([T, in] e4m3, [T,1] scales) -> [T, out]"""
         rows, row_scale = x
+        if not rows.is_cuda:  # there is no such product on the CPU: the same numbers, in fp32
+            product = (rows.float() @ self._weight.float().t()) * row_scale * self._scale
+            out = product.to(self._dtype)
+            return out if self._bias is None else out + self._bias
         out = torch._scaled_mm(
             rows,
             self._weight.t(),
@@ -58,8 +61,8 @@ class Linear8(Linear):
 
 def quantised(weight: Tensor, bias: Tensor | None = None) -> Linear8:
     """Quantise a weight [out, in] to e4m3 by output."""
-    scale = (weight.abs().amax(dim=1, keepdim=True).float() / _FP8_MAX).clamp(min=1e-12)
-    weight_8 = (weight.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    scale = (weight.abs().amax(dim=1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
+    weight_8 = (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return Linear8(weight_8, scale.t().contiguous(), bias, weight.dtype)
 
 
@@ -135,8 +138,8 @@ class FusedLayer:
         x = self._norm(out_TD, residual_TD, self._post_norm.weight, is_fp8)
         if self._mlp is not None:
             assert isinstance(x, Tensor)
-            out = self._mlp(x[None])
-            return (out[0] if isinstance(out, tuple) else out)[0]
+            out: Tensor = self._mlp(x[None])
+            return out[0]
         return self._down(ops.silu_mul(self._gate_up(x), **self._options))
 
     def _norm(

@@ -32,6 +32,9 @@ class PagedModel:
         _refuse_what_is_unknown(self.config)
         self._model = model
         self._ops = ops
+        self.num_weight_bytes = sum(p.nbytes for p in model.parameters())
+        """Of the model as it was loaded."""
+
         self._cache: KVCache | None = None
         self._batch: Batch | None = None
         self._embedding: Tensor = model.get_input_embeddings().weight
@@ -43,6 +46,11 @@ class PagedModel:
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.nightjar_model = _Reference(self)
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether attention runs on Triton kernels, which take their work cut into pieces."""
+        return self._ops is not plain
 
     @property
     def device(self) -> torch.device:

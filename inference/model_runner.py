@@ -16,21 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.batch import (
-    BatchLimits,
-    Plan,
-    Planner,
-    Slots,
-    buffer_size,
-    cut,
-    make_batch,
-    views_of,
-)
+from inference.batch import BatchLimits, Plan, buffer_size, cut, make_batch, views_of
 from inference.graphs import GraphPool, padded
 from inference.model import PagedModel
+from inference.planner import Planner, Slots
 from inference.sampler import Sampled, SamplerRow, sample
-from inference.scheduler import Running, Step
 from inference.slot_params import SlotParams
+from inference.steps import Running, Step
 
 NUM_BUFFERS = 4
 """Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
@@ -49,10 +41,6 @@ class InFlight:
     result: Tensor | None
     event: Any
     sampled: Sampled | None
-
-    def is_ready(self) -> bool:
-        """Whether `token_ids` would not wait."""
-        return self.event is None or bool(self.event.query())
 
     def token_ids(self) -> Any:
         """Wait for the step; return one int32 per sampled row, as `kernels.sampling` encodes results."""
@@ -148,12 +136,12 @@ class ModelRunner:
         return self._model.logits(self._hidden[rows])
 
     def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
-        from inference.kernels import fused  # Triton exists where CUDA does
+        from inference.kernels import device_sampler  # Triton exists where CUDA does
 
         has_draws, has_floors = self._params.has_draws, self._params.has_floors
 
         def head() -> None:
-            fused.sample(
+            device_sampler.sample(
                 self._logits(num_rows),
                 self._views["sample_slot"][:num_rows],
                 self._views["sample_position"][:num_rows],
@@ -169,7 +157,8 @@ class ModelRunner:
         result = self._results[0]
         self._results.rotate(-1)
         result[:num_rows].copy_(self._result[:num_rows], non_blocking=True)
-        event = torch.cuda.Event()
+        cuda: Any = torch.cuda
+        event = cuda.Event()
         event.record()
         return result, event
 
@@ -192,6 +181,13 @@ class ModelRunner:
                 self._run_body(Plan(num_tokens, 0, 0, num_tiles, has_cascade), num_tokens)
         for num_rows in sorted(row_sizes, reverse=True):
             self._sample_on_device(num_rows)
+        for has_floors in (
+            False,
+            True,
+        ):  # compiled now; other sizes are captured when first drawn from
+            self._params.has_draws, self._params.has_floors = True, has_floors
+            self._sample_on_device(min(row_sizes))
+        self._params.has_draws = self._params.has_floors = False
         torch.cuda.synchronize()
 
     @torch.inference_mode()
@@ -210,4 +206,6 @@ class ModelRunner:
             return True
         if not all(self._params.is_fast(self._row_of(running)) for running in step.admitted):
             return True
+        if not self._params.has_slow:
+            return False
         return not self._params.are_fast([running.slot for running in step.sampled])

@@ -13,11 +13,12 @@ What happens when is kept in calendars by step number, so a step costs its event
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from itertools import accumulate
 
 from inference.block_manager import ROOT, BlockManager
+from inference.expectations import LengthEstimate, PlannedPrefixes
 from inference.sequence import Sequence
+from inference.steps import Chunk, Running, Step
 
 MIN_SHARING_ROWS = 4
 """A prefix is attended to once for all rows when at least this many rows hold it."""
@@ -31,134 +32,8 @@ DUE_PLACES = 64
 DUE_SLACK_STEPS = 8
 """Steps a sequence may start late: so many more at the end cost less than a rush at the start."""
 
-MAX_PLANNED_BLOCKS = 1_000_000
-
 HOLD_BACK_STEPS = 16
 """Steps without admissions after a preemption, so that what was taken is not asked for again at once."""
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """A sequence with what the scheduler knows of it, from its submission to its last token."""
-
-    sequence: Sequence
-    token_ids: list[int]
-    """What prefill computes: the prompt, after a preemption with the completion so far."""
-
-    max_tokens: int
-    """Most completion tokens, with max_model_len taken into account."""
-
-    num_sampled: int = 0
-    """Completion tokens already in `token_ids`."""
-
-    slot: int = -1
-    row: int = -1
-    block_table: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_shared_blocks: int = 0
-    """Leading blocks that enough other rows hold too, as of when it began to decode."""
-
-    prefix_id: int = ROOT
-    num_registered_blocks: int = 0
-    joined_at: int = -1
-    """Step number of its first decode."""
-
-    last_step: int = -1
-    """Step number that samples its last allowed token."""
-
-    num_expected_tokens: int = 0
-    """Completion tokens planned for, counted from the start."""
-
-    num_planned_cached: int = 0
-    """Prompt tokens that a sequence submitted before has in common, so that they should be cached."""
-
-    is_finished: bool = False
-
-    @property
-    def num_tokens_left(self) -> int:
-        """Completion tokens still to sample once prefill is through."""
-        return self.max_tokens - self.num_sampled
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive prompt tokens of one sequence, computed in one step."""
-
-    running: Running
-    start: int
-    num_tokens: int
-    is_last: bool
-    """Whether the step samples this sequence's first token."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one forward pass computes. Rows sampled: all decodes, then the chunks that are last."""
-
-    number: int
-    decodes: list[Running]
-    has_new_rows: bool
-    """Whether `decodes` differs from the step before in who is there or in what order."""
-
-    chunks: list[Chunk]
-    admitted: list[Running]
-    """Sequences that got their slot and blocks in this step."""
-
-    grown: list[Running]
-    """Sequences that got more blocks in this step."""
-
-    finishing: list[Running]
-    """Sequences whose last allowed token this step samples; their blocks are free after it."""
-
-    @property
-    def sampled(self) -> list[Running]:
-        """The sequences that get a token, in row order."""
-        return self.decodes + [chunk.running for chunk in self.chunks if chunk.is_last]
-
-
-class PlannedPrefixes:
-    """Which prompt blocks have been submitted before: what the prefix cache should save, known in advance."""
-
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
-        self._nodes: dict[tuple[int, tuple[int, ...]], int] = {}
-
-    def add(self, token_ids: list[int]) -> int:
-        """Remember a prompt's full blocks; return how many of its tokens an earlier prompt begins with."""
-        if len(self._nodes) > MAX_PLANNED_BLOCKS:
-            self._nodes.clear()
-        size, node, num_known = self._block_size, ROOT, 0
-        for start in range(0, len(token_ids) - size, size):
-            key = (node, tuple(token_ids[start : start + size]))
-            known = self._nodes.get(key)
-            if known is None:
-                known = self._nodes[key] = len(self._nodes) + 1
-            else:
-                num_known = start + size
-            node = known
-        return num_known
-
-
-class LengthEstimate:
-    """Expected completion length: exact where end tokens are ignored, else learnt from what has finished."""
-
-    def __init__(self, first_guess: int = 512) -> None:
-        self._mean = float(first_guess)
-        self._num_seen = 0
-
-    def observe(self, num_tokens: int) -> None:
-        """Take in the length of one finished completion."""
-        self._num_seen += 1
-        weight = max(1 / self._num_seen, 0.005)
-        self._mean += (num_tokens - self._mean) * weight
-
-    def of(self, sequence: Sequence) -> int:
-        """Return the tokens to plan for; a quarter above the mean, never above max_tokens."""
-        limit = sequence.sampling.max_tokens
-        if sequence.sampling.ignore_eos:
-            return limit
-        return min(limit, int(self._mean * 1.25) + 16)
 
 
 class Scheduler:
@@ -182,7 +57,7 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._min_step_tokens = min_step_tokens or max_num_batched_tokens
         self._completion_of = completion_of
         self._padded = padded
@@ -222,7 +97,7 @@ class Scheduler:
         """Queue sequences. The caller has checked that each fits the cache alone."""
         for sequence in sequences:
             prompt = list(sequence.prompt_token_ids)
-            max_tokens = min(sequence.sampling.max_tokens, self._max_model_len - len(prompt))
+            max_tokens = min(sequence.sampling.max_tokens, self.max_model_len - len(prompt))
             running = Running(sequence, prompt, max_tokens)
             running.num_expected_tokens = min(max_tokens, self.lengths.of(sequence))
             running.num_planned_cached = self._planned.add(prompt)
@@ -251,7 +126,8 @@ class Scheduler:
         finishing = [r for r in self._finish_at.pop(self._step, ()) if not r.is_finished]
         for running in finishing:
             self._leave(running)
-        return Step(self._step, decodes, has_new_rows, chunks, admitted, grown, finishing)
+        sampled = decodes + [chunk.running for chunk in chunks if chunk.is_last]
+        return Step(self._step, decodes, has_new_rows, chunks, admitted, grown, finishing, sampled)
 
     def finish(self, running: Running, num_completion_tokens: int) -> None:
         """Take out a sequence that ended before its last allowed token. Safe if it has left already."""

@@ -52,9 +52,14 @@ class SlotParams:
         self.has_floors |= bool(sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0)
         self.on_device[slot].copy_(self._host[slot], non_blocking=True)
 
+    @property
+    def has_slow(self) -> bool:
+        """Whether some slot, in use or not, was last given parameters that the kernels cannot sample."""
+        return bool(self._is_slow.any())
+
     def are_fast(self, slots: Any) -> bool:
         """Whether the kernels can sample all these slots."""
-        return not self._is_slow.any() or not self._is_slow[slots].any()
+        return not self.has_slow or not self._is_slow[slots].any()
 
     @staticmethod
     def is_fast(row: SamplerRow) -> bool:

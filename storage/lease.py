@@ -125,6 +125,11 @@ class Leases:
                 shard_id=shard_id, holder="", fencing_token=0, expires_at=0.0, etag=info.etag
             )
 
+    def is_taken(self, shard_id: int) -> bool:
+        """Whether somebody else works on the shard now, as far as the lease tells."""
+        found = self.find(shard_id)
+        return found is not None and self._is_taken(found)
+
     def _is_taken(self, lease: Lease) -> bool:
         if lease.holder in {"", self._holder} or self._is_dead(lease.holder):
             return False

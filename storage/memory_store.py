@@ -42,6 +42,12 @@ class MemoryStore:
         self._uri = f"memory://{id(self):x}"
 
     @classmethod
+    def forget(cls, uri: str) -> None:
+        """Drop a bucket and all that is in it."""
+        with _NAMED_LOCK:
+            _NAMED.pop(uri.removeprefix("memory://").strip("/").partition("/")[0], None)
+
+    @classmethod
     def open(cls, uri: str) -> "MemoryStore":
         """Open `memory://bucket/prefix`; equal buckets are the same objects."""
         bucket, _, prefix = uri.removeprefix("memory://").strip("/").partition("/")

@@ -13,8 +13,8 @@ from storage import keys
 from storage.commits import newer_commit
 from storage.errors import AlreadyExists, CorruptObject, NotFound
 from storage.failpoints import failpoint
-from storage.many import get_many
 from storage.manifest import CommitRecord, Json, RunManifest, digest, to_json
+from storage.many import get_many
 from storage.object_store import ObjectInfo, ObjectStore
 
 

@@ -16,7 +16,7 @@ from storage import keys
 from storage.errors import AlreadyExists, NotFound, PreconditionFailed, StorageError
 from storage.manifest import to_json
 from storage.object_store import ObjectStore
-from tasks.stop import Stoppable
+from tasks.stop import StopSignal
 
 log = logging.getLogger("nightjar.cancel")
 
@@ -68,28 +68,34 @@ def is_cancelled(store: ObjectStore, invocation: str) -> bool:
     return found is not None and found[0].stops(invocation)
 
 
-class CancelWatch:
-    """A stop signal: set by the marker, looked for every ten seconds, or by another signal."""
+class CancelWatch(StopSignal):
+    """Stops when the marker says so, looked for every ten seconds, or when another signal does."""
 
     def __init__(
         self,
         store: ObjectStore,
         invocation: str,
-        outer: Stoppable,
+        outer: StopSignal,
         *,
         poll_s: float = _POLL_S,
     ) -> None:
         """Watch until `close`."""
+        super().__init__()
         self._store, self._invocation, self._outer = store, invocation, outer
-        self._found, self._closed = threading.Event(), threading.Event()
+        self._closed = threading.Event()
         self._thread = threading.Thread(
             target=self._watch, args=(poll_s,), name="nightjar-cancel", daemon=True
         )
         self._thread.start()
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the marker was found."""
+        return super().is_set()
+
     def is_set(self) -> bool:
         """Whether to stop now."""
-        return self._found.is_set() or self._outer.is_set()
+        return self.is_cancelled or self._outer.is_set()
 
     def close(self) -> None:
         """Stop watching. Safe to repeat."""
@@ -101,7 +107,7 @@ class CancelWatch:
             try:
                 if is_cancelled(self._store, self._invocation):
                     log.info("invocation=%s is cancelled", self._invocation)
-                    self._found.set()
+                    self.set()
                     return
             except StorageError as error:
                 log.warning("cannot look for a cancellation: %s", error)

@@ -68,6 +68,9 @@ class Claims:
     exhausted: dict[int, str] = field(default_factory=dict)
     """Shards given up in this invocation, with the last error."""
 
+    is_cancelled: bool = False
+    """Somebody has cancelled the run; what is in hand is finished, nothing else is begun."""
+
     _pending: dict[int, Shard] = field(init=False)
     _held: dict[int, Lease] = field(default_factory=dict)
     _attempts: dict[int, int] = field(default_factory=dict)
@@ -98,10 +101,11 @@ class Claims:
         if not self.may_have_more:
             return None
         now = time.monotonic()
-        if is_cancelled(self.store, self.invocation):
+        self.is_cancelled = is_cancelled(self.store, self.invocation)
+        if self.is_cancelled:
             log.info("invocation=%s is cancelled; no further shard is claimed", self.invocation)
+        if self.is_cancelled or now > self.claim_until:
             self._pending.clear()
-            return None
         if self._others_seen:
             self._drop_committed()
         for shard in [s for s in self._pending.values() if s.shard_id not in without]:
@@ -114,7 +118,7 @@ class Claims:
     @property
     def may_have_more(self) -> bool:
         """Whether asking for the next shard makes sense now."""
-        return bool(self._pending) and self._look_at <= time.monotonic() <= self.claim_until
+        return bool(self._pending) and time.monotonic() >= self._look_at
 
     def look_again_in(self, pause_s: float) -> None:
         """Leave the store in peace for so long."""
@@ -123,8 +127,8 @@ class Claims:
     @property
     def backoff_s(self) -> float | None:
         """Seconds until a shard that failed here may be tried again; None when there is none."""
-        now, waits = time.monotonic(), self._backoffs()
-        return max(0.0, min(waits) - now) if waits and now <= self.claim_until else None
+        waits = self._backoffs()
+        return max(0.0, min(waits) - time.monotonic()) if waits else None
 
     def release(self, shard_id: int, *, committed: bool) -> None:
         """Give the lease back; a shard that is not committed becomes pending again."""

@@ -53,6 +53,9 @@ class ShardCommitter:
     measure: Callable[[BackendInfo], Yardstick] = lambda info: Yardstick()
     """What a receipt is measured by, once the engine is there."""
 
+    device: Callable[[], dict[str, float] | None] = lambda: None
+    """What the driver said of the GPU since the last call."""
+
     def fetch_base(self, claim: Claim, folder: Path) -> Path | None:
         """Download the part a retry starts from; None for a first attempt.
 
@@ -88,7 +91,7 @@ class ShardCommitter:
             stats=backend.stats if backend else EngineStats(),
             before=before,
             after=after,
-            facts=_facts(work, written),
+            facts=_facts(work, written, self.device()),
             yardstick=self.measure(info),
         )
         key = keys.attempt(work.shard.shard_id, work.attempt, PART)
@@ -130,7 +133,7 @@ class ShardCommitter:
             counts=counts,
             receipt=receipt,
             holder=self.holder,
-            committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            committed_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
 
     def _patiently(self, effect: Callable[[], T]) -> T:
@@ -149,7 +152,7 @@ class ShardCommitter:
             pause_s = min(30.0, pause_s * 2)
 
 
-def _facts(work: ShardWork, written: Written) -> ShardFacts:
+def _facts(work: ShardWork, written: Written, device: dict[str, float] | None) -> ShardFacts:
     return ShardFacts(
         states=written.states,
         tokens=written.tokens,
@@ -158,6 +161,7 @@ def _facts(work: ShardWork, written: Written) -> ShardFacts:
         read_s=work.read_s,
         tokenise_s=work.tokenise_s,
         write_s=work.write_s,
+        device=device,
         host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 

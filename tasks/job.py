@@ -12,6 +12,7 @@ from inference.config import Auto, Backend, Dtype, Quantization
 from inference.sampling import SamplingParams
 from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
+from tasks.provision import Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,18 @@ class HardwareConfig:
 
     provider: Literal["local", "process", "kubernetes", "ecs", "command"] = "local"
     tier: str = "auto"
+    """auto (chosen by the sizing), a GPU type such as `H100`, or `4x H100` for four to a replica."""
+
     replicas: int | Auto = "auto"
+    max_replicas: int | Auto = "auto"
+    """Most replicas at once when the deadline asks for more; auto: the pool's own limit, else 8."""
+
+    replica_minutes: int = 240
+    """A replica claims no further shard after this long; the next wave goes on."""
+
+    placement: Placement = field(default_factory=Placement)
+    """Image, node selector, launcher and job variables that the platform's owner fixes."""
+
     stage_to: str = "auto"
     """auto, none (read weights in place), or a folder."""
 
@@ -145,6 +157,40 @@ class BudgetConfig:
     """What a run may cost."""
 
     usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryConfig:
+    """A sample that is run, and judged, before the rest; its answers are kept."""
+
+    rows: int = 64
+    """Rows of the sample; 0: none. Runs of fewer than ten times as many rows have none."""
+
+    max_error_rate: float | None = 0.1
+    """Most sequences the engine may fail on, as a share; null: any."""
+
+    max_truncated_rate: float | None = None
+    """Most sequences that may reach max_tokens, as a share."""
+
+    max_repetitive_rate: float | None = 0.5
+    """Most sequences that may end in circles, as a share."""
+
+    max_length_factor: float | None = 4.0
+    """How many times longer or shorter than in the last good run completions may be on average."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """Where replicas show what they do; off unless asked for."""
+
+    port: int | None = None
+    """Prometheus scrapes here; replicas of one machine take the next free ports."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; nothing is asked of whoever connects."""
+
+    textfile_dir: str | None = None
+    """Folder of node_exporter's textfile collector."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +219,11 @@ class RunConfig:
     """More failed rows than this end the run with exit code 5; null: any number."""
 
     deadline: str | None = None
+    """When the run should be published: `06:00 Europe/Berlin`; without a zone, in the job's."""
+
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
 
 
 def job_of(record: RunRecord) -> RunConfig:

@@ -101,7 +101,7 @@ def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
     command += ["--invocation", invocation, "--with-parent"]
     if run.job.storage.endpoint_url:
         command += ["--endpoint-url", run.job.storage.endpoint_url]
-    env = {**os.environ, **_device_env(index, _ranks(run)), **_aws_env(run)}
+    env = {**os.environ, **device_env(run, index), **_aws_env(run)}
     # Its own session: a Ctrl-C in the terminal reaches this process, which stops its children.
     # Its standard input stays open as long as this process lives: that is how it learns.
     return subprocess.Popen(
@@ -113,7 +113,11 @@ def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _device_env(index: int, ranks: int) -> dict[str, str]:
+def device_env(run: Run, index: int) -> dict[str, str]:
+    """Return what gives a replica of this machine its own devices; empty when there are too few."""
+    ranks = _ranks(run)
+    if run.record.fingerprint_fields["engine.backend"] == "dummy":
+        return {}
     if _num_devices() <= index * ranks:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -20,10 +20,22 @@ from tasks.launch import run_replicas
 from tasks.progress import Progress
 from tasks.publish import num_failed, reveal_all
 from tasks.replica import Replica
-from tasks.run import Run, RunShard, attach, drain, finish, new_invocation, prepare, read_record
+from tasks.run import (
+    DrainReport,
+    Run,
+    RunShard,
+    attach,
+    drain,
+    finish,
+    new_invocation,
+    prepare,
+    read_record,
+)
 from tasks.scratch import scratch_folder
 from tasks.status import run_status
 from tasks.stop import Broken, StopSignal
+from tasks.try_canary import try_canary
+from tasks.watch import watching
 
 T = TypeVar("T")
 
@@ -71,6 +83,9 @@ class Ended:
 
     manifest: RunManifest | None
     """None while shards are missing."""
+
+    is_cancelled: bool = False
+    """Somebody cancelled this start."""
 
     commit_cache: CommitCache = field(default_factory=dict, repr=False)
     """What was read of the store already."""
@@ -135,24 +150,24 @@ def generate(
             with _breakable(run):
                 progress.phase = "looking for what is committed"
                 reveal_all(run.store, run.commits())
-                if drainer is not None:
-                    exhausted = drainer(run)
-                else:
-                    exhausted = run_replicas(
-                        run, progress=progress, should_stop=should_stop, run_shard=run_shard
-                    ).exhausted
+                if drainer is None:
+                    try_canary(run, progress=progress)
+                report = DrainReport()
+                with watching(run.store, progress):
+                    if drainer is not None:
+                        report.exhausted = dict(drainer(run))
+                    else:
+                        report = run_replicas(
+                            run, progress=progress, should_stop=should_stop, run_shard=run_shard
+                        )
                 manifest = step(
                     "publish", lambda: finish(run.store, progress, cache=run.commit_cache)
                 )
         finally:
+            if (unused := run.take_backend()) is not None:
+                unused.close()
             run.model.close()
-    return Ended(
-        job=job,
-        store=run.store,
-        exhausted=exhausted,
-        manifest=manifest,
-        commit_cache=run.commit_cache,
-    )
+    return _ended(run, report, manifest)
 
 
 def redo(
@@ -162,30 +177,43 @@ def redo(
     progress: Progress,
     should_stop: StopSignal,
     step: Step = plainly,
+    drainer: Drainer | None = None,
     run_shard: RunShard = Replica.finish_shard,
 ) -> Ended:
-    """Finish what a run lacks, redo its failed rows in place, publish again; raises like `generate`."""
+    """Finish what a run lacks, redo its failed rows in place, publish again.
+
+    Parameters and errors are those of `generate`.
+    """
     with scratch_folder() as work_dir:
         run = attach(job, read_record(store), store, work_dir=work_dir, progress=progress)
         try:
-            invocation = new_invocation()
-            exempt(store, invocation)
             with _breakable(run):
-                report = drain(
-                    run,
-                    invocation=invocation,
-                    progress=progress,
-                    should_stop=should_stop,
-                    run_shard=run_shard,
-                    failed_rows=True,
-                )
+                report = DrainReport()
+                if drainer is not None:
+                    report.exhausted = dict(drainer(run))
+                else:
+                    invocation = new_invocation()
+                    exempt(store, invocation)
+                    report = drain(
+                        run,
+                        invocation=invocation,
+                        progress=progress,
+                        should_stop=should_stop,
+                        run_shard=run_shard,
+                        failed_rows=True,
+                    )
                 manifest = step("publish", lambda: finish(store, progress, cache=run.commit_cache))
         finally:
             run.model.close()
+    return _ended(run, report, manifest)
+
+
+def _ended(run: Run, report: DrainReport, manifest: RunManifest | None) -> Ended:
     return Ended(
-        job=job,
-        store=store,
+        job=run.job,
+        store=run.store,
         exhausted=report.exhausted,
         manifest=manifest,
+        is_cancelled=report.is_cancelled,
         commit_cache=run.commit_cache,
     )

@@ -16,6 +16,7 @@ from inference.roofline import Workload
 from storage.inputs import InputFiles
 from storage.manifest import PlanManifest, RunRecord
 from storage.object_store import open_store
+from tasks.budget import check_budget
 from tasks.choose_tier import Choice, choose_hardware
 from tasks.deadline import deadline_at
 from tasks.feed import PromptFeed
@@ -169,6 +170,23 @@ def workload_of(plan: PlanManifest, lengths: Lengths, max_tokens: int) -> Worklo
         max_completion_tokens=max_tokens,
         num_reused_prompt_tokens=num_prompt_tokens * share,
     )
+
+
+def refuse_over_budget(job: RunConfig, plan: PlanManifest, model_dir: Path) -> None:
+    """Refuse a planned run that is forecast to cost more than `budget.usd`.
+
+    For a run without a commit: later the gate before each shard decides.
+
+    Raises:
+        BadInput: with the forecast and what it rests on.
+        EngineConfigError: no hardware fits.
+    """
+    history = read_history(job)
+    lengths = lengths_of(history, job.sampling.max_tokens)
+    workload = workload_of(plan, lengths, job.sampling.max_tokens)
+    choice = choose_hardware(job, str(model_dir), workload)
+    now = datetime.now(UTC)
+    check_budget(job, forecast_run(job, plan, choice, history, lengths, starts_at=now, plan_s=0.0))
 
 
 def forecast_run(

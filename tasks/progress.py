@@ -22,6 +22,11 @@ class Snapshot:
     """Completion tokens per second, over about the last half minute of generation."""
 
     eta_s: float | None
+    finish_p50: str | None = None
+    """Of the whole run with all its replicas, as last read from the store."""
+
+    finish_p90: str | None = None
+    deadline: str | None = None
 
 
 @dataclass(slots=True)
@@ -32,6 +37,9 @@ class Progress:
     num_rows: int = 0
     num_shards: int = 0
     notes: list[str] = field(default_factory=list)
+    finish_p50: str | None = None
+    finish_p90: str | None = None
+    deadline: str | None = None
     _states: Counter[str] = field(default_factory=Counter)
     _shards: Counter[str] = field(default_factory=Counter)
     _tokens: int = 0
@@ -124,4 +132,7 @@ class Progress:
                 elapsed_s=now - self._started_at,
                 tokens_per_s=rate,
                 eta_s=eta,
+                finish_p50=self.finish_p50,
+                finish_p90=self.finish_p90,
+                deadline=self.deadline,
             )

@@ -107,6 +107,8 @@ class ShardFacts:
     tokenise_s: float = 0.0
     write_s: float = 0.0
     host_peak_bytes: int = 0
+    device: dict[str, float] | None = None
+    """What the driver said of the GPU meanwhile."""
 
 
 def shard_receipt(
@@ -167,6 +169,7 @@ def shard_receipt(
         "usd": None if usd is None else round(usd, 6),
         "peak_host_bytes": facts.host_peak_bytes,
         "peak_device_bytes": stats.peak_device_bytes,
+        "device": facts.device,
         "kv_occupancy": _rounded(stats.kv_occupancy),
         "engine": {
             "backend": info.backend,

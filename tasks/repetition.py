@@ -14,6 +14,8 @@ def is_repetitive(token_ids: Sequence[int]) -> bool:
         tail = max(_MIN_TOKENS, _MIN_ROUNDS * period)
         if count < tail:
             return False
+        if token_ids[-1] != token_ids[-1 - period]:
+            continue
         if all(
             token_ids[i] == token_ids[i - period]
             for i in range(count - 1, count - tail + period - 1, -1)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,9 +22,12 @@ from inference.backends.base import Backend, EngineStats
 from inference.errors import InferenceError
 from storage.errors import AccessDenied, StorageError
 from storage.manifest import PlanManifest, Shard
+from tasks.canary import Kept
 from tasks.claims import Claim, Claims
 from tasks.commit_shard import CommitResult, ShardCommitter
 from tasks.feed import PreparedBatch, PromptFeed
+from tasks.latency import Latencies
+from tasks.metrics import EngineReading
 from tasks.progress import Progress
 from tasks.receipt import Mark, Meter
 from tasks.results import ResultColumns, count_states
@@ -72,11 +75,17 @@ class Replica:
     work_dir: Path
     progress: Progress
     should_stop: Stoppable
+    kept: Kept = field(default_factory=dict)
+    """Answers of the canary."""
 
+    may_claim: Callable[[], bool] = lambda: True
+    """Asked before every claim; False ends the drain once what is in hand is done."""
+
+    latencies: Latencies = field(default_factory=Latencies)
     _backend: Backend | None = None
     _works: dict[int, ShardWork] = field(default_factory=dict)
     _claims_of: dict[int, Claim] = field(default_factory=dict)
-    _owners: dict[int, tuple[int, SampleKey]] = field(default_factory=dict)
+    _owners: dict[int, tuple[int, SampleKey, float]] = field(default_factory=dict)
     _claiming: Future[Claim | None] | None = None
     _reading: tuple[int, Future[None]] | None = None
     _committing: dict[int, Future[CommitResult]] = field(default_factory=dict)
@@ -85,6 +94,8 @@ class Replica:
     """Shards that were in an engine when it broke: each runs alone from then on, so the one at fault shows."""
 
     _next_seq_id: int = 0
+    _num_failed: int = 0
+    _is_barred: bool = False
     _meter: Meter = field(default_factory=Meter)
     _mark: Mark | None = None
     _away_since: float | None = None
@@ -106,7 +117,7 @@ class Replica:
             if self.should_stop.is_set():
                 raise Stopped
             if self._claiming is None:
-                self._claiming = self._threads.submit(self.claims.next)
+                self._claiming = self._threads.submit(self._claim)
             _wait_any([self._claiming])
             if self._poll_claiming() and not self._works:
                 pause_s = self._pause_s()
@@ -128,6 +139,23 @@ class Replica:
             self._turn()
         return self._outcomes.pop(shard_id)
 
+    def reading(self) -> EngineReading:
+        """Return what the engine is doing now; any thread may ask."""
+        backend = self._backend
+        if backend is None:
+            return EngineReading(num_failed_attempts=self._num_failed)
+        waiting, stats = backend.num_waiting, backend.stats
+        return EngineReading(
+            num_running=max(0, backend.num_unfinished - waiting),
+            num_waiting=waiting,
+            kv_occupancy=stats.kv_occupancy,
+            num_prompt_tokens=stats.num_prompt_tokens,
+            num_cached_tokens=stats.num_cached_tokens,
+            num_completion_tokens=stats.num_completion_tokens,
+            num_preemptions=stats.num_preemptions,
+            num_failed_attempts=self._num_failed,
+        )
+
     def close(self) -> None:
         """Release leases and the engine. Safe to repeat; unfinished shards stay resumable."""
         self._closing.set()
@@ -143,7 +171,7 @@ class Replica:
         self._poll_commits()
         if self._can_take_more():
             # With others in hand, no suspect.
-            self._claiming = self._threads.submit(self.claims.next, set(self._suspects))
+            self._claiming = self._threads.submit(self._claim, set(self._suspects))
         backend = self._backend
         if backend is not None and backend.num_unfinished:
             self._step(backend)
@@ -153,13 +181,17 @@ class Replica:
     def _can_take_more(self) -> bool:
         if self._claiming or self._reading or len(self._works) >= _MAX_ACTIVE:
             return False
-        if self._suspects & self._works.keys():
+        if self._is_barred or self._suspects & self._works.keys():
             return False
         if not self.claims.may_have_more:
             return False
         if self._backend is None or not self._backend.num_unfinished:
             return True
         return self._backend.num_waiting <= self._backend.info.max_num_seqs
+
+    def _claim(self, without: Set[int] = frozenset()) -> Claim | None:
+        self._is_barred = not self.may_claim()
+        return None if self._is_barred else self.claims.next(without)
 
     def _poll_claiming(self) -> bool:
         """Take up a claim that has come; False while none was asked for or it is on its way."""
@@ -187,6 +219,8 @@ class Replica:
 
     def _pause_s(self) -> float | None:
         """How long to wait for the next shard when none is in hand; None: there is none to wait for."""
+        if self._is_barred:
+            return None
         return _OUTAGE_PAUSE_S if self._away_since is not None else self.claims.backoff_s
 
     def _begin(self, claim: Claim) -> None:
@@ -200,6 +234,7 @@ class Replica:
             columns=self.columns,
             input_schema=self.input_schema,
             num_samples=self.plan.num_samples,
+            kept=self.kept,
             started_at=time.monotonic(),
         )
         self._works[shard_id], self._claims_of[shard_id] = work, claim
@@ -232,7 +267,7 @@ class Replica:
             self._fail(shard_id, error)
             return
         work = self._works[shard_id]
-        for result in work.refused:
+        for result in work.settled:
             self.progress.row_done(result.state, 0)
         sequences = work.sequences(lambda key: self._register(shard_id, key))
         if sequences:
@@ -247,7 +282,7 @@ class Replica:
     def _register(self, shard_id: int, key: SampleKey) -> int:
         seq_id = self._next_seq_id
         self._next_seq_id += 1
-        self._owners[seq_id] = shard_id, key
+        self._owners[seq_id] = shard_id, key, time.monotonic()
         return seq_id
 
     def _engine(self) -> Backend:
@@ -255,9 +290,13 @@ class Replica:
             self.progress.phase = "loading the model"
             started = time.monotonic()
             self._backend = self.build_backend()
-            warmup_s = self._backend.info.warmup_s
+            elapsed = time.monotonic() - started
+            # An engine that was warm already took no time, and has counted before.
+            warmup_s = min(self._backend.info.warmup_s, elapsed)
             self._meter.warmup_s += warmup_s
-            self._meter.load_s += max(0.0, time.monotonic() - started - warmup_s)
+            self._meter.load_s += elapsed - warmup_s
+            if self._mark is not None:
+                self._mark = Mark.take(self._backend.stats, self._mark.meter, at=self._mark.at)
             self.progress.phase = "generating"
         return self._backend
 
@@ -284,11 +323,13 @@ class Replica:
         except InferenceError as error:
             self._engine_failed(error)
             return
-        self._meter.step_s += time.monotonic() - started
+        stepped = time.monotonic()
+        self._meter.step_s += stepped - started
         if is_tail:
             self._meter.tail_s += backend.stats.decode_s - decoded_s
         for completion in completions:
-            shard_id, key = self._owners.pop(completion.seq_id)
+            shard_id, key, submitted_at = self._owners.pop(completion.seq_id)
+            self.latencies.add(stepped - submitted_at)
             work = self._works.get(shard_id)
             if work is None:
                 continue  # its attempt failed while it ran
@@ -351,6 +392,7 @@ class Replica:
 
     def _fail(self, shard_id: int, error: Exception) -> None:
         work = self._works[shard_id]
+        self._num_failed += 1
         log.warning("shard=%05d attempt=%d failed: %s", shard_id, work.attempt, error)
         self.progress.note(f"shard {shard_id:05d}, attempt {work.attempt}: {error}")
         self.progress.rows_undone(count_states(list(work.results.values())))

@@ -52,7 +52,7 @@ def histogram_picture(histogram: Mapping[str, int], label: str) -> str:
 
 def phases_picture(seconds: Mapping[str, float]) -> str:
     """Time of all replicas by phase, as shares."""
-    shown = [(name, value) for name, value in seconds.items() if value > 0]
+    shown = [(name, seconds[name]) for name in _PALETTE if seconds.get(name, 0.0) > 0]
     total = sum(value for _, value in shown)
     figure, axes = _figure(height=0.3 * len(shown) + 0.7)
     names = [name.replace("_", " ") for name, _ in shown]

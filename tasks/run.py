@@ -17,10 +17,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from inference.backends import create_backend, resolve_backend
+from inference.backends import Backend, create_backend, resolve_backend
 from inference.config import EngineConfig
 from inference.errors import ModelError
 from storage import keys
@@ -33,7 +34,9 @@ from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord,
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from storage.reveal import read_manifest
-from tasks.cancel import CancelWatch, is_cancelled
+from tasks.budget import BudgetGate, BudgetSpent
+from tasks.canary import kept_answers
+from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
@@ -44,11 +47,14 @@ from tasks.fingerprint import (
     fingerprint_fields,
     versions,
 )
+from tasks.gpu_sample import DeviceSampler, open_gpu
 from tasks.history import past_run, remember
 from tasks.holder import holder_name, is_dead
 from tasks.job import RunConfig, job_of
+from tasks.metrics import ReplicaCollector, exported
 from tasks.model import RunModel, open_model
 from tasks.plan import load_plan, load_shards, make_plan
+from tasks.preflight import refuse_over_budget
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
 from tasks.replica import Replica, ShardOutcome
@@ -75,6 +81,8 @@ class Run:
     work_dir: Path
     max_model_len: int
     commit_cache: CommitCache = dataclasses.field(default_factory=dict)
+    warm_backend: Backend | None = None
+    """The engine of the canary, for the first replica in this process to take over."""
 
     @property
     def uri(self) -> str:
@@ -87,6 +95,11 @@ class Run:
         return ResultColumns(
             token_ids=self.job.output.token_ids, logprobs=self.job.sampling.logprobs is not None
         )
+
+    def take_backend(self) -> Backend | None:
+        """Hand the canary's engine over; None if there is none."""
+        backend, self.warm_backend = self.warm_backend, None
+        return backend
 
     def commits(self) -> dict[int, CommitRecord]:
         """Return what is committed now, by shard."""
@@ -101,6 +114,9 @@ class DrainReport:
     exhausted: dict[int, str] = dataclasses.field(default_factory=dict)
     num_pending: int = 0
     """Shards that others hold."""
+
+    is_cancelled: bool = False
+    """Somebody has cancelled the run; leases are released and the rest is resumable."""
 
 
 def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
@@ -142,7 +158,10 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
             files=inputs,
         )
         _check_inputs(plan, [(file.uri, file.etag) for file in files])
-        return _run(job, record, store, plan, model, work_dir)
+        run = _run(job, record, store, plan, model, work_dir)
+        if job.budget.usd is not None and not run.commits():
+            refuse_over_budget(job, plan, model.path)
+        return run
     except BaseException:
         model.close()
         raise
@@ -201,6 +220,9 @@ def drain(
         failed_rows: Redo rows without an answer, in new revisions of their shards.
         budget_s: No further shard is claimed after this many seconds.
         build_backend: Loads the engine; replaced by tests only to break it.
+
+    Raises:
+        BudgetSpent: the next shard would cost more than `budget.usd` leaves; all else is committed.
     """
     standing = read_commits(run.store, run.plan_digest, cache=run.commit_cache)
     commits = standing.current
@@ -225,15 +247,18 @@ def drain(
         bases=bases,
         claim_until=time.monotonic() + budget_s,
     )
-    watch = CancelWatch(run.store, invocation, should_stop)
+    gpu = open_gpu()
+    sampler = DeviceSampler(gpu)
     committer = ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
         holder=holder,
         stage_s=run.model.stage_s,
         stopping=stopping,
+        device=sampler.take,
         measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
+    budget = BudgetGate(store=run.store, usd=run.job.budget.usd)
     with PromptFeed(
         job=run.job,
         model_dir=run.model.path,
@@ -241,33 +266,53 @@ def drain(
         work_dir=run.work_dir,
         max_model_len=run.max_model_len,
     ) as feed:
+        watch = CancelWatch(run.store, invocation, should_stop)
         replica = Replica(
             plan=run.plan,
             claims=claims,
             feed=feed,
             committer=committer,
-            build_backend=lambda: build_backend(engine_config(run)),
+            build_backend=lambda: run.take_backend() or build_backend(engine_config(run)),
             columns=run.columns,
             input_schema=input_schema(run.plan),
             work_dir=run.work_dir,
             progress=progress,
             should_stop=watch,
+            may_claim=budget.allows,
+            kept=kept_answers(run.store),
         )
+        collector = partial(_collector, run, replica, progress, gpu)
+        exporter = exported(run.job.metrics, collector, holder.replace("/", "-"))
         try:
-            with should_stop.watched():
+            with should_stop.watched(), exporter:
                 while (next_id := replica.next_shard()) is not None:
                     report.outcomes[run_shard(replica, next_id).outcome] += 1
-                if is_cancelled(run.store, invocation):
-                    raise Stopped
+        except Stopped:
+            if not watch.is_cancelled:
+                raise
         finally:
             stopping.set()
             replica.close()
             watch.close()
+            sampler.close()
         for warning in feed.warnings:
             progress.note(warning)
+    if budget.reason is not None and claims.num_pending:
+        raise BudgetSpent(budget.reason)
     report.exhausted = dict(claims.exhausted)
     report.num_pending = claims.num_pending
+    report.is_cancelled = claims.is_cancelled or watch.is_cancelled
     return report
+
+
+def _collector(run: Run, replica: Replica, progress: Progress, gpu: Any | None) -> ReplicaCollector:
+    return ReplicaCollector(
+        replica,
+        progress,
+        labels={"run": run.record.run_id, "job": run.job.name},
+        staging_gb_per_s=run.model.staged.report.gb_per_s if run.model.staged else None,
+        gpu=gpu,
+    )
 
 
 def finish(

@@ -10,7 +10,7 @@ import shutil
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +82,9 @@ class ShardWork:
     base: Path | None = None
     """The part a retry starts from: its answered rows are kept, its failed ones redone."""
 
+    kept: Mapping[tuple[int, int], SampleResult] = field(default_factory=dict)
+    """Answers that are there already, by row and sample; not generated again."""
+
     rows: list[RowOutcome] = field(default_factory=list)
     results: dict[SampleKey, SampleResult] = field(default_factory=dict)
     started_at: float = 0.0
@@ -146,7 +149,7 @@ class ShardWork:
             )
             for row in order
             for key in self._keys(row.offset)
-            if self._redo is None or key in self._redo
+            if key not in self.results and (self._redo is None or key in self._redo)
         ]
         self.num_sequences = self._num_open = len(found)
         self._runnable = []
@@ -169,9 +172,9 @@ class ShardWork:
         return self._num_open == 0 and not self._runnable
 
     @property
-    def refused(self) -> list[SampleResult]:
-        """Results of rows that never reached the engine."""
-        return [r for r in self.results.values() if self.rows[self._offset(r)].state is not None]
+    def settled(self) -> list[SampleResult]:
+        """Once read: results that need no engine, of bad rows and of answers that were kept."""
+        return list(self.results.values())
 
     @property
     def tokenise_share(self) -> float:
@@ -220,9 +223,6 @@ class ShardWork:
     def _keys(self, offset: int) -> list[SampleKey]:
         return [SampleKey(offset, sample) for sample in range(self.num_samples)]
 
-    def _offset(self, result: SampleResult) -> int:
-        return result.row_index - self.shard.row_start
-
     def _take(self, row: PreparedRow) -> None:
         offset = len(self.rows)
         outcome = RowOutcome(
@@ -232,6 +232,10 @@ class ShardWork:
         if row.state is None:
             tokens = array("i", row.token_ids)
             self._runnable.append(_Runnable(offset, tokens, row.sampling, row.row_key))
+            for key in self._keys(offset) if self.base is None else ():
+                known = self.kept.get((row.row_index, key.sample_index))
+                if known is not None:
+                    self.results[key] = known
             return
         for key in self._keys(offset):
             self.results[key] = unrun_sample(outcome, key.sample_index)

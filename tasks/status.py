@@ -10,6 +10,7 @@ from storage.commits import CommitCache, current_commits
 from storage.manifest import RunManifest, digest
 from storage.object_store import ObjectStore
 from storage.reveal import read_manifest
+from tasks.outlook import Outlook, read_outlook
 from tasks.plan import load_plan
 from tasks.run import read_record
 
@@ -32,6 +33,8 @@ class RunStatus:
     """Shards without a commit whose last attempt failed, with its error."""
 
     manifest: RunManifest | None = None
+    outlook: Outlook | None = None
+    """When it will be done; None before it is planned and once it is published."""
 
     @property
     def is_published(self) -> bool:
@@ -59,6 +62,7 @@ class RunStatus:
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_completion_tokens": self.num_completion_tokens,
             "failed_shards": {f"{i:05d}": error for i, error in self.failed_shards.items()},
+            "outlook": self.outlook.as_document() if self.outlook else None,
             "totals": self.manifest.totals if self.manifest else None,
         }
 
@@ -73,6 +77,7 @@ def run_status(store: ObjectStore, *, cache: CommitCache | None = None) -> RunSt
     counts: Counter[str] = Counter()
     for commit in commits.values():
         counts.update(commit.counts)
+    manifest = read_manifest(store)
     missing = [i for i in range(plan.num_shards) if i not in commits]
     return RunStatus(
         uri=store.uri,
@@ -88,7 +93,8 @@ def run_status(store: ObjectStore, *, cache: CommitCache | None = None) -> RunSt
             c.receipt.get("num_completion_tokens", 0) for c in commits.values()
         ),
         failed_shards=_failed(store, missing),
-        manifest=read_manifest(store),
+        manifest=manifest,
+        outlook=None if manifest else read_outlook(store, commits=commits),
     )
 
 

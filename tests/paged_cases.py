@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import transformers
 
-from inference.backends.paged import PagedSettings, build_engine
 from inference.backends.row import Row
+from inference.build_engine import PagedSettings, build_engine
 from inference.model import PagedModel
 from inference.sampler import SamplerRow, sample
 from inference.sampling import SamplingParams

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).parents[1]
 POOL = "nightjar"
 _START_S = 120.0
+_PATIENCE_S = 20.0
 
 T = TypeVar("T")
 
@@ -55,6 +56,7 @@ class PrefectLab:
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+            "NIGHTJAR_WAVE_POLL_S": "1",
             "DO_NOT_TRACK": "1",
             "PYTHONPATH": str(ROOT),
             "PYTHONWARNINGS": "ignore",
@@ -74,10 +76,18 @@ class PrefectLab:
         end(self.server, signal.SIGKILL)
         self.server = None
 
-    def start_worker(self, *, limit: int = 4) -> subprocess.Popen[bytes]:
+    def deploy(self, *options: str) -> dict[str, Any]:
+        """Run `nightjar deploy` for every provider; return what it says is there."""
+        providers = [f"--provider={kind}" for kind in ("process", "kubernetes", "ecs", "command")]
+        command = [sys.executable, "-m", "flows.cli", "deploy", "--json", *providers, *options]
+        done = self.call(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    def start_worker(self, pool: str = POOL, *, limit: int = 4) -> subprocess.Popen[bytes]:
         command = ["env", "--default-signal=INT", "prefect", "worker", "start"]
-        command += ["--pool", POOL, "--type", "process", "--limit", str(limit)]
-        worker = self._start(command, f"worker-{len(self.workers)}.log")
+        command += ["--pool", pool, "--type", "process", "--limit", str(limit)]
+        worker = self._start(command, f"worker-{pool}.log")
         self.workers.append(worker)
         return worker
 
@@ -104,9 +114,17 @@ class PrefectLab:
         request = urllib.request.Request(
             f"{self.api_url}{path}", data, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            text = reply.read()
-        return json.loads(text) if text else None
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=30) as reply:
+                    text = reply.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                # A loaded SQLite is locked now and then; the server says so with 503.
+                if error.code != 503 or time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
 
     def run_deployment(self, name: str, parameters: dict[str, Any], **more: Any) -> str:
         """Start a flow run and return its id."""
@@ -114,6 +132,11 @@ class PrefectLab:
         found = self.api(f"/deployments/name/{flow}/{deployment}")
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, **more}
         return str(self.api(f"/deployments/{found['id']}/create_flow_run", body)["id"])
+
+    def cancel(self, run_id: str) -> None:
+        """As `prefect flow-run cancel` does."""
+        body = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+        assert self.api(f"/flow_runs/{run_id}/set_state", body)["status"] == "ACCEPT"
 
     def flow_run(self, run_id: str) -> dict[str, Any]:
         return dict(self.api(f"/flow_runs/{run_id}"))
@@ -178,11 +201,7 @@ def running_prefect(folder: Path) -> Iterator[PrefectLab]:
     (folder / "home").mkdir()
     try:
         lab.start_server()
-        made = lab.call("prefect", "work-pool", "create", POOL, "--type", "process")
-        assert made.returncode == 0, made.stdout + made.stderr
-        file = str(ROOT / "deployments" / "prefect.yaml")
-        deployed = lab.call("prefect", "deploy", "--prefect-file", file, "--all")
-        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+        lab.deploy()
         yield lab
     finally:
         lab.stop()

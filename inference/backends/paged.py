@@ -1,74 +1,27 @@
-"""PagedBackend: continuous batching over a paged KV cache. The default on CUDA; runs on the CPU too.
-
-Loading happens in four parts, each measured: the model on its device, the largest step once, the KV cache in
-what memory is left, the graphs.
-"""
+"""PagedBackend: continuous batching over a paged KV cache. The default on CUDA; runs on the CPU too."""
 
 import gc
-import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequence
-from inference.backends.row import Row, RowMaker
-from inference.batch import BatchLimits
-from inference.block_manager import BlockManager
+from inference.backends.row import RowMaker
+from inference.build_engine import PagedSettings, build_engine
 from inference.config import EngineConfig
 from inference.end_tokens import end_token_ids
 from inference.engine import PagedEngine
-from inference.errors import EngineConfigError
-from inference.graphs import padded, sizes
+from inference.errors import EngineConfigError, EngineFault
 from inference.kernels import plain
-from inference.kv_cache import KVCache
 from inference.loading import dtype_name, load_model, load_tokenizer
-from inference.memory import MemoryPlan, allocate, measure_step, plan_cpu, plan_cuda
+from inference.memory import MemoryPlan
 from inference.model import PagedModel, make_paged_model
-from inference.model_runner import ModelRunner
-from inference.scheduler import Running, Scheduler
 from inference.sequence import Completion, Sequence
 from inference.weights import check_model_folder
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagedSettings:
-    """Sizes of one paged engine; `auto` of the config resolved."""
-
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    block_size: int
-    min_step_tokens: int | None
-    """See `Scheduler`."""
-
-    kv_dtype: torch.dtype
-    max_num_blocks: int | None = None
-    use_graphs: bool = True
-
-    @classmethod
-    def of(cls, config: EngineConfig, model: PagedModel) -> "PagedSettings":
-        """Resolve a config for a model on its device.
-
-        Raises:
-            EngineConfigError: max_model_len exceeds what the model handles.
-        """
-        is_cuda = model.device.type == "cuda"
-        max_num_seqs = _resolve(config.max_num_seqs, 1024 if is_cuda else 64)
-        return cls(
-            max_model_len=_max_model_len(model, config),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max(
-                _resolve(config.max_num_batched_tokens, 8192 if is_cuda else 2048), max_num_seqs
-            ),
-            block_size=64 if is_cuda else 16,
-            min_step_tokens=256 if is_cuda else None,
-            kv_dtype=_kv_dtype(config, model),
-        )
 
 
 class PagedBackend:
@@ -96,12 +49,17 @@ class PagedBackend:
         loaded = load_model(folder, _without_fp8(config), device_map)
         model = make_paged_model(loaded, _ops(), is_fp8=is_fp8)
         settings = PagedSettings.of(config, model)
-        make_row = RowMaker(
-            self.tokenizer, end_token_ids(folder.path, self.tokenizer), settings.max_model_len
-        )
         load_s = time.perf_counter() - started_at
-        self._max_model_len = settings.max_model_len
-        self.engine, plan, warmup_s = build_engine(model, settings, make_row)
+        self._engine: PagedEngine | None
+        self._engine, plan, warmup_s = build_engine(
+            model, settings, lambda sequence: self._make_row(sequence)
+        )
+        max_model_len = self._engine.scheduler.max_model_len
+        self._make_row = RowMaker(
+            self.tokenizer, end_token_ids(folder.path, self.tokenizer), max_model_len
+        )
+        settings = replace(settings, max_model_len=max_model_len)
+        self._stats = self._engine.stats
         self._info = _info(model, settings, plan, load_s, warmup_s)
 
     @property
@@ -112,27 +70,28 @@ class PagedBackend:
     @property
     def stats(self) -> EngineStats:
         """Totals so far; the same object, updated in place."""
-        return self.engine.stats
+        return self._stats
 
     @property
     def num_unfinished(self) -> int:
         """Sequences submitted and not yet returned."""
-        return self.engine.num_unfinished
+        return 0 if self._engine is None else self._engine.num_unfinished
 
     @property
     def num_waiting(self) -> int:
         """Sequences submitted and not yet started."""
-        return self.engine.scheduler.num_waiting
+        return 0 if self._engine is None else self._engine.scheduler.num_waiting
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Take sequences; see `inference.backends.checks.check_sequence` for what is refused."""
+        engine = self._running_engine()
         accepted: list[Sequence] = []
-        seq_ids = set(self.engine.seq_ids)
+        seq_ids = set(engine.seq_ids)
         for sequence in sequences:
-            check_sequence(sequence, seq_ids, self._max_model_len)
+            check_sequence(sequence, seq_ids, self._info.max_model_len)
             seq_ids.add(sequence.seq_id)
             accepted.append(sequence)
-        self.engine.submit(accepted)
+        engine.submit(accepted)
 
     def step(self) -> list[Completion]:
         """Launch the next forward pass and return what an earlier one finished.
@@ -141,124 +100,22 @@ class PagedBackend:
             EngineFault: the device failed for a reason other than memory.
             OutOfMemory: it is out of memory even after shrinking.
         """
-        finished = self.engine.step()
+        finished = self._running_engine().step()
         if torch.cuda.is_available():
             self.stats.peak_device_bytes = torch.cuda.max_memory_allocated()
         return finished
 
+    def _running_engine(self) -> PagedEngine:
+        if self._engine is None:
+            raise EngineFault("the backend is closed; build another one")
+        return self._engine
+
     def close(self) -> None:
         """Free the device; the backend is unusable afterwards. Safe to repeat."""
-        self.__dict__.pop("engine", None)
+        self._engine = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def build_engine(
-    model: PagedModel, settings: PagedSettings, make_row: Callable[[Sequence], Row]
-) -> tuple[PagedEngine, MemoryPlan, float]:
-    """Build an engine around a model; return it with its memory plan and the seconds warm-up took."""
-    started_at = time.perf_counter()
-    is_cuda = model.device.type == "cuda"
-    if is_cuda:
-        _prefer_products_without_workspace()
-    limits = _limits(model, settings)
-    scratch = _scratch(model, limits) if is_cuda else None
-    plan = _plan_memory(model, settings, limits, scratch)
-    cache = allocate(
-        model.kv_shape(settings.block_size, settings.kv_dtype), plan.num_blocks, model.device
-    )
-    if cache.num_blocks - 1 < -(-settings.max_model_len // settings.block_size):
-        raise EngineConfigError(
-            f"the KV cache holds {(cache.num_blocks - 1) * settings.block_size} tokens, "
-            f"engine.max_model_len is {settings.max_model_len}; lower it, or use a larger device"
-        )
-    model.attach(cache, settings.max_model_len)
-    blocks = BlockManager(num_blocks=cache.num_blocks, block_size=settings.block_size)
-
-    def make_scheduler(completion_of: Callable[[Running], list[int]]) -> Scheduler:
-        return Scheduler(
-            blocks,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=settings.max_model_len,
-            min_step_tokens=settings.min_step_tokens,
-            completion_of=completion_of,
-            padded=(lambda count: padded(count, limits.max_num_tokens)) if is_cuda else int,
-        )
-
-    engine = PagedEngine(
-        make_row=make_row,
-        make_scheduler=make_scheduler,
-        make_runner=lambda row_of: ModelRunner(
-            model, limits, row_of=row_of, scratch=scratch, use_graphs=settings.use_graphs
-        ),
-        is_async=is_cuda,
-    )
-    engine.runner.warm_up(
-        sizes(min(2048, settings.max_num_batched_tokens)), row_sizes=sizes(settings.max_num_seqs)
-    )
-    return engine, plan, time.perf_counter() - started_at
-
-
-def _prefer_products_without_workspace() -> None:
-    """Keep cuBLAS from algorithms that clear a workspace first: in a graph that costs 10 us a product.
-
-    Read by torch when it makes its first cuBLAS handle; what the user has set stays.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
-
-
-def _limits(model: PagedModel, settings: PagedSettings) -> BatchLimits:
-    shape = model.kv_shape(settings.block_size)
-    is_cuda = model.device.type == "cuda"
-    tile_queries, num_programs = settings.max_num_batched_tokens, 1
-    if is_cuda:
-        from inference.kernels import fused
-
-        num_sms = torch.cuda.get_device_properties(model.device).multi_processor_count
-        tile_queries = fused.TILE_ROWS // (model.num_heads // shape.num_kv_heads)
-        num_programs = max(1, num_sms * fused.DECODE_PROGRAMS_PER_SM // shape.num_kv_heads)
-    return BatchLimits(
-        max_num_tokens=settings.max_num_batched_tokens,
-        max_num_seqs=settings.max_num_seqs,
-        block_size=settings.block_size,
-        max_blocks_per_seq=-(-settings.max_model_len // settings.block_size),
-        tile_queries=tile_queries,
-        num_programs=num_programs,
-        max_num_items=4 * settings.max_num_seqs if is_cuda else settings.max_num_seqs * 64,
-    )
-
-
-def _scratch(model: PagedModel, limits: BatchLimits) -> Any:
-    from inference.kernels import fused
-
-    shape = model.kv_shape(limits.block_size)
-    return fused.make_scratch(
-        limits, model.num_heads, shape.num_kv_heads, shape.head_dim, model.device
-    )
-
-
-def _plan_memory(
-    model: PagedModel, settings: PagedSettings, limits: BatchLimits, scratch: Any
-) -> MemoryPlan:
-    """Measure the largest step with a cache of a few blocks, then plan the real one."""
-    shape = model.kv_shape(settings.block_size, settings.kv_dtype)
-    most = settings.max_num_blocks or 2**30
-    if model.device.type != "cuda":
-        per_seq = -(-settings.max_model_len // settings.block_size)
-        most = min(most, settings.max_num_seqs * per_seq + 1)
-        return plan_cpu(shape, weights=0, max_blocks=max(most, per_seq + 1))
-    model.attach(KVCache(shape, 2, model.device), settings.max_model_len)
-
-    def row_of(running: Running) -> Any:
-        raise AssertionError(f"no sequence runs while memory is measured, but {running} does")
-
-    trial = ModelRunner(model, limits, row_of=row_of, scratch=scratch, use_graphs=False)
-    step_bytes = measure_step(trial.run_largest, model.device)
-    del trial
-    return plan_cuda(shape, step_bytes=step_bytes, max_blocks=most, device=model.device)
 
 
 def _info(
@@ -293,38 +150,4 @@ def _check_fp8() -> None:
 
 
 def _without_fp8(config: EngineConfig) -> EngineConfig:
-    from dataclasses import replace
-
     return replace(config, quantization="none") if config.quantization == "fp8" else config
-
-
-def _max_model_len(model: PagedModel, config: EngineConfig) -> int:
-    limit = int(getattr(model.config, "max_position_embeddings", 0) or 0)
-    if config.max_model_len == "auto":
-        if not limit:
-            raise EngineConfigError(
-                f"{config.model}: config.json names no longest length; set engine.max_model_len"
-            )
-        return limit
-    if limit and config.max_model_len > limit:
-        raise EngineConfigError(
-            f"engine.max_model_len is {config.max_model_len}, but the model handles {limit} tokens; "
-            f"lower it"
-        )
-    return config.max_model_len
-
-
-def _kv_dtype(config: EngineConfig, model: PagedModel) -> torch.dtype:
-    name = config.kv_cache_dtype
-    if name == "auto":
-        return model.dtype
-    if name == "fp8":
-        if model.device.type != "cuda":
-            raise EngineConfigError("engine.kv_cache_dtype is fp8: needs a CUDA device; use auto")
-        return torch.float8_e4m3fn
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _resolve(value: int | str, default: int) -> int:
-    return default if isinstance(value, str) else value

@@ -3,7 +3,7 @@
 Each reads its input once and writes its output once. Sums are in fp32. With IS_FP8 a row leaves as
 e4m3 with one fp32 scale, ready for a row-wise scaled matmul.
 
-    T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim   S block size
+    T tokens   D hidden size   I intermediate size (WIDTH)   N query heads   K KV heads   H head dim   S block size
 """
 
 import triton
@@ -56,30 +56,32 @@ def add_rms_norm_kernel(
 def silu_mul_kernel(
     gate_up_ptr,
     out_ptr,
-    I: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """gate_up [T,2I] -> out [T,I] = silu(gate) * up."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < I
-    gate = tl.load(gate_up_ptr + row * 2 * I + offs, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * I + I + offs, mask=mask, other=0.0).to(tl.float32)
+    mask = offs < WIDTH
+    gate = tl.load(gate_up_ptr + row * 2 * WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * WIDTH + WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up
-    tl.store(out_ptr + row * I + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * WIDTH + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def silu_mul_fp8_kernel(gate_up_ptr, out_ptr, scale_ptr, I: tl.constexpr, I_PAD: tl.constexpr):
+def silu_mul_fp8_kernel(
+    gate_up_ptr, out_ptr, scale_ptr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr
+):
     """gate_up [T,2I] -> out [T,I] in e4m3, and its row scales."""
     row = tl.program_id(0)
-    offs = tl.arange(0, I_PAD)
-    mask = offs < I
-    place = gate_up_ptr + row.to(tl.int64) * 2 * I + offs
+    offs = tl.arange(0, WIDTH_PAD)
+    mask = offs < WIDTH
+    place = gate_up_ptr + row.to(tl.int64) * 2 * WIDTH + offs
     gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(place + I, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(place + WIDTH, mask=mask, other=0.0).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up
-    _store_row(out_ptr, scale_ptr, row, offs, value, mask, I, True)
+    _store_row(out_ptr, scale_ptr, row, offs, value, mask, WIDTH, True)
 
 
 @triton.jit

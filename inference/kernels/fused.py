@@ -1,7 +1,7 @@
-"""The engine's operations on Triton kernels: the same functions as `kernels.plain`, and sampling.
+"""The engine's operations on Triton kernels: the same functions as `kernels.plain`.
 
 T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H head dim
-R rows that sample   V vocabulary   P attention parts
+P attention parts
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from inference.batch import NUM_ITEMS, NUM_SAMPLES, NUM_TILES, Batch, BatchLimits
+from inference.batch import NUM_ITEMS, NUM_TILES, Batch, BatchLimits
 from inference.kernels import plain
 from inference.kernels.decode_attention import combine_kernel, decode_kernel
 from inference.kernels.elementwise import (
@@ -24,18 +24,10 @@ from inference.kernels.elementwise import (
     silu_mul_fp8_kernel,
     silu_mul_kernel,
 )
-from inference.kernels.sampling import (
-    commit_kernel,
-    draws_kernel,
-    floors_kernel,
-    maxima_kernel,
-)
 from inference.kernels.tile_attention import tile_kernel
 
 TILE_ROWS = 128
 """Rows of a prefill or cascade tile: query tokens times the query heads of one KV head."""
-
-_SAMPLING_PARTS = 8
 
 Rows8 = tuple[Tensor, Tensor]
 """Rows in e4m3 and their fp32 scales [T,1]."""
@@ -61,13 +53,18 @@ class Scratch:
     """Where tiles run beside the decode kernel, with priority; None without CUDA."""
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; a few for Triton's interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def make_scratch(
     limits: BatchLimits, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
 ) -> Scratch:
     """Allocate room for every part a batch within `limits` can have."""
-    num_sms = 4
-    if device.type == "cuda":
-        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    num_sms = num_multiprocessors(device)
     num_parts = (
         limits.max_num_items + limits.max_num_seqs + limits.tile_queries * limits.num_programs
     )
@@ -78,7 +75,7 @@ def make_scratch(
         torch.zeros(limits.max_num_seqs, num_kv_heads, dtype=torch.int32, device=device),
         decode_programs=num_sms * DECODE_PROGRAMS_PER_SM,
         tile_programs=num_sms,
-        side_stream=torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None,
+        side_stream=_priority_stream(device),
     )
 
 
@@ -86,6 +83,13 @@ DECODE_PROGRAMS_PER_SM = 4
 DECODE_OPTIONS = {"num_warps": 4, "STAGES": 2}
 DECODE_OPTIONS_FP8 = {"num_warps": 2, "STAGES": 3}
 TILE_OPTIONS = {"num_warps": 8, "STAGES": 2}
+
+
+def _priority_stream(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return None
+    cuda: Any = torch.cuda
+    return cuda.Stream(device, priority=-1)
 
 
 def add_rms_norm(
@@ -124,13 +128,13 @@ def silu_mul(gate_up_TI: Tensor, is_fp8: bool = False) -> Tensor | Rows8:
         scale = _row_scales(gate_up_TI)
         pad = triton.next_power_of_2(width)
         silu_mul_fp8_kernel[(num_rows,)](
-            gate_up_TI, out, scale, I=width, I_PAD=pad, num_warps=_num_warps(pad)
+            gate_up_TI, out, scale, WIDTH=width, WIDTH_PAD=pad, num_warps=_num_warps(pad)
         )
         return out, scale
     out = gate_up_TI.new_empty(num_rows, width)
     block = min(2048, triton.next_power_of_2(width))
     silu_mul_kernel[(num_rows, triton.cdiv(width, block))](
-        gate_up_TI, out, I=width, BLOCK=block, num_warps=4
+        gate_up_TI, out, WIDTH=width, BLOCK=block, num_warps=4
     )
     return out
 
@@ -285,81 +289,6 @@ def _beside(stream: Any) -> Iterator[None]:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
-
-
-def sample(
-    logits_RV: Tensor,
-    slots_R: Tensor,
-    positions_R: Tensor,
-    counts: Tensor,
-    params: Tensor,
-    last_token: Tensor,
-    result_R: Tensor,
-    *,
-    has_draws: bool,
-    has_floors: bool,
-) -> None:
-    """Choose every row's token as `inference.sampler` does; leave it in `last_token` and `result_R`."""
-    num_rows, vocab = logits_RV.shape
-    block = 2048
-    part = triton.cdiv(triton.cdiv(vocab, _SAMPLING_PARTS), block) * block
-    num_parts = triton.cdiv(vocab, part)
-    pad = max(2, triton.next_power_of_2(num_parts))
-    value = logits_RV.new_empty(num_rows, num_parts, dtype=torch.float32)
-    index = logits_RV.new_empty(num_rows, num_parts, dtype=torch.int32)
-    grid = (num_rows, num_parts)
-    maxima_kernel[grid](logits_RV, value, index, vocab, PART=part, BLOCK=block, num_warps=4)
-    draw_value, draw_index = value, index
-    if has_draws:
-        draw_value, draw_index = torch.empty_like(value), torch.empty_like(index)
-        floors = index
-        if has_floors:
-            floors = logits_RV.new_empty(num_rows, dtype=torch.int32)
-            floors_kernel[(num_rows,)](
-                logits_RV,
-                value,
-                slots_R,
-                params,
-                floors,
-                vocab,
-                C=num_parts,
-                C_PAD=pad,
-                LOW_BITS=16 if logits_RV.dtype == torch.bfloat16 else 0,
-                BLOCK=4096,
-                num_warps=8,
-            )
-        draws_kernel[grid](
-            logits_RV,
-            value,
-            slots_R,
-            positions_R,
-            params,
-            floors,
-            draw_value,
-            draw_index,
-            vocab,
-            C=num_parts,
-            C_PAD=pad,
-            PART=part,
-            HAS_FLOORS=has_floors,
-            BLOCK=block,
-            num_warps=4,
-        )
-    commit_kernel[(num_rows,)](
-        value,
-        index,
-        draw_value,
-        draw_index,
-        slots_R,
-        counts[NUM_SAMPLES:],
-        params,
-        last_token,
-        result_R,
-        C=num_parts,
-        C_PAD=pad,
-        HAS_DRAWS=has_draws,
-        num_warps=1,
-    )
 
 
 def _row_scales(x_TD: Tensor) -> Tensor:

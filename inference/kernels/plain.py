@@ -10,6 +10,12 @@ from torch import Tensor
 
 from inference.batch import Batch
 
+FP8_MAX = 448.0
+"""Largest number in e4m3."""
+
+Rows8 = tuple[Tensor, Tensor]
+"""Rows in e4m3 and their fp32 scales [T,1]."""
+
 
 def embed(batch: Batch, last_token: Tensor, weight_VD: Tensor) -> Tensor:
     """Return the step's input embeddings [T,D]; a negative source names the slot whose last token is read."""
@@ -19,20 +25,39 @@ def embed(batch: Batch, last_token: Tensor, weight_VD: Tensor) -> Tensor:
     return F.embedding(ids_T, weight_VD)
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
-    """Add x to the residual in place, if there is one, and return the sum's RMSNorm."""
+def add_rms_norm(
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    is_fp8: bool = False,
+) -> Tensor | Rows8:
+    """Add x to the residual in place, if there is one, and return the sum's RMSNorm, quantised if asked."""
     if residual_TD is not None:
         residual_TD.add_(x_TD)
         x_TD = residual_TD
-    value = x_TD.float()
+    out = _rms_norm(x_TD, weight_D, eps)
+    return quantise_rows(out) if is_fp8 else out
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    value = x.float()
     value = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps)
-    return weight_D * value.to(x_TD.dtype)
+    return weight * value.to(x.dtype)
 
 
-def silu_mul(gate_up_TI: Tensor) -> Tensor:
-    """[T,2I] -> [T,I]: silu of the first half times the second."""
+def silu_mul(gate_up_TI: Tensor, is_fp8: bool = False) -> Tensor | Rows8:
+    """[T,2I] -> [T,I]: silu of the first half times the second, quantised if asked."""
     gate, up = gate_up_TI.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    out = F.silu(gate) * up
+    return quantise_rows(out) if is_fp8 else out
+
+
+def quantise_rows(x_TD: Tensor) -> Rows8:
+    """Scale each row to e4m3."""
+    scale_T1 = (x_TD.float().abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=1e-12)
+    rows = (x_TD.float() / scale_T1).clamp(-FP8_MAX, FP8_MAX)
+    return rows.to(torch.float8_e4m3fn), scale_T1
 
 
 def rope_store(
@@ -54,10 +79,11 @@ def rope_store(
     num_tokens = qkv_TE.shape[0]
     heads = qkv_TE.view(num_tokens, -1, head_dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
+    v = heads[:, num_heads + num_kv_heads :]
     if q_weight_H is not None and k_weight_H is not None:
-        q = add_rms_norm(q, None, q_weight_H, eps)
-        k = add_rms_norm(k, None, k_weight_H, eps)
+        q = _rms_norm(q, q_weight_H, eps)
+        k = _rms_norm(k, k_weight_H, eps)
     positions = batch.positions.long()
     cos_T1H = cos[positions][:, None].to(q.dtype)
     sin_T1H = sin[positions][:, None].to(q.dtype)

@@ -21,8 +21,8 @@ import torch
 import transformers
 from workload import requests
 
-from inference.backends.paged import PagedSettings, build_engine
 from inference.backends.row import Row
+from inference.build_engine import PagedSettings, build_engine
 from inference.config import EngineConfig
 from inference.model import make_paged_model
 from inference.sampling import SamplingParams

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from inference.backends.paged import build_engine
+from inference.build_engine import build_engine
 from inference.model import make_paged_model
 from inference.sampling import SamplingParams
 from tests.paged_cases import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from inference.backends.paged import build_engine
+from inference.build_engine import build_engine
 from inference.model import FusedModel, PagedModel, make_paged_model
 from inference.sampling import SamplingParams
 from inference.sequence import Completion
@@ -151,3 +151,14 @@ def test_end_tokens_end_a_sequence_and_are_not_part_of_it():
     assert reasons == {"stop", "length"}
     for completion in completions.values():
         assert (completion.finish_reason == "length") == (len(completion.token_ids) == 10)
+
+
+def test_fp8_weights_keep_most_tokens_and_fp8_keys_and_values_all_lengths():
+    sequences = sequences_of(prompts_of(12))
+    expected = reference(model_of("qwen3"), sequences)
+    model = FusedModel(model_of("qwen3"), is_fp8=True)
+    completions, _ = run(model, sequences, settings_of(kv_dtype=torch.float8_e4m3fn))
+    found = tokens(completions)
+    assert {i: len(t) for i, t in found.items()} == {i: len(t) for i, t in expected.items()}
+    firsts = [found[i][0] == expected[i][0] for i in expected]
+    assert sum(firsts) >= 9, "first tokens, before differences add up"

@@ -1,9 +1,10 @@
 """Receipts account for the time, and a second run is forecast from the first."""
 
 import json
-import threading
+import os
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from inference.backends.dummy import DummyBackend
 from tasks.preflight import preflight
 from tasks.progress import Progress
 from tasks.run import drain, finish, new_invocation, prepare
+from tasks.stop import StopSignal
 
 
 def make_job(folder, num_rows=160, **changes):
@@ -38,7 +40,7 @@ def run_job(job, folder, step_s=0.004):
         run,
         invocation=new_invocation(),
         progress=Progress(),
-        should_stop=threading.Event(),
+        should_stop=StopSignal(),
         build_backend=lambda config: DummyBackend(config, step_s=step_s),
     )
     wall = time.monotonic() - drained
@@ -101,3 +103,34 @@ def test_the_second_run_of_a_job_is_forecast_from_the_first(first, tmp_path):
     assert told.seconds_p50 - found.planning["seconds"] == pytest.approx(took, rel=0.15)
     assert told.seconds_p90 - found.planning["seconds"] >= took
     assert told.usd_p50 == pytest.approx(took * 3.6 / 3600, rel=0.15)
+
+
+MODEL = os.environ.get("NIGHTJAR_TEST_MODEL", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path(MODEL, "config.json").is_file(),
+    reason="set NIGHTJAR_TEST_MODEL to a SmolLM2 model folder",
+)
+def test_a_real_model_is_forecast_from_its_first_run(tmp_path):
+    changes = {
+        "model": {"source": MODEL, "dtype": "float32"},
+        "engine": {"backend": "transformers", "max_num_seqs": 16, "max_model_len": 256},
+        "sampling": {"max_tokens": 24},
+    }
+    took = []
+    for name, num_rows in (("first", 48), ("second", 96)):
+        job = make_job(tmp_path, num_rows=num_rows, **changes)
+        told = preflight(job, work_dir=tmp_path / f"plan-{name}")
+        (tmp_path / name).mkdir()
+        run = prepare(job, work_dir=tmp_path / name, progress=Progress())
+        drain(run, invocation=new_invocation(), progress=Progress(), should_stop=StopSignal())
+        assert finish(run.store, Progress()) is not None
+        run.model.close()
+        took.append(sum(commit.receipt["wall_s"] for commit in run.commits().values()))
+    assert told.forecast.speed_basis == "history"
+    forecast = told.forecast.seconds_p50 - told.planning["seconds"]
+    print(json.dumps({"forecast_s": forecast, "took_s": took[1], "first_s": took[0]}))
+    assert forecast == pytest.approx(took[1], rel=0.25)
+    assert told.forecast.seconds_p90 - told.planning["seconds"] >= took[1]

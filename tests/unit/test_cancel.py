@@ -1,9 +1,8 @@
 """The `_cancel` marker stops the starts it names, and no start that comes later."""
 
-import threading
-
 from storage import keys
 from tasks.cancel import CancelWatch, cancel, exempt, is_cancelled
+from tasks.stop import StopSignal
 from tests.prefect_server import wait_for
 
 
@@ -35,7 +34,7 @@ def test_an_empty_marker_put_there_by_hand_cancels_everyone(memory_store):
 
 
 def test_a_watch_is_set_by_the_marker_and_by_the_signal_it_stands_for(memory_store):
-    outer = threading.Event()
+    outer = StopSignal()
     watch = CancelWatch(memory_store, "mine", outer, poll_s=0.01)
     try:
         assert not watch.is_set()

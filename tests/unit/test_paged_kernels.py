@@ -13,23 +13,32 @@ pytest.importorskip("triton", reason="Triton is not installed: kernels are not t
 
 from inference.batch import (
     BatchLimits,
-    Planner,
-    Slots,
     buffer_size,
     cut,
     make_batch,
     views_of,
 )
-from inference.kernels import fused, plain
+from inference.kernels import device_sampler, fused, plain
+from inference.model import make_paged_model
+from inference.planner import Planner, Slots
 from inference.sampler import SamplerRow, sample
 from inference.sampling import SamplingParams
-from inference.scheduler import Chunk, Running, Step
 from inference.sequence import Sequence
 from inference.slot_params import STOPPED, SlotParams
+from inference.steps import Chunk, Running, Step
+from tests.paged_cases import (
+    model_of,
+    prompts_of,
+    reference,
+    run,
+    sequences_of,
+    settings_of,
+    tokens,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-TOLERANCE = 1e-2 if torch.bfloat16 == DTYPE else 1e-5
+TOLERANCE = 1e-2 if DEVICE.type == "cuda" else 1e-5
 
 
 def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -106,6 +115,7 @@ class Case:
             [],
             [],
             [],
+            runnings,
         )
         planner = Planner(self.limits, slots)
         plan = planner.fill(step, parts)
@@ -296,7 +306,7 @@ def _sample_fused(logits: torch.Tensor, rows: list[SamplerRow], keep_marks: bool
     last_token = torch.full((count + 2,), -5, dtype=torch.int32, device=DEVICE)
     result = torch.full((count,), -5, dtype=torch.int32, device=DEVICE)
     counts = torch.tensor([0, 0, count, 0, 0, 0, 0, 0], dtype=torch.int32, device=DEVICE)
-    fused.sample(
+    device_sampler.sample(
         logits,
         torch.tensor(slots, dtype=torch.int32, device=DEVICE),
         torch.tensor([len(row.token_ids) for row in rows], dtype=torch.int32, device=DEVICE),
@@ -311,3 +321,13 @@ def _sample_fused(logits: torch.Tensor, rows: list[SamplerRow], keep_marks: bool
     for slot, token in zip(slots, found, strict=True):
         assert last_token[slot] == (token & (STOPPED - 1) if token >= 0 else 0)
     return found if keep_marks else [token & (STOPPED - 1) for token in found]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral-window", "gpt-neox"])
+def test_an_engine_on_the_kernels_gives_the_plain_models_tokens(family):
+    sequences = sequences_of(prompts_of(7, shared=18), max_tokens=6)
+    expected = reference(model_of(family).to(DEVICE), sequences)
+    model = make_paged_model(model_of(family).to(DEVICE), fused)
+    completions, engine = run(model, sequences, settings_of(block_size=16, max_num_blocks=60))
+    assert tokens(completions) == expected
+    assert engine.stats.num_cached_tokens > 0

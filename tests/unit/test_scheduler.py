@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.block_manager import BlockManager
+from inference.expectations import LengthEstimate, PlannedPrefixes
 from inference.sampling import SamplingParams
-from inference.scheduler import LengthEstimate, PlannedPrefixes, Running, Scheduler
+from inference.scheduler import Scheduler
 from inference.sequence import Sequence
+from inference.steps import Running
 
 SIZE = 4
 MAX_MODEL_LEN = 60

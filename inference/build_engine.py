@@ -1,0 +1,224 @@
+"""Building a paged engine around a model: settings, a measured memory plan, the KV cache, the graphs.
+
+The largest step is run once to see what it allocates; the cache gets what memory is left; then the graphs are
+captured. Each part is timed and reported.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from inference.backends.row import Row
+from inference.batch import BatchLimits
+from inference.block_manager import BlockManager
+from inference.config import EngineConfig
+from inference.engine import PagedEngine
+from inference.errors import EngineConfigError
+from inference.graphs import padded, sizes
+from inference.kv_cache import KVCache
+from inference.memory import MemoryPlan, allocate, measure_step, plan_cpu, plan_cuda
+from inference.model import PagedModel
+from inference.model_runner import ModelRunner
+from inference.scheduler import Scheduler
+from inference.sequence import Sequence
+from inference.steps import Running
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedSettings:
+    """Sizes of one paged engine; `auto` of the config resolved."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    min_step_tokens: int | None
+    """See `Scheduler`."""
+
+    kv_dtype: torch.dtype
+    may_shorten: bool = False
+    """Whether max_model_len may be lowered to what the cache holds; else that is an error."""
+
+    max_num_blocks: int | None = None
+    use_graphs: bool = True
+
+    @classmethod
+    def of(cls, config: EngineConfig, model: PagedModel) -> "PagedSettings":
+        """Resolve a config for a model on its device.
+
+        Raises:
+            EngineConfigError: max_model_len exceeds what the model handles.
+        """
+        is_cuda = model.device.type == "cuda"
+        max_num_seqs = _resolve(config.max_num_seqs, 1024 if is_cuda else 64)
+        return cls(
+            max_model_len=_max_model_len(model, config),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max(
+                _resolve(config.max_num_batched_tokens, 8192 if is_cuda else 2048), max_num_seqs
+            ),
+            block_size=64 if is_cuda else 16,
+            min_step_tokens=256 if is_cuda else None,
+            kv_dtype=_kv_dtype(config, model),
+            may_shorten=config.max_model_len == "auto",
+        )
+
+
+def build_engine(
+    model: PagedModel, settings: PagedSettings, make_row: Callable[[Sequence], Row]
+) -> tuple[PagedEngine, MemoryPlan, float]:
+    """Build an engine around a model; return it with its memory plan and the seconds warm-up took."""
+    started_at = time.perf_counter()
+    is_cuda = model.device.type == "cuda"
+    if is_cuda:
+        _prefer_products_without_workspace()
+    limits = _limits(model, settings)
+    scratch = _scratch(model, limits) if model.uses_kernels else None
+    plan = _plan_memory(model, settings, limits, scratch)
+    cache = allocate(
+        model.kv_shape(settings.block_size, settings.kv_dtype), plan.num_blocks, model.device
+    )
+    max_model_len = _max_len_in(cache, settings)
+    model.attach(cache, max_model_len)
+    blocks = BlockManager(num_blocks=cache.num_blocks, block_size=settings.block_size)
+
+    def make_scheduler(completion_of: Callable[[Running], list[int]]) -> Scheduler:
+        return Scheduler(
+            blocks,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            min_step_tokens=settings.min_step_tokens,
+            completion_of=completion_of,
+            padded=(lambda count: padded(count, limits.max_num_tokens)) if is_cuda else int,
+        )
+
+    engine = PagedEngine(
+        make_row=make_row,
+        make_scheduler=make_scheduler,
+        make_runner=lambda row_of: ModelRunner(
+            model, limits, row_of=row_of, scratch=scratch, use_graphs=settings.use_graphs
+        ),
+        is_async=is_cuda,
+    )
+    engine.runner.warm_up(
+        sizes(min(2048, settings.max_num_batched_tokens)), row_sizes=sizes(settings.max_num_seqs)
+    )
+    return engine, plan, time.perf_counter() - started_at
+
+
+def _max_len_in(cache: KVCache, settings: PagedSettings) -> int:
+    """Return max_model_len, lowered to what the cache holds where that is allowed."""
+    num_tokens = (cache.num_blocks - 1) * settings.block_size
+    if settings.max_model_len <= num_tokens:
+        return settings.max_model_len
+    if not settings.may_shorten:
+        raise EngineConfigError(
+            f"the KV cache holds {num_tokens} tokens, engine.max_model_len is "
+            f"{settings.max_model_len}; lower it, or use a larger device"
+        )
+    logger.warning(
+        "max_model_len is %d instead of the model's %d: more does not fit the KV cache",
+        num_tokens,
+        settings.max_model_len,
+    )
+    return num_tokens
+
+
+def _prefer_products_without_workspace() -> None:
+    """Keep cuBLAS from algorithms that clear a workspace first: in a graph that costs 10 us a product.
+
+    Read by torch when it makes its first cuBLAS handle; what the user has set stays.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
+
+
+def _limits(model: PagedModel, settings: PagedSettings) -> BatchLimits:
+    shape = model.kv_shape(settings.block_size)
+    tile_queries, num_programs = settings.max_num_batched_tokens, 1
+    if model.uses_kernels:
+        from inference.kernels import fused
+
+        num_sms = fused.num_multiprocessors(model.device)
+        tile_queries = fused.TILE_ROWS // (model.num_heads // shape.num_kv_heads)
+        num_programs = max(1, num_sms * fused.DECODE_PROGRAMS_PER_SM // shape.num_kv_heads)
+    return BatchLimits(
+        max_num_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        block_size=settings.block_size,
+        max_blocks_per_seq=-(-settings.max_model_len // settings.block_size),
+        tile_queries=tile_queries,
+        num_programs=num_programs,
+        max_num_items=max(256, 4 * settings.max_num_seqs),
+    )
+
+
+def _scratch(model: PagedModel, limits: BatchLimits) -> Any:
+    from inference.kernels import fused
+
+    shape = model.kv_shape(limits.block_size)
+    return fused.make_scratch(
+        limits, model.num_heads, shape.num_kv_heads, shape.head_dim, model.device
+    )
+
+
+def _plan_memory(
+    model: PagedModel, settings: PagedSettings, limits: BatchLimits, scratch: Any
+) -> MemoryPlan:
+    """Measure the largest step with a cache of a few blocks, then plan the real one."""
+    shape = model.kv_shape(settings.block_size, settings.kv_dtype)
+    most = settings.max_num_blocks or 2**30
+    if model.device.type != "cuda":
+        per_seq = -(-settings.max_model_len // settings.block_size)
+        most = min(most, settings.max_num_seqs * per_seq + 1)
+        least = 2 if settings.max_num_blocks else per_seq + 1
+        return plan_cpu(shape, weights=model.num_weight_bytes, min_blocks=least, max_blocks=most)
+    model.attach(KVCache(shape, 2, model.device), settings.max_model_len)
+
+    def row_of(running: Running) -> Any:
+        raise AssertionError(f"no sequence runs while memory is measured, but {running} does")
+
+    trial = ModelRunner(model, limits, row_of=row_of, scratch=scratch, use_graphs=False)
+    step_bytes = measure_step(trial.run_largest, model.device)
+    del trial
+    return plan_cuda(shape, step_bytes=step_bytes, max_blocks=most, device=model.device)
+
+
+def _max_model_len(model: PagedModel, config: EngineConfig) -> int:
+    limit = int(getattr(model.config, "max_position_embeddings", 0) or 0)
+    if config.max_model_len == "auto":
+        if not limit:
+            raise EngineConfigError(
+                f"{config.model}: config.json names no longest length; set engine.max_model_len"
+            )
+        return limit
+    if limit and config.max_model_len > limit:
+        raise EngineConfigError(
+            f"engine.max_model_len is {config.max_model_len}, but the model handles {limit} tokens; "
+            f"lower it"
+        )
+    return config.max_model_len
+
+
+def _kv_dtype(config: EngineConfig, model: PagedModel) -> torch.dtype:
+    name = config.kv_cache_dtype
+    if name == "auto":
+        return model.dtype
+    if name == "fp8":
+        if model.device.type != "cuda":
+            raise EngineConfigError("engine.kv_cache_dtype is fp8: needs a CUDA device; use auto")
+        return torch.float8_e4m3fn
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _resolve(value: int | str, default: int) -> int:
+    return default if isinstance(value, str) else value

@@ -1,0 +1,270 @@
+"""Replicas on a work pool of their own: real server, real process workers, real kills."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from flows.cli import main
+from tests.prefect_server import PrefectLab, wait_for
+
+pytestmark = pytest.mark.slow
+
+MARKER = "wombat-2b90-marker"
+NUM_ROWS, NUM_SHARDS = 80, 40
+
+SLOW = ",".join(
+    f"{name}:sleep:1:1"
+    for name in ("after_lease", "after_claim", "before_commit", "after_copy", "local_before_rename")
+)
+PROCESS = {"provider": "process", "replicas": 2}
+
+
+@pytest.fixture(scope="module")
+def lab(prefect_lab: PrefectLab) -> Iterator[PrefectLab]:
+    worker = prefect_lab.start_worker("gpu-process")
+    yield prefect_lab
+    if worker in prefect_lab.workers:
+        prefect_lab.stop_worker(worker, signal.SIGKILL)
+
+
+class Case:
+    """One job of 40 shards for two replicas, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        texts = [f"{MARKER} tell me {row} things" for row in range(NUM_ROWS)]
+        pq.write_table(pa.table({"id": range(NUM_ROWS), "prompt": texts}), folder / "in.parquet")
+        placement = {"env": {"NIGHTJAR_FAILPOINT": SLOW}}
+        self.values = {
+            "name": "case",
+            "model": {"source": "none"},
+            "input": {"uri": str(folder / "in.parquet"), "prompt_column": "prompt"},
+            "output": {"uri": str(folder / "out")},
+            "sampling": {"max_tokens": 8},
+            "shards": {"max_rows": NUM_ROWS // NUM_SHARDS},
+            "engine": {"backend": "dummy"},
+            "hardware": {**PROCESS, "placement": placement},
+        }
+        self.job = folder / "job.yaml"
+        self.job.write_text(yaml.safe_dump(self.values))
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        return {"job": str(self.job)}
+
+    @property
+    def run(self) -> Path:
+        (found,) = (self.folder / "out").glob("case-*")
+        return found
+
+    def num_commits(self) -> int:
+        return len(list((self.folder / "out").glob("case-*/commits/*.json")))
+
+    def holders(self) -> set[int]:
+        """Process ids that hold a lease."""
+        leases = self.run.glob("_leases/0*.json")
+        names = [json.loads(path.read_text())["holder"] for path in leases]
+        return {int(name.split("/")[2]) for name in names if name}
+
+    def is_whole(self) -> bool:
+        return main(["verify", str(self.run), "--json"]) == 0
+
+
+def replicas(lab: PrefectLab, parent_id: str) -> list[dict[str, object]]:
+    where = {"flow_runs": {"tags": {"all_": [f"owner:{parent_id}"]}}}
+    return list(lab.api("/flow_runs/filter", where))
+
+
+def ended_replicas(lab: PrefectLab, parent_id: str) -> list[dict[str, object]]:
+    """The replicas of a flow run once all have ended; empty before."""
+    ended = ("CANCELLED", "COMPLETED", "CRASHED", "FAILED")
+    found = replicas(lab, parent_id)
+    return found if all(run["state_type"] in ended for run in found) else []
+
+
+def children_of(parent: int) -> set[int]:
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found.add(int(stat.parent.name))
+    return found
+
+
+def test_two_replicas_drain_a_run_a_killed_one_is_replaced_and_every_row_is_there_once(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    case = Case(tmp_path)
+    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
+    wait_for(lambda: case.num_commits() >= 2 and len(case.holders()) == 2, "two at work", 60)
+    os.kill(case.holders().pop(), signal.SIGKILL)
+    done = lab.wait_for_state(run_id, timeout_s=120)
+    assert done["state_type"] == "COMPLETED", done["state"]["message"]
+    assert case.is_whole()
+    found = wait_for(partial(ended_replicas, lab, run_id), "all replicas have ended", 30)
+    assert len(found) == 3
+    assert [run["state_type"] for run in found].count("CRASHED") == 1
+    assert all(run["parameters"]["run_uri"] == str(case.run) for run in found)
+    assert MARKER.encode() not in lab.everything_stored()
+
+
+def test_cancelling_stops_every_replica_within_a_minute_and_a_retry_finishes_the_run(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    case = Case(tmp_path)
+    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
+    wait_for(lambda: case.num_commits() >= 2 and len(case.holders()) == 2, "two at work", 60)
+    lab.cancel(run_id)
+    lab.wait_for_state(run_id, "CANCELLED", timeout_s=60)
+    wait_for(partial(ended_replicas, lab, run_id), "no replica outlives its parent", 60)
+    assert case.num_commits() < NUM_SHARDS
+    assert case.holders() == set()
+    committed = {path: path.read_bytes() for path in case.run.glob("commits/*.json")}
+
+    run_id = lab.run_deployment("retry-failed/retry", {"run_uri": str(case.run)})
+    done = lab.wait_for_state(run_id, timeout_s=100)
+    assert done["state_type"] == "COMPLETED", done["state"]["message"]
+    assert case.is_whole()
+    assert all(path.read_bytes() == data for path, data in committed.items())
+    assert len(replicas(lab, run_id)) == 2
+
+
+def test_a_second_nightly_start_is_cancelled_while_the_first_runs(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    case = Case(tmp_path)
+    case.values["hardware"] = {"provider": "local"}
+    case.job.write_text(yaml.safe_dump(case.values))
+    slowly = {"env": {"NIGHTJAR_FAILPOINT": SLOW}}
+    first = lab.run_deployment("batch-generate/nightly", case.parameters, job_variables=slowly)
+    lab.wait_for_state(first, "RUNNING")
+    second = lab.run_deployment("batch-generate/nightly", case.parameters)
+    assert lab.wait_for_state(second)["state_type"] == "CANCELLED"
+    done = lab.wait_for_state(first, timeout_s=100)
+    assert done["state_type"] == "COMPLETED", done["state"]["message"]
+    assert case.is_whole()
+
+
+def test_setting_up_again_changes_nothing_and_keeps_the_user_s_time_zone(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    def standing() -> list[tuple[str, str]]:
+        kinds = ("deployments", "automations", "work_pools")
+        found = [(kind, item["name"]) for kind in kinds for item in lab.api(f"/{kind}/filter", {})]
+        return sorted(found)
+
+    schedule = ("--job", "/etc/nightjar/n.yaml", "--cron=30 2 * * *", "--timezone=Europe/Berlin")
+    lab.deploy(*schedule)
+    before = standing()
+    assert ("automations", "nightjar: silent flow runs are crashed") in before
+    lab.deploy(*schedule)
+    assert standing() == before
+    deployment = lab.api("/deployments/name/batch-generate/nightly")
+    (found,) = deployment["schedules"]
+    assert (found["schedule"]["cron"], found["schedule"]["timezone"]) == (
+        "30 2 * * *",
+        "Europe/Berlin",
+    )
+    assert found["active"]
+    assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+
+
+@pytest.fixture
+def listener() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    heard: list[dict[str, str]] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            return
+
+    server = HTTPServer(("127.0.0.1", 0), Listener)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/", heard
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_failure_is_told_to_the_webhook_in_one_line(
+    lab: PrefectLab, tmp_path: Path, listener: tuple[str, list[dict[str, str]]]
+) -> None:
+    url, heard = listener
+    lab.deploy("--webhook", url)
+    run_id = lab.run_deployment("batch-generate/adhoc", {"job": str(tmp_path / "absent.yaml")})
+    lab.wait_for_state(run_id, "FAILED")
+    wait_for(lambda: heard, "the webhook is called", 40)
+    assert "absent.yaml: not found" in heard[0]["body"]
+    assert "batch-generate" in heard[0]["subject"]
+
+
+def test_a_dropped_file_is_published_by_the_inbox_and_noted_as_done(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    box = tmp_path / "box"
+    base = {
+        "name": "inbox",
+        "model": {"source": "none"},
+        "input": {"prompt": "Say: {prompt}"},
+        "output": {"uri": str(tmp_path / "results")},
+        "engine": {"backend": "dummy"},
+    }
+    (tmp_path / "inbox.yaml").write_text(yaml.safe_dump(base))
+    pq.write_table(pa.table({"prompt": [MARKER, None]}), tmp_path / "f.parquet")
+    assert main(["submit", str(tmp_path / "f.parquet"), "--inbox", str(box)]) == 0
+    look = {"inbox": str(box), "job": str(tmp_path / "inbox.yaml"), "settle_s": 0}
+    first = lab.run_deployment("scan-inbox/inbox", look)
+    assert lab.wait_for_state(first)["state"]["message"] == "1 accepted, 1 in work"
+    (letter,) = box.glob("accepted/*/preflight.json")
+    assert MARKER in json.loads(letter.read_text())["first_prompt"]
+    run = Path(json.loads(letter.read_text())["run_uri"])
+    wait_for((run / "manifest.json").exists, "the run is published", 60)
+    again = lab.run_deployment("scan-inbox/inbox", look)
+    assert lab.wait_for_state(again)["state"]["message"] == "1 done"
+    (result,) = box.glob("done/*/result.json")
+    assert json.loads(result.read_text())["run"] == str(run)
+    assert MARKER.encode() not in lab.everything_stored()
+
+
+def test_losing_the_server_and_its_database_in_the_middle_loses_no_work(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    case = Case(tmp_path)
+    lab.run_deployment("batch-generate/adhoc", case.parameters)
+    wait_for(lambda: case.num_commits() >= 2, "shards are committed", 60)
+    for worker in list(lab.workers):
+        flow_runs = children_of(worker.pid)
+        lab.stop_worker(worker, signal.SIGKILL)
+        for pid in flow_runs:
+            os.kill(pid, signal.SIGKILL)
+    lab.stop_server()
+    for path in (lab.folder / "home").glob("prefect.db*"):
+        path.unlink()
+    committed = case.num_commits()
+    assert committed < NUM_SHARDS
+    lab.start_server()
+    lab.deploy()
+    lab.start_worker()
+    lab.start_worker("gpu-process")
+    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
+    done = lab.wait_for_state(run_id, timeout_s=120)
+    assert done["state_type"] == "COMPLETED", done["state"]["message"]
+    assert case.is_whole()

@@ -1,0 +1,190 @@
+"""Waves of replicas: launched as the store says, bounded, and never relied upon."""
+
+import math
+import threading
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flows.config import load_job
+from storage.attempts import claim_attempt, record_failure
+from storage.errors import CorruptObject, StoreUnavailable
+from tasks.cancel import cancel
+from tasks.progress import Progress
+from tasks.run import Run, drain, prepare
+from tasks.stop import Stopped, StopSignal
+from tasks.waves import MAX_IDLE_WAVES, Limits, desired_replicas, drain_by_waves, exhausted
+
+NUM_SHARDS = 6
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    pq.write_table(
+        pa.table({"prompt": [f"tell me {i}" for i in range(NUM_SHARDS)]}), tmp_path / "in.parquet"
+    )
+    job = {
+        "model": {"source": "none"},
+        "input": {"uri": str(tmp_path / "in.parquet"), "prompt_column": "prompt"},
+        "output": {"uri": str(tmp_path / "out")},
+        "shards": {"max_rows": 1, "max_attempts": 2},
+        "engine": {"backend": "dummy"},
+    }
+    (tmp_path / "work").mkdir()
+    return prepare(load_job(job), work_dir=tmp_path / "work", progress=Progress())
+
+
+class Threads:
+    """A fleet of threads in this process; each really drains the run, or does what `work` does."""
+
+    def __init__(self, run, work=None):
+        self.run = run
+        self.launched: list[tuple[int, int]] = []
+        self.threads: list[threading.Thread] = []
+        self.stop = StopSignal()
+        self.work = work or (
+            lambda: drain(run, invocation="inv", progress=Progress(), should_stop=self.stop)
+        )
+
+    def launch(self, wave, count):
+        self.launched.append((wave, count))
+        for _ in range(count):
+            thread = threading.Thread(target=self._guarded)
+            thread.start()
+            self.threads.append(thread)
+
+    def _guarded(self):
+        try:
+            self.work()
+        except Stopped:
+            return
+
+    def num_live(self):
+        return sum(thread.is_alive() for thread in self.threads)
+
+    def num_running(self):
+        return self.num_live()
+
+    def dismiss(self):
+        """Threads start at once."""
+
+    def cancel(self):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(30)
+
+
+def limits(**changes):
+    return Limits(
+        **{
+            "replicas": 1,
+            "max_replicas": 4,
+            "max_attempts": 2,
+            "poll_s": 0.05,
+            "pause_s": 0.05,
+            **changes,
+        }
+    )
+
+
+def waves(run, fleet, should_stop=None, **changes):
+    return drain_by_waves(
+        run,
+        fleet,
+        invocation="inv",
+        limits=limits(**changes),
+        should_stop=should_stop or StopSignal(),
+    )
+
+
+def test_one_wave_drains_a_run_and_no_more_replicas_are_started_than_there_are_shards(run):
+    fleet = Threads(run)
+    assert waves(run, fleet, replicas=20, max_replicas=20) == {}
+    assert len(run.commits()) == NUM_SHARDS
+    assert fleet.launched[0] == (0, NUM_SHARDS)
+
+
+def test_replicas_that_do_nothing_are_bounded_and_the_reason_is_told(run):
+    fleet = Threads(run, work=lambda: None)
+    given_up = waves(run, fleet)
+    assert set(given_up) == set(range(NUM_SHARDS))
+    assert "committed nothing" in given_up[0]
+    assert [wave for wave, _ in fleet.launched] == list(range(MAX_IDLE_WAVES))
+
+
+def test_a_wave_that_dies_is_followed_by_another_until_all_is_done(run):
+    lives = iter([False, False, True])
+    fleet = Threads(run)
+    real = fleet.work
+    fleet.work = lambda: real() if next(lives) else None
+    assert waves(run, fleet) == {}
+    assert [wave for wave, _ in fleet.launched] == [0, 1, 2]
+
+
+def test_a_poison_shard_is_set_aside_and_the_others_are_finished(run):
+    claim_attempt(run.store, 2, "inv", "dead")
+    claim_attempt(run.store, 2, "inv", "dead too")
+    fleet = Threads(run)
+    given_up = waves(run, fleet)
+    assert given_up == {2: "2 replicas died while they worked on it"}
+    assert set(run.commits()) == set(range(NUM_SHARDS)) - {2}
+
+
+def test_attempts_are_bounded_within_one_start_and_a_fatal_failure_ends_them_at_once(run):
+    for _ in range(2):
+        attempt = claim_attempt(run.store, 0, "an earlier start", "holder")
+        record_failure(run.store, 0, attempt, StoreUnavailable("503"))
+    attempt = claim_attempt(run.store, 1, "inv", "holder")
+    record_failure(run.store, 1, attempt, StoreUnavailable("503"))
+    attempt = claim_attempt(run.store, 3, "inv", "holder")
+    record_failure(run.store, 3, attempt, CorruptObject("a torn file"))
+    found = exhausted(run, range(NUM_SHARDS), "inv", 2)
+    assert found == {3: "CorruptObject: a torn file"}
+
+
+def test_a_cancelled_start_stops_the_waves_and_the_fleet(run):
+    fleet = Threads(run, work=lambda: fleet.stop.wait(30))
+    threading.Timer(0.3, cancel, (run.store, "inv")).start()
+    with pytest.raises(Stopped):
+        waves(run, fleet)
+    assert fleet.num_live() == 0
+
+
+def test_silent_replicas_are_taken_for_lost_and_replaced(run):
+    fleet = Threads(run)
+    is_first = iter([True])
+
+    def work():
+        if next(is_first, False):
+            fleet.stop.wait(30)
+            fleet.stop = StopSignal()
+        else:
+            drain(run, invocation="inv", progress=Progress(), should_stop=StopSignal())
+
+    fleet.work = work
+    assert waves(run, fleet, silent_s=3) == {}
+    assert fleet.launched[:2] == [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("seconds_left", "elapsed_s", "num_missing", "shard_s", "wanted"),
+    [
+        (math.inf, 0, 100, 60, 2),  # no deadline: what was asked for
+        (3600, 0, 100, 0, 2),  # nothing measured yet
+        (3600, 0, 100, 60, 2),  # 6000 s of work in 3600 s
+        (3600, 1800, 100, 60, 4),  # late
+        (3600, 3500, 100, 60, 5),  # very late: all there may be
+        (3600, 4000, 1, 60, 2),  # past it: no fewer than asked for
+    ],
+)
+def test_replicas_follow_the_backlog_and_the_deadline(
+    seconds_left, elapsed_s, num_missing, shard_s, wanted
+):
+    found = desired_replicas(
+        limits(replicas=2, max_replicas=5, seconds_left=seconds_left),
+        elapsed_s=elapsed_s,
+        num_missing=num_missing,
+        shard_s=shard_s,
+    )
+    assert found == wanted
