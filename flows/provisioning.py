@@ -11,7 +11,7 @@ from prefect.runtime import flow_run
 
 from flows.fleet import PrefectFleet, patiently
 from tasks.cancel import exempt
-from tasks.deadline import next_time
+from tasks.deadline import deadline_at
 from tasks.launch import device_env, num_replicas
 from tasks.provision import DEPLOYMENTS, Provider, ReplicaLaunch, launch_of
 from tasks.run import Run, has_failed_rows, new_invocation
@@ -125,7 +125,7 @@ def _seconds_left(run: Run) -> float:
         return float("inf")
     now = datetime.now(UTC)
     started = flow_run.scheduled_start_time or now
-    until = next_time(run.job.deadline, timezone=run.job.timezone, now=started)
+    until = deadline_at(run.job.deadline, start=started, timezone=run.job.timezone)
     return (until - now).total_seconds()
 
 
