@@ -175,12 +175,26 @@ def _check(job: RunConfig) -> None:
         job.sampling.params()
     except ValueError as error:
         raise JobError(f"sampling.{error}") from error
+    _check_amounts(job)
     try:
         ZoneInfo(job.timezone)
     except (ZoneInfoNotFoundError, ValueError) as error:
         raise JobError(
             f"timezone: {job.timezone!r} is not known; use a name such as Europe/Berlin"
         ) from error
+
+
+def _check_amounts(job: RunConfig) -> None:
+    """Refuse amounts that mean nothing."""
+    for name, value in (
+        ("budget.usd", job.budget.usd),
+        ("hardware.price_per_hour", job.hardware.price_per_hour),
+        ("canary.max_length_factor", job.canary.max_length_factor),
+    ):
+        if value is not None and not value > 0:
+            raise JobError(f"{name}: must be above 0, got {value}; leave it out for none")
+    if job.canary.rows < 0:
+        raise JobError(f"canary.rows: must be at least 0, got {job.canary.rows}; 0 means none")
 
 
 def _with_dates(job: RunConfig, now: datetime) -> RunConfig:

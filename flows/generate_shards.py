@@ -16,6 +16,7 @@ from tasks.progress import Progress
 from tasks.run import DrainReport, attach, drain, read_record
 from tasks.scratch import scratch_folder
 from tasks.stop import StopSignal
+from tasks.try_canary import try_canary
 
 
 @flow(name="generate-shards", persist_result=False)
@@ -54,6 +55,8 @@ def _drain(
     with scratch_folder() as work_dir:
         run = attach(load_job(record.job), record, store, work_dir=work_dir, progress=progress)
         try:
+            # One of the first replicas finds it undecided; the others find its verdict.
+            try_canary(run, progress=progress)
             return drain(
                 run,
                 invocation=invocation,
@@ -64,4 +67,6 @@ def _drain(
                 run_shard=shard_as_task_run(progress),
             )
         finally:
+            if (unused := run.take_backend()) is not None:
+                unused.close()
             run.model.close()

@@ -54,5 +54,12 @@ def deadline_at(text: str, *, start: datetime, timezone: str = "UTC") -> datetim
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
-        return next_time(text, timezone=timezone, now=start).astimezone(UTC)
+        return _next_deadline(text, timezone, start)
     return moment.replace(tzinfo=moment.tzinfo or ZoneInfo(timezone)).astimezone(UTC)
+
+
+def _next_deadline(text: str, timezone: str, start: datetime) -> datetime:
+    try:
+        return next_time(text, timezone=timezone, now=start).astimezone(UTC)
+    except BadInput as error:
+        raise BadInput(f"deadline: {error}") from None

@@ -72,4 +72,4 @@ def test_ids_that_repeat_refuse_the_plan_as_they_would_the_run(nightjar, rows):
 def test_a_deadline_nobody_can_read_is_refused_before_the_input_is_read(nightjar, rows):
     called = nightjar.call("plan", str(dummy_job(nightjar, rows, deadline="soon")))
     assert called.code == 2
-    assert "write it as '06:00 Europe/Berlin'" in called.err
+    assert "deadline: 'soon' is not a time of day; write it as HH:MM" in called.err

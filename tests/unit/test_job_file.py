@@ -68,6 +68,14 @@ def test_a_wrong_value_is_refused_by_name(override, named):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["budget.usd=0", "hardware.price_per_hour=-1", "canary.rows=-1", "canary.max_length_factor=0"],
+)
+def test_amounts_that_mean_nothing_are_refused_by_name(override):
+    assert refused(override).startswith(override.partition("=")[0] + ": must be")
+
+
 def test_two_sources_of_prompts_are_refused():
     message = refused("input.prompt='{a}'", "input.messages_column=m")
     assert message == "input: prompt and messages_column are both given; keep one of them"
