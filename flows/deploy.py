@@ -27,6 +27,7 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
+from pydantic import ValidationError
 
 from flows.command_worker import CommandWorker
 from flows.config import JobError, load_job
@@ -74,8 +75,7 @@ def deploy(settings: Settings) -> dict[str, list[str]]:
         JobError: a cron text or a time zone is wrong, or a file is missing.
         ProvisionError: a notification block does not exist, or Prefect refuses a deployment.
     """
-    document = _prefect_file(settings)
-    _check_schedule(settings)
+    document = planned_deployments(settings)
     with get_client(sync_client=True) as client:
         pools = [_pool(client, name, kind, template) for name, kind, template in _pools(settings)]
         _deploy(document)
@@ -99,7 +99,9 @@ def default_folder() -> Path:
     )
 
 
-def _prefect_file(settings: Settings) -> dict[str, Any]:
+def planned_deployments(settings: Settings) -> dict[str, Any]:
+    """Return prefect.yaml as it will be deployed. Raises JobError as `deploy` does."""
+    _check_schedule(settings)
     path = settings.folder / "prefect.yaml"
     try:
         document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -129,10 +131,9 @@ def _check_schedule(settings: Settings) -> None:
             load_job(name)  # one that only the workers see is checked by them
     try:
         CronSchedule(cron=settings.cron, timezone=settings.timezone)
-    except ValueError as error:
-        first = str(error).splitlines()
+    except ValidationError as error:
         raise JobError(
-            f"--cron {settings.cron!r} --timezone {settings.timezone!r}: {' '.join(first[2:3]).strip()}; "
+            f"--cron {settings.cron!r} --timezone {settings.timezone!r}: {error.errors()[0]['msg']}; "
             "write them as in '0 22 * * *' and Europe/Berlin"
         ) from error
 

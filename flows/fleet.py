@@ -85,6 +85,11 @@ class PrefectFleet:
         """Replicas that Prefect takes for running."""
         return sum(run.state is not None and run.state.is_running() for run in self._unfinished())
 
+    def dismiss(self) -> None:
+        """Cancel every replica that has not started."""
+        runs = self._unfinished()
+        cancel_flow_runs(run for run in runs if run.state is None or not run.state.is_running())
+
     def cancel(self) -> None:
         """Cancel every replica that is not over."""
         cancel_flow_runs(self._unfinished())

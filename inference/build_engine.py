@@ -4,6 +4,7 @@ The largest step is run once to see what it allocates; the cache gets what memor
 captured. Each part is timed and reported.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from inference.scheduler import Scheduler
 from inference.sequence import Sequence
 from inference.steps import Running
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedSettings:
@@ -40,6 +43,9 @@ class PagedSettings:
     """See `Scheduler`."""
 
     kv_dtype: torch.dtype
+    may_shorten: bool = False
+    """Whether max_model_len may be lowered to what the cache holds; else that is an error."""
+
     max_num_blocks: int | None = None
     use_graphs: bool = True
 
@@ -61,6 +67,7 @@ class PagedSettings:
             block_size=64 if is_cuda else 16,
             min_step_tokens=256 if is_cuda else None,
             kv_dtype=_kv_dtype(config, model),
+            may_shorten=config.max_model_len == "auto",
         )
 
 
@@ -78,12 +85,8 @@ def build_engine(
     cache = allocate(
         model.kv_shape(settings.block_size, settings.kv_dtype), plan.num_blocks, model.device
     )
-    if cache.num_blocks - 1 < -(-settings.max_model_len // settings.block_size):
-        raise EngineConfigError(
-            f"the KV cache holds {(cache.num_blocks - 1) * settings.block_size} tokens, "
-            f"engine.max_model_len is {settings.max_model_len}; lower it, or use a larger device"
-        )
-    model.attach(cache, settings.max_model_len)
+    max_model_len = _max_len_in(cache, settings)
+    model.attach(cache, max_model_len)
     blocks = BlockManager(num_blocks=cache.num_blocks, block_size=settings.block_size)
 
     def make_scheduler(completion_of: Callable[[Running], list[int]]) -> Scheduler:
@@ -91,7 +94,7 @@ def build_engine(
             blocks,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=settings.max_model_len,
+            max_model_len=max_model_len,
             min_step_tokens=settings.min_step_tokens,
             completion_of=completion_of,
             padded=(lambda count: padded(count, limits.max_num_tokens)) if is_cuda else int,
@@ -109,6 +112,24 @@ def build_engine(
         sizes(min(2048, settings.max_num_batched_tokens)), row_sizes=sizes(settings.max_num_seqs)
     )
     return engine, plan, time.perf_counter() - started_at
+
+
+def _max_len_in(cache: KVCache, settings: PagedSettings) -> int:
+    """Return max_model_len, lowered to what the cache holds where that is allowed."""
+    num_tokens = (cache.num_blocks - 1) * settings.block_size
+    if settings.max_model_len <= num_tokens:
+        return settings.max_model_len
+    if not settings.may_shorten:
+        raise EngineConfigError(
+            f"the KV cache holds {num_tokens} tokens, engine.max_model_len is "
+            f"{settings.max_model_len}; lower it, or use a larger device"
+        )
+    logger.warning(
+        "max_model_len is %d instead of the model's %d: more does not fit the KV cache",
+        num_tokens,
+        settings.max_model_len,
+    )
+    return num_tokens
 
 
 def _prefer_products_without_workspace() -> None:
@@ -158,7 +179,8 @@ def _plan_memory(
     if model.device.type != "cuda":
         per_seq = -(-settings.max_model_len // settings.block_size)
         most = min(most, settings.max_num_seqs * per_seq + 1)
-        return plan_cpu(shape, weights=model.num_weight_bytes, max_blocks=max(most, per_seq + 1))
+        least = 2 if settings.max_num_blocks else per_seq + 1
+        return plan_cpu(shape, weights=model.num_weight_bytes, min_blocks=least, max_blocks=most)
     model.attach(KVCache(shape, 2, model.device), settings.max_model_len)
 
     def row_of(running: Running) -> Any:

@@ -78,9 +78,9 @@ def plan_cuda(
     )
 
 
-def plan_cpu(shape: KVShape, *, weights: int, max_blocks: int) -> MemoryPlan:
-    """Give the cache what all sequences can use, up to half a gigabyte."""
-    num_blocks = max(8, min(max_blocks, CPU_CACHE_BYTES // shape.block_bytes))
+def plan_cpu(shape: KVShape, *, weights: int, min_blocks: int, max_blocks: int) -> MemoryPlan:
+    """Give the cache what all sequences can use, up to half a gigabyte, but room for one at least."""
+    num_blocks = max(min_blocks, min(max_blocks, CPU_CACHE_BYTES // shape.block_bytes))
     return MemoryPlan(
         weights=weights,
         step=0,

@@ -42,10 +42,6 @@ class InFlight:
     event: Any
     sampled: Sampled | None
 
-    def is_ready(self) -> bool:
-        """Whether `token_ids` would not wait."""
-        return self.event is None or bool(self.event.query())
-
     def token_ids(self) -> Any:
         """Wait for the step; return one int32 per sampled row, as `kernels.sampling` encodes results."""
         if self.sampled is not None:
@@ -185,6 +181,13 @@ class ModelRunner:
                 self._run_body(Plan(num_tokens, 0, 0, num_tiles, has_cascade), num_tokens)
         for num_rows in sorted(row_sizes, reverse=True):
             self._sample_on_device(num_rows)
+        for has_floors in (
+            False,
+            True,
+        ):  # compiled now; other sizes are captured when first drawn from
+            self._params.has_draws, self._params.has_floors = True, has_floors
+            self._sample_on_device(min(row_sizes))
+        self._params.has_draws = self._params.has_floors = False
         torch.cuda.synchronize()
 
     @torch.inference_mode()

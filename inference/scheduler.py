@@ -57,7 +57,7 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._min_step_tokens = min_step_tokens or max_num_batched_tokens
         self._completion_of = completion_of
         self._padded = padded
@@ -97,7 +97,7 @@ class Scheduler:
         """Queue sequences. The caller has checked that each fits the cache alone."""
         for sequence in sequences:
             prompt = list(sequence.prompt_token_ids)
-            max_tokens = min(sequence.sampling.max_tokens, self._max_model_len - len(prompt))
+            max_tokens = min(sequence.sampling.max_tokens, self.max_model_len - len(prompt))
             running = Running(sequence, prompt, max_tokens)
             running.num_expected_tokens = min(max_tokens, self.lengths.of(sequence))
             running.num_planned_cached = self._planned.add(prompt)

@@ -41,6 +41,9 @@ class Fleet(Protocol):
     def num_running(self) -> int:
         """How many of those are known to have started."""
 
+    def dismiss(self) -> None:
+        """Call off those that have not started: nothing is left for them."""
+
     def cancel(self) -> None:
         """Stop them all. Safe to repeat."""
 
@@ -97,6 +100,7 @@ def drain_by_waves(
                 commits = run.commits()
                 missing = [s.shard_id for s in run.shards if s.shard_id not in commits]
                 if not missing:
+                    fleet.dismiss()
                     return {}
                 given_up = _turn(run, fleet, invocation, limits, seen, missing, _shard_s(commits))
                 if given_up is not None:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).parents[1]
 POOL = "nightjar"
 _START_S = 120.0
+_PATIENCE_S = 20.0
 
 T = TypeVar("T")
 
@@ -113,9 +114,17 @@ class PrefectLab:
         request = urllib.request.Request(
             f"{self.api_url}{path}", data, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            text = reply.read()
-        return json.loads(text) if text else None
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=30) as reply:
+                    text = reply.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                # A loaded SQLite is locked now and then; the server says so with 503.
+                if error.code != 503 or time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
 
     def run_deployment(self, name: str, parameters: dict[str, Any], **more: Any) -> str:
         """Start a flow run and return its id."""

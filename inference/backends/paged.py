@@ -49,13 +49,16 @@ class PagedBackend:
         loaded = load_model(folder, _without_fp8(config), device_map)
         model = make_paged_model(loaded, _ops(), is_fp8=is_fp8)
         settings = PagedSettings.of(config, model)
-        make_row = RowMaker(
-            self.tokenizer, end_token_ids(folder.path, self.tokenizer), settings.max_model_len
-        )
         load_s = time.perf_counter() - started_at
-        self._max_model_len = settings.max_model_len
         self._engine: PagedEngine | None
-        self._engine, plan, warmup_s = build_engine(model, settings, make_row)
+        self._engine, plan, warmup_s = build_engine(
+            model, settings, lambda sequence: self._make_row(sequence)
+        )
+        max_model_len = self._engine.scheduler.max_model_len
+        self._make_row = RowMaker(
+            self.tokenizer, end_token_ids(folder.path, self.tokenizer), max_model_len
+        )
+        settings = replace(settings, max_model_len=max_model_len)
         self._stats = self._engine.stats
         self._info = _info(model, settings, plan, load_s, warmup_s)
 
@@ -85,7 +88,7 @@ class PagedBackend:
         accepted: list[Sequence] = []
         seq_ids = set(engine.seq_ids)
         for sequence in sequences:
-            check_sequence(sequence, seq_ids, self._max_model_len)
+            check_sequence(sequence, seq_ids, self._info.max_model_len)
             seq_ids.add(sequence.seq_id)
             accepted.append(sequence)
         engine.submit(accepted)

@@ -214,11 +214,14 @@ def test_what_the_real_ecs_worker_sends_passes_botocore():
     assert request["placementConstraints"][0]["expression"].endswith("p4de.*")
 
 
-def test_compose_starts_server_database_store_and_worker_from_one_image():
+def test_compose_starts_server_database_store_and_workers_from_one_image():
     compose = yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())
     services = compose["services"]
-    assert set(services) == {"postgres", "prefect", "store", "worker"}
+    assert set(services) == {"postgres", "prefect", "store", "worker", "replicas"}
     assert services["prefect"]["image"] == services["worker"]["image"] == "nightjar"
+    pools = [services[name]["command"][6] for name in ("worker", "replicas")]
+    assert pools == ["nightjar", "gpu-process"]
+    assert services["replicas"]["environment"] == services["worker"]["environment"]
     assert services["worker"]["environment"]["PREFECT_API_URL"] == "http://prefect:4200/api"
     assert services["worker"]["environment"]["AWS_ENDPOINT_URL"] == "http://store:8333"
     published = [port for service in services.values() for port in service.get("ports", [])]

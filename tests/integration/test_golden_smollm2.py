@@ -80,8 +80,11 @@ def test_the_model_answers(golden):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["transformers", "paged"])
 @pytest.mark.parametrize(("max_num_seqs", "num_prompts"), [(1, 12), (7, 32), (32, 32)])
-def test_greedy_equals_generate_one_row_at_a_time(prompts, golden, max_num_seqs, num_prompts):
-    with LLM(MODEL, backend="transformers", dtype="float32", max_num_seqs=max_num_seqs) as llm:
+def test_greedy_equals_generate_one_row_at_a_time(
+    prompts, golden, max_num_seqs, num_prompts, backend
+):
+    with LLM(MODEL, backend=backend, dtype="float32", max_num_seqs=max_num_seqs) as llm:
         found = llm.generate(prompts[:num_prompts], SamplingParams(max_tokens=MAX_TOKENS))
     assert [list(completion.token_ids) for completion in found] == golden[:num_prompts]

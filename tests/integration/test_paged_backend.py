@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,24 @@ def test_the_receipt_says_what_was_built_and_done():
     assert 0 < stats.kv_occupancy <= 1
     backend.close()
     backend.close()
+
+
+def test_a_cache_shorter_than_the_model_shortens_max_model_len_if_it_is_auto(caplog):
+    from inference.build_engine import PagedSettings, build_engine
+    from inference.loading import load_model
+    from inference.model import make_paged_model
+    from inference.weights import check_model_folder
+
+    def build_small(max_model_len: Any) -> int:
+        config = EngineConfig(
+            model=str(DATA / "models" / "tiny-a"), dtype="float32", max_model_len=max_model_len
+        )
+        model = make_paged_model(load_model(check_model_folder(config.model), config))
+        settings = replace(PagedSettings.of(config, model), max_num_blocks=6)
+        engine, _, _ = build_engine(model, settings, lambda sequence: None)
+        return engine.scheduler.max_model_len
+
+    assert build_small("auto") == 5 * 16
+    assert "max_model_len is 80 instead of the model's 256" in caplog.text
+    with pytest.raises(EngineConfigError, match=r"holds 80 tokens, .* is 200"):
+        build_small(200)

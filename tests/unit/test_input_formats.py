@@ -25,12 +25,12 @@ REQUEST = b'{"custom_id": "1", "body": {}}\n'
         (ROW, "a.jsonl", "jsonl"),
         (ROW, "a.ndjson", "jsonl"),
         (ROW, "a.json", "jsonl"),
-        (gzip.compress(ROW), "a.jsonl.gz", "jsonl"),
+        (gzip.compress(ROW, mtime=0), "a.jsonl.gz", "jsonl"),
         (zstandard.compress(ROW), "a.JSONL.ZST", "jsonl"),
-        (gzip.compress(ROW), "a.jsonl", "jsonl"),
+        (gzip.compress(ROW, mtime=0), "a.jsonl", "jsonl"),
         (b"", "a.jsonl", "jsonl"),
         (b"\xef\xbb\xbf\n" + REQUEST, "a.jsonl", "openai-batch"),
-        (gzip.compress(REQUEST), "a.jsonl.gz", "openai-batch"),
+        (gzip.compress(REQUEST, mtime=0), "a.jsonl.gz", "openai-batch"),
         (b"a,b\n", "a.csv", "csv"),
         (b"a\tb\n", "a.tsv.gz", "csv"),
         (ROW, "a.parquet", "jsonl"),
@@ -62,7 +62,7 @@ def test_a_format_that_is_asked_for_decides(tmp_path):
     [
         (b"[1, 2]", "a.json", "JSON array"),
         (b"hello", "notes", "cannot tell"),
-        (gzip.compress(ROW)[:15], "a.jsonl.gz", "damaged"),
+        (gzip.compress(ROW, mtime=0)[:15], "a.jsonl.gz", "damaged"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(tmp_path, data, name, said):
