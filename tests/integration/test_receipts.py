@@ -68,7 +68,7 @@ def test_the_shards_of_a_replica_add_up_to_the_time_it_took(first):
     _, _, run, wall, manifest = first
     told = sum(commit.receipt["wall_s"] for commit in run.commits().values())
     # The feed starts before the first claim and the last commit ends after the last receipt.
-    assert told == pytest.approx(wall, abs=max(0.15, 0.02 * wall))
+    assert told == pytest.approx(wall, abs=max(0.4, 0.02 * wall))
     assert sum(manifest.totals["replica_seconds"].values()) == pytest.approx(told, rel=0.02)
     assert manifest.totals["usd"] == pytest.approx(told * 3.6 / 3600, rel=0.01)
 
