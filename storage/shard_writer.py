@@ -5,6 +5,7 @@ checksums, so damage is found by whoever reads them.
 """
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -70,6 +71,17 @@ class PartWriter:
         trace: TracebackType | None,
     ) -> None:
         self._writer.close()
+
+
+def read_part(
+    path: Path, *, columns: list[str] | None = None, batch_rows: int = 1024
+) -> Iterator[Any]:
+    """Yield the rows of a part in order, page checksums verified; no batch is larger than a row group."""
+    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+        for group in range(file.num_row_groups):
+            yield from file.iter_batches(
+                batch_size=batch_rows, row_groups=[group], columns=columns, use_threads=False
+            )
 
 
 def file_digest(path: Path) -> str:

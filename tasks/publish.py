@@ -41,6 +41,11 @@ def publish_run(
     counts: Counter[str] = Counter()
     for record in commits.values():
         counts.update(record.counts)
+    wanted = plan.num_rows * plan.num_samples
+    if sum(counts.values()) != wanted:
+        raise AssertionError(
+            f"{plan.run_id}: {sum(counts.values())} rows committed, {wanted} planned"
+        )
     manifest = RunManifest(
         run_id=plan.run_id,
         revision=standing.revision + 1 if standing else 1,

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from inference.sampling import SamplingParams, draw_seed
 from inference.sequence import Completion, Sequence
 from storage import records
 from storage.local_errors import translate
 from storage.manifest import Shard
-from storage.shard_writer import PartWriter, WrittenPart
+from storage.shard_writer import PartWriter, WrittenPart, read_part
 from tasks.feed import PreparedBatch, PreparedRow
 from tasks.lengths import bucket, merged
 from tasks.repetition import is_repetitive
@@ -159,7 +158,10 @@ class ShardWork:
     def accept(self, key: SampleKey, completion: Completion) -> SampleResult:
         """Take one finished sequence."""
         result = sample_result(self.rows[key.offset], key.sample_index, completion)
-        self.results[key] = result
+        # A tuple of Python integers takes ten times the memory of its text.
+        wanted = self.columns.token_ids and result.token_ids is not None
+        packed = array("i", result.token_ids or ()) if wanted else None
+        self.results[key] = result._replace(token_ids=packed)
         self.num_repetitive += is_repetitive(completion.token_ids)
         self._num_open -= 1
         return result
@@ -202,7 +204,13 @@ class ShardWork:
                 writer.write(batch)
                 states.update(batch.column("state").to_pylist())
                 _count_tokens(batch, tokens, lengths)
-            return Written(writer.finish(), states, tokens, merged([lengths]))
+            part = writer.finish()
+        wanted = self.shard.num_rows * self.num_samples
+        if part.num_rows != wanted:
+            raise AssertionError(
+                f"shard {self.shard.shard_id}: wrote {part.num_rows} rows, planned {wanted}"
+            )
+        return Written(part, states, tokens, merged([lengths]))
 
     def discard(self) -> None:
         """Remove the attempt's local files."""
@@ -233,26 +241,32 @@ class ShardWork:
             self.results[key] = unrun_sample(outcome, key.sample_index)
 
     def _failed_in_base(self, base: Path) -> Iterator[SampleKey]:
-        with pq.ParquetFile(base, page_checksum_verification=True) as file:
-            columns = ["row_index", "sample_index", "state"]
-            for batch in file.iter_batches(batch_size=65_536, columns=columns):
-                for row in batch.to_pylist():
-                    if row["state"] not in records.ANSWERED:
-                        offset = row["row_index"] - self.shard.row_start
-                        yield SampleKey(offset, row["sample_index"])
+        for batch in read_part(base, columns=["row_index", "sample_index", "state"]):
+            for row in batch.to_pylist():
+                if row["state"] not in records.ANSWERED:
+                    offset = row["row_index"] - self.shard.row_start
+                    yield SampleKey(offset, row["sample_index"])
 
     def _output_batches(self) -> Iterator[Any]:
         return self._fresh_batches() if self.base is None else self._merged_batches(self.base)
 
     def _fresh_batches(self) -> Iterator[Any]:
         offset = 0
-        with pa.memory_map(str(self._spill)) as source, pa.ipc.open_stream(source) as spill:
-            for whole in spill:
-                for start in range(0, whole.num_rows, _WRITE_ROWS):
-                    batch = whole.slice(start, _WRITE_ROWS)
-                    keys = [key for i in range(batch.num_rows) for key in self._keys(offset + i)]
-                    offset += batch.num_rows
-                    yield self._with_results(batch, [self.results[key] for key in keys])
+        for whole in self._spilled_batches():
+            for start in range(0, whole.num_rows, _WRITE_ROWS):
+                batch = whole.slice(start, _WRITE_ROWS)
+                keys = [key for i in range(batch.num_rows) for key in self._keys(offset + i)]
+                offset += batch.num_rows
+                yield self._with_results(batch, [self.results[key] for key in keys])
+
+    def _spilled_batches(self) -> Iterator[Any]:
+        if not len(self.input_schema):
+            # A stream of no columns forgets how many rows it had.
+            nothing = pa.array([{}] * len(self.rows), pa.struct([]))
+            yield pa.RecordBatch.from_struct_array(nothing)
+            return
+        with pa.OSFile(str(self._spill)) as source, pa.ipc.open_stream(source) as spill:
+            yield from spill
 
     def _with_results(self, batch: Any, samples: list[SampleResult]) -> Any:
         if self.num_samples > 1:
@@ -264,14 +278,11 @@ class ShardWork:
     def _merged_batches(self, base: Path) -> Iterator[Any]:
         schema = self.columns.schema(self.input_schema)
         width = len(self.input_schema)
-        with pq.ParquetFile(base, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=_WRITE_ROWS):
-                old = batch.select(range(width, len(schema))).to_pylist()
-                new = [self._redone(row) or row for row in old]
-                arrays = [
-                    pa.array([row[f.name] for row in new], f.type) for f in self.columns.fields
-                ]
-                yield pa.RecordBatch.from_arrays([*batch.columns[:width], *arrays], schema=schema)
+        for batch in read_part(base, batch_rows=_WRITE_ROWS):
+            old = batch.select(range(width, len(schema))).to_pylist()
+            new = [self._redone(row) or row for row in old]
+            arrays = [pa.array([row[f.name] for row in new], f.type) for f in self.columns.fields]
+            yield pa.RecordBatch.from_arrays([*batch.columns[:width], *arrays], schema=schema)
 
     def _redone(self, old: dict[str, Any]) -> dict[str, Any] | None:
         """Return the new result of a row that was redone with another outcome; None to keep the old."""

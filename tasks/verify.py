@@ -18,7 +18,7 @@ from storage.errors import CorruptObject, NotFound
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, Shard, digest
 from storage.object_store import ObjectStore
 from storage.reveal import read_manifest
-from storage.shard_writer import file_digest
+from storage.shard_writer import file_digest, read_part
 from tasks.plan import load_plan, load_shards
 
 
@@ -143,12 +143,12 @@ def _count_rows(
     """Check that every (row, sample) is there once and in order; count states."""
     counts: Counter[str] = Counter()
     position = 0
-    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-        schemas.setdefault(file.schema_arrow.remove_metadata().serialize().to_pybytes(), key)
-        # Every column is decoded, so a damaged page anywhere in the part is found.
-        for batch in file.iter_batches(batch_size=4096, use_threads=False):
-            counts.update(batch.column("state").to_pylist())
-            position = _check_order(batch, position, key, plan, shard, found)
+    schema = pq.read_schema(path).remove_metadata()
+    schemas.setdefault(schema.serialize().to_pybytes(), key)
+    # Every column is decoded, so a damaged page anywhere in the part is found.
+    for batch in read_part(path):
+        counts.update(batch.column("state").to_pylist())
+        position = _check_order(batch, position, key, plan, shard, found)
     expected = shard.num_rows * plan.num_samples
     if position != expected:
         found.violations.append(f"{key}: {position} rows, planned {expected}")

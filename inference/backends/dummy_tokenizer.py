@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,8 @@ class DummyTokenizer:
         **kwargs: Any,
     ) -> str:
         """Render messages to text in a sandbox."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        template = ImmutableSandboxedEnvironment().from_string(chat_template or self.chat_template)
-        return template.render(messages=messages, tools=tools, **kwargs)
+        template = _compiled(chat_template or self.chat_template)
+        return str(template.render(messages=messages, tools=tools, **kwargs))
 
     def encode(self, text: str) -> list[int]:
         """Return one id per UTF-8 byte, without special tokens.
@@ -71,3 +70,11 @@ class DummyTokenizer:
             elif token_id >= FIRST_BYTE_ID:
                 pieces.append(token_id - FIRST_BYTE_ID)
         return pieces.decode("utf-8", "replace")
+
+
+@cache
+def _compiled(chat_template: str) -> Any:
+    """Compiling takes far longer than rendering a row."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment().from_string(chat_template)
