@@ -60,7 +60,6 @@ def test_the_phases_of_every_shard_add_up_to_its_wall_time(first):
     for commit in run.commits().values():
         receipt = commit.receipt
         assert sum(receipt["seconds"].values()) == pytest.approx(receipt["wall_s"], rel=0.02)
-        # Claims and the hand-over between shards, on a machine that may be busy.
 
 
 @pytest.mark.timing
