@@ -152,7 +152,7 @@ def drain(args: argparse.Namespace) -> int:
                 should_stop=_stop,
             )
         finally:
-            this_run.model.close()
+            this_run.close()
     document = {"outcomes": dict(report.outcomes), "failed_shards": report.exhausted}
     print_document(args, document, f"shards: {dict(report.outcomes) or 'none left'}")
     return EXIT_PARTIAL if report.exhausted else EXIT_OK

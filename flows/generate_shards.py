@@ -69,4 +69,4 @@ def _drain(
         finally:
             if (unused := run.take_backend()) is not None:
                 unused.close()
-            run.model.close()
+            run.close()

@@ -164,9 +164,7 @@ def generate(
                     "publish", lambda: finish(run.store, progress, cache=run.commit_cache)
                 )
         finally:
-            if (unused := run.take_backend()) is not None:
-                unused.close()
-            run.model.close()
+            run.close()
     return _ended(run, report, manifest)
 
 
@@ -204,7 +202,7 @@ def redo(
                     )
                 manifest = step("publish", lambda: finish(store, progress, cache=run.commit_cache))
         finally:
-            run.model.close()
+            run.close()
     return _ended(run, report, manifest)
 
 

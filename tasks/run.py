@@ -40,6 +40,7 @@ from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.feed import PromptFeed, input_schema
+from tasks.feed_process import FeedProcess
 from tasks.fingerprint import (
     check_fingerprint,
     default_run_id,
@@ -80,6 +81,9 @@ class Run:
     model: RunModel
     work_dir: Path
     max_model_len: int
+    feed_process: FeedProcess
+    """What planned goes on to feed: its tokenizer is loaded once."""
+
     commit_cache: CommitCache = dataclasses.field(default_factory=dict)
     warm_backend: Backend | None = None
     """The engine of the canary, for the first replica in this process to take over."""
@@ -100,6 +104,25 @@ class Run:
         """Hand the canary's engine over; None if there is none."""
         backend, self.warm_backend = self.warm_backend, None
         return backend
+
+    def open_feed(self) -> PromptFeed:
+        """Return a feed of this run's rows; one at a time."""
+        return PromptFeed(
+            job=self.job,
+            model_dir=self.model.path,
+            store=self.store,
+            work_dir=self.work_dir,
+            max_model_len=self.max_model_len,
+            process=self.feed_process,
+        )
+
+    def close(self) -> None:
+        """Let go of the model, the feed and an engine nobody took. Safe to repeat."""
+        unused = self.take_backend()
+        if unused is not None:
+            unused.close()
+        self.feed_process.close()
+        self.model.close()
 
     def commits(self) -> dict[int, CommitRecord]:
         """Return what is committed now, by shard."""
@@ -130,6 +153,7 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
     probe_store(root, allow_single_writer=job.storage.allow_single_writer)
     progress.phase = "checking the model"
     model = open_model(job, progress=progress)
+    process = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
     try:
         progress.phase = "listing inputs"
         inputs = InputFiles(work_dir, job.storage)
@@ -156,13 +180,15 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
             max_model_len=model.max_model_len,
             on_progress=progress.planned,
             files=inputs,
+            process=process,
         )
         _check_inputs(plan, [(file.uri, file.etag) for file in files])
-        run = _run(job, record, store, plan, model, work_dir)
+        run = _run(job, record, store, plan, model, process, work_dir)
         if job.budget.usd is not None and not run.commits():
             refuse_over_budget(job, plan, model.path)
         return run
     except BaseException:
+        process.close()
         model.close()
         raise
 
@@ -185,7 +211,8 @@ def attach(
             f"model {job.model.source}: content {model.content_id[:12]}, this run was planned with "
             f"{wanted[:12]}; restore the weights or start a new run"
         )
-    return _run(job, record, store, plan, model, work_dir)
+    process = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
+    return _run(job, record, store, plan, model, process, work_dir)
 
 
 def read_record(store: ObjectStore) -> RunRecord:
@@ -259,13 +286,7 @@ def drain(
         measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
     budget = BudgetGate(store=run.store, usd=run.job.budget.usd)
-    with PromptFeed(
-        job=run.job,
-        model_dir=run.model.path,
-        store=run.store,
-        work_dir=run.work_dir,
-        max_model_len=run.max_model_len,
-    ) as feed:
+    with run.open_feed() as feed:
         watch = CancelWatch(run.store, invocation, should_stop)
         replica = Replica(
             plan=run.plan,
@@ -401,6 +422,7 @@ def _run(
     store: ObjectStore,
     plan: PlanManifest,
     model: RunModel,
+    feed_process: FeedProcess,
     work_dir: Path,
 ) -> Run:
     return Run(
@@ -413,6 +435,7 @@ def _run(
         model=model,
         work_dir=work_dir,
         max_model_len=record.fingerprint_fields["engine.max_model_len"],
+        feed_process=feed_process,
     )
 
 
