@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -24,13 +23,16 @@ from flows.cli import (
     EXIT_UNVERIFIED,
 )
 from flows.config import JobError, load_job
+from flows.night_commands import cancel as cancel
+from flows.night_commands import deploy as deploy
+from flows.night_commands import open_run, print_document, storage_of
+from flows.night_commands import submit as submit
 from inference.errors import InferenceError
 from storage import keys
 from storage.commits import CommitCache
 from storage.errors import StorageError
-from storage.object_store import ObjectStore, StorageConfig, open_store
+from storage.object_store import ObjectStore, open_store
 from tasks.budget import BudgetSpent
-from tasks.deadline import next_time
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
 from tasks.scratch import scratch_folder
@@ -112,7 +114,7 @@ def plan(args: argparse.Namespace) -> int:
     progress = Progress()
     with _signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
         found = preflight(job, work_dir=work_dir, progress=progress, hardware=args.hardware)
-    _print(args, found.as_document(), "\n".join(preflight_lines(found)))
+    print_document(args, found.as_document(), "\n".join(preflight_lines(found)))
     return EXIT_OK
 
 
@@ -121,7 +123,7 @@ def retry(args: argparse.Namespace) -> int:
     from tasks.orchestrate import redo
     from tasks.run import read_record
 
-    store = _store(args)
+    store = open_run(args)
     job = load_job(read_record(store).job)
     progress = Progress()
     with _signals(), console.show(progress, as_json=args.json):
@@ -131,10 +133,11 @@ def retry(args: argparse.Namespace) -> int:
 
 def drain(args: argparse.Namespace) -> int:
     """Join a planned run as one more replica; never publishes."""
-    from tasks.run import attach, new_invocation, read_record
-    from tasks.run import drain as drain_run
+    from tasks.drain import drain as drain_run
+    from tasks.drain import new_invocation
+    from tasks.run import attach, read_record
 
-    store = _store(args)
+    store = open_run(args)
     record = read_record(store)
     job = load_job(record.job)
     progress = Progress()
@@ -152,7 +155,7 @@ def drain(args: argparse.Namespace) -> int:
         finally:
             this_run.close()
     document = {"outcomes": dict(report.outcomes), "failed_shards": report.exhausted}
-    _print(args, document, f"shards: {dict(report.outcomes) or 'none left'}")
+    print_document(args, document, f"shards: {dict(report.outcomes) or 'none left'}")
     return EXIT_PARTIAL if report.exhausted else EXIT_OK
 
 
@@ -160,7 +163,7 @@ def status(args: argparse.Namespace) -> int:
     """Say how far a run is; reads the store, never Prefect."""
     from tasks.status import run_status
 
-    store = _store(args)
+    store = open_run(args)
     if args.watch:
         return _watch_status(args, store)
     found = run_status(store)
@@ -192,7 +195,7 @@ def verify(args: argparse.Namespace) -> int:
     from tasks.run import read_record
     from tasks.verify import verify_run
 
-    store = _store(args)
+    store = open_run(args)
     read_record(store)
     with scratch_folder() as work_dir:
         found = verify_run(store, work_dir)
@@ -219,12 +222,12 @@ def report(args: argparse.Namespace) -> int:
     """Draw a run's report and store it beside the run; any run that is planned has one."""
     from tasks.report import write_report
 
-    store = _store(args)
+    store = open_run(args)
     page = write_report(store)
     if args.out is not None:
         Path(args.out).write_bytes(page)
     place = f"{store.uri}/{keys.REPORT}"
-    _print(args, {"run": store.uri, "report": place, "out": args.out}, f"report  {place}")
+    print_document(args, {"run": store.uri, "report": place, "out": args.out}, f"report  {place}")
     return EXIT_OK
 
 
@@ -235,12 +238,12 @@ def gc(args: argparse.Namespace) -> int:
     from storage.garbage import collect_garbage
     from tasks.run import read_record
 
-    store = _store(args)
+    store = open_run(args)
     read_record(store)
     removed = collect_garbage(store, dry_run=args.dry_run)
     verb = "would delete" if args.dry_run else "deleted"
     text = f"{verb} {len(removed.keys)} objects, {removed.num_bytes:,} bytes"
-    _print(args, {"dry_run": args.dry_run, "keys": list(removed.keys)}, text)
+    print_document(args, {"dry_run": args.dry_run, "keys": list(removed.keys)}, text)
     return EXIT_OK
 
 
@@ -254,7 +257,7 @@ def _gc_models(args: argparse.Namespace) -> int:
         )
     removed = model_caches.gc()
     document = {"evicted": [eviction._asdict() for eviction in removed]}
-    _print(args, document, describe_evictions(removed))
+    print_document(args, document, describe_evictions(removed))
     return EXIT_OK
 
 
@@ -267,22 +270,22 @@ def stage(args: argparse.Namespace) -> int:
     if args.list:
         entries = model_caches.list_staged()
         document = {"models": [_plain(entry._asdict()) for entry in entries]}
-        _print(args, document, describe_entries(entries))
+        print_document(args, document, describe_entries(entries))
         return EXIT_OK
     if args.model is None:
         raise JobError("stage: name a model, or give --list")
     if args.evict:
         evictions = model_caches.evict(args.model)
         document = {"evicted": [eviction._asdict() for eviction in evictions]}
-        _print(args, document, describe_evictions(evictions))
+        print_document(args, document, describe_evictions(evictions))
         return EXIT_OK if all(not e.kept_because for e in evictions) else EXIT_REFUSED
     if args.unpin:
         model_caches.pin(args.model, pinned=False)
         return EXIT_OK
-    with stage_model(args.model, storage=_storage(args), stage_to=args.to) as staged:
+    with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
         if args.pin:
             model_caches.pin(staged.content_id)
-        _print(args, _plain(as_json(staged.report)), describe(staged.report))
+        print_document(args, _plain(as_json(staged.report)), describe(staged.report))
     return EXIT_OK
 
 
@@ -293,7 +296,7 @@ def tiers(args: argparse.Namespace) -> int:
 
     store = None
     if args.job is not None:
-        store = open_store(args.job, _storage(args))
+        store = open_store(args.job, storage_of(args))
     sizing = size(args.model, hardware=args.hardware, run=store)
     rows = tiers_table(sizing, detail="all" if args.all else "smallest")
     if args.json:
@@ -301,65 +304,6 @@ def tiers(args: argparse.Namespace) -> int:
     else:
         console.print_tiers(rows)
     return EXIT_OK if sizing.best is not None else EXIT_REFUSED
-
-
-def cancel(args: argparse.Namespace) -> int:
-    """Ask every replica there is now to stop; a later start goes on."""
-    from tasks.cancel import cancel as cancel_run
-    from tasks.run import read_record
-
-    store = _store(args)
-    read_record(store)
-    cancel_run(store)
-    _print(args, {"run": store.uri, "is_cancelled": True}, f"{store.uri}: its replicas will stop")
-    return EXIT_OK
-
-
-def submit(args: argparse.Namespace) -> int:
-    """Drop a file into the inbox; the next scan answers with a letter."""
-    from flows.config import read_values
-    from tasks.inbox import submit as drop
-
-    where = args.inbox or os.environ.get("NIGHTJAR_INBOX")
-    if not where:
-        raise JobError("no inbox; give --inbox or set NIGHTJAR_INBOX")
-    path = Path(args.file)
-    if not path.is_file():
-        raise JobError(f"{args.file}: not found; give a file of prompts")
-    if args.after is not None:
-        next_time(args.after, timezone="UTC", now=datetime.now(UTC))
-    settings = read_values(args.job) if args.job else None
-    inbox = open_store(where, _storage(args))
-    key = drop(inbox, path, settings=settings, after=args.after)
-    text = f"{inbox.uri}/{key}: dropped; the letter will be under accepted/ or rejected/"
-    _print(args, {"inbox": inbox.uri, "key": key}, text)
-    return EXIT_OK
-
-
-def deploy(args: argparse.Namespace) -> int:
-    """Set up a Prefect server; safe to repeat."""
-    if not os.environ.get("PREFECT_API_URL"):
-        raise JobError(
-            "PREFECT_API_URL is not set; give the server, as in http://127.0.0.1:4200/api"
-        )
-    from flows.deploy import Settings, default_folder
-    from flows.deploy import deploy as set_up
-
-    done = set_up(
-        Settings(
-            folder=Path(args.folder) if args.folder else default_folder(),
-            providers=args.providers or ("process",),
-            job=args.job,
-            cron=args.cron,
-            timezone=args.timezone,
-            inbox=args.inbox,
-            inbox_job=args.inbox_job,
-            notify=args.notify,
-            webhook=args.webhook,
-        )
-    )
-    _print(args, done, "\n".join(f"{kind}: {', '.join(names)}" for kind, names in done.items()))
-    return EXIT_OK
 
 
 def refuse(args: argparse.Namespace, error: BaseException) -> int:
@@ -403,18 +347,6 @@ def _conclude(args: argparse.Namespace, ended: "Ended") -> int:
         )
         return EXIT_FAILED_ROWS
     return EXIT_OK
-
-
-def _store(args: argparse.Namespace) -> ObjectStore:
-    return open_store(args.run, _storage(args))
-
-
-def _storage(args: argparse.Namespace) -> StorageConfig:
-    return StorageConfig(endpoint_url=args.endpoint_url or os.environ.get("AWS_ENDPOINT_URL"))
-
-
-def _print(args: argparse.Namespace, document: dict[str, Any], text: str) -> None:
-    print(json.dumps(document) if args.json else text)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from prefect.runtime import flow_run
 
 from flows.fleet import PrefectFleet, patiently
 from tasks.cancel import exempt
-from tasks.deadline import next_time
+from tasks.deadline import deadline_at
+from tasks.drain import has_failed_rows, new_invocation
 from tasks.launch import device_env, num_replicas
 from tasks.provision import DEPLOYMENTS, Provider, ReplicaLaunch, launch_of
-from tasks.run import Run, has_failed_rows, new_invocation
+from tasks.run import Run
 from tasks.sizing import choose
 from tasks.stop import StopSignal
 from tasks.waves import Limits, drain_by_waves, exhausted, one_wave
@@ -125,7 +126,7 @@ def _seconds_left(run: Run) -> float:
         return float("inf")
     now = datetime.now(UTC)
     started = flow_run.scheduled_start_time or now
-    until = next_time(run.job.deadline, timezone=run.job.timezone, now=started)
+    until = deadline_at(run.job.deadline, start=started, timezone=run.job.timezone)
     return (until - now).total_seconds()
 
 

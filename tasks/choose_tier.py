@@ -1,9 +1,11 @@
 """Which hardware a job would run on, and why; a machine without a GPU says so."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from inference.errors import EngineConfigError
 from inference.hardware import GpuType, match_gpu
 from inference.model_config import read_model_shape
 from inference.roofline import Workload
@@ -49,7 +51,7 @@ def choose_hardware(
     price = job.hardware.price_per_hour
     if job.engine.backend == "dummy":
         return _without_gpu(job, "dummy", "the dummy backend needs no model and no GPU")
-    known = load_hardware(hardware)
+    known, num_gpus = load_hardware(hardware), None
     if job.hardware.provider == "local":
         found = local_gpu(known)
         if found is None:
@@ -57,11 +59,11 @@ def choose_hardware(
             why = f"this machine has no GPU that the hardware file knows: the {backend} backend runs on the CPU"
             return _without_gpu(job, backend, why)
         known = [found]
-    elif job.hardware.tier != "auto":
-        known = [gpu for gpu in known if gpu.name == job.hardware.tier] or known
+    else:
+        known, num_gpus = named_gpus(job.hardware.tier, known)
     if price is not None:
         known = [dataclasses.replace(gpu, price_per_hour=price) for gpu in known]
-    shape, options = read_model_shape(model_dir), _options(job)
+    shape, options = read_model_shape(model_dir), sizing_options(job, num_gpus)
     objective: Objective = "fastest" if job.hardware.provider == "local" else "cheapest"
     # What is over the budget is shown all the same: the forecast says so, with the numbers.
     tier = size_model(
@@ -99,20 +101,39 @@ def local_gpu(known: list[GpuType]) -> GpuType | None:
     )
 
 
-def _options(job: RunConfig) -> Options:
-    size, replicas, seqs = (
-        job.engine.tensor_parallel_size,
-        job.hardware.replicas,
-        job.engine.max_num_seqs,
-    )
+def sizing_options(job: RunConfig, num_gpus: int | None = None) -> Options:
+    """Return what a job fixes of its tier; `num_gpus` a replica, where `hardware.tier` names it."""
+    knobs, replicas = job.engine, job.hardware.replicas
+    size = num_gpus if knobs.tensor_parallel_size == "auto" else knobs.tensor_parallel_size
     options = Options(
         dtype=job.model.dtype,
         quantizations=(job.model.quantization,),
-        kv_cache_dtype=job.engine.kv_cache_dtype,
-        tensor_parallel_size=None if size == "auto" else size,
+        kv_cache_dtype=knobs.kv_cache_dtype,
+        tensor_parallel_size=size,
         replicas=None if replicas == "auto" else replicas,
+        backend=knobs.backend if knobs.backend in ("paged", "zero") else "auto",
     )
+    seqs = knobs.max_num_seqs
     return options if seqs == "auto" else dataclasses.replace(options, max_num_seqs=seqs)
+
+
+def named_gpus(tier: str, known: list[GpuType]) -> tuple[list[GpuType], int | None]:
+    """Read `hardware.tier`: the GPU types to choose from, and how many GPUs a replica has if given.
+
+    Raises:
+        EngineConfigError: it names no known GPU type.
+    """
+    if tier == "auto":
+        return known, None
+    match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\S+)", tier.strip())
+    gpus = [gpu for gpu in known if match and gpu.name == match[2]]
+    if match is None or not gpus:
+        names = ", ".join(gpu.name for gpu in known)
+        raise EngineConfigError(
+            f"hardware.tier: {tier!r} is no GPU type of the hardware file; use auto, one of {names}, "
+            "or as in `4x H100`"
+        )
+    return gpus, int(match[1]) if match[1] else None
 
 
 def _without_gpu(job: RunConfig, backend: str, reason: str) -> Choice:

@@ -118,7 +118,7 @@ class Replica:
                 raise Stopped
             if self._claiming is None:
                 self._claiming = self._threads.submit(self._claim)
-            _wait_any([self._claiming])
+            self._wait_for_claim(self._claiming)
             if self._poll_claiming() and not self._works:
                 pause_s = self._pause_s()
                 if pause_s is None:
@@ -189,6 +189,14 @@ class Replica:
             return True
         return self._backend.num_waiting <= self._backend.info.max_num_seqs
 
+    def _wait_for_claim(self, claiming: Future[Claim | None]) -> None:
+        if self._mark is None:
+            self._start_meter()
+        started = time.monotonic()
+        _wait_any([claiming])
+        if not self._meter.step_s:
+            self._meter.start_s += time.monotonic() - started
+
     def _claim(self, without: Set[int] = frozenset()) -> Claim | None:
         self._is_barred = not self.may_claim()
         return None if self._is_barred else self.claims.next(without)
@@ -224,8 +232,6 @@ class Replica:
         return _OUTAGE_PAUSE_S if self._away_since is not None else self.claims.backoff_s
 
     def _begin(self, claim: Claim) -> None:
-        if self._mark is None:
-            self._start_meter()
         shard_id = claim.shard.shard_id
         work = ShardWork(
             shard=claim.shard,

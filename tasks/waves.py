@@ -18,6 +18,7 @@ from storage import keys
 from storage.attempts import attempts_of
 from storage.lease import Leases
 from storage.manifest import CommitRecord
+from tasks.budget import BudgetGate, BudgetSpent
 from tasks.cancel import is_cancelled
 from tasks.holder import holder_name, is_dead
 from tasks.run import Run
@@ -92,8 +93,10 @@ def drain_by_waves(
 
     Raises:
         Stopped: `should_stop` was set or the start was cancelled; the fleet is stopped.
+        BudgetSpent: the next shard would cost more than `budget.usd` leaves.
     """
     seen = _Progress()
+    budget = BudgetGate(store=run.store, usd=run.job.budget.usd)
     try:
         with should_stop.watched():
             while not (should_stop.is_set() or is_cancelled(run.store, invocation)):
@@ -102,6 +105,11 @@ def drain_by_waves(
                 if not missing:
                     fleet.dismiss()
                     return {}
+                if not budget.allows():
+                    if not fleet.num_live():
+                        raise BudgetSpent(budget.reason or f"budget.usd is {budget.usd}; raise it")
+                    _sleep(limits.poll_s, should_stop)
+                    continue
                 given_up = _turn(run, fleet, invocation, limits, seen, missing, _shard_s(commits))
                 if given_up is not None:
                     return given_up

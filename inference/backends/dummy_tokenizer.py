@@ -51,8 +51,8 @@ class DummyTokenizer:
         template = _compiled(chat_template or self.chat_template)
         return str(template.render(messages=messages, tools=tools, **kwargs))
 
-    def encode(self, text: str) -> list[int]:
-        """Return one id per UTF-8 byte, without special tokens.
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Return one id per UTF-8 byte; there are no special tokens to add.
 
         Raises:
             UnicodeEncodeError: the text holds a lone surrogate.

@@ -142,6 +142,19 @@ def test_cancelling_stops_every_replica_within_a_minute_and_a_retry_finishes_the
     assert len(replicas(lab, run_id)) == 2
 
 
+def test_a_misspelt_job_variable_is_refused_before_any_replica_is_started(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    case = Case(tmp_path)
+    case.values["hardware"]["placement"] = {"job_variables": {"workng_dir": "/"}}
+    case.job.write_text(yaml.safe_dump(case.values))
+    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
+    done = lab.wait_for_state(run_id)
+    assert done["state_type"] == "FAILED"
+    assert done["state"]["message"].endswith("did you mean working_dir?")
+    assert replicas(lab, run_id) == []
+
+
 def test_a_second_nightly_start_is_cancelled_while_the_first_runs(
     lab: PrefectLab, tmp_path: Path
 ) -> None:

@@ -66,8 +66,17 @@ def test_samples_of_a_prompt_are_drawn_apart_and_the_same_every_time():
 
 
 def test_a_model_without_chat_template_says_so():
-    with LLM("", backend="dummy") as llm, pytest.raises(ValueError, match="no chat template"):
+    with (
+        LLM(str(MODELS / "tiny-a-nochat"), backend="transformers") as llm,
+        pytest.raises(ValueError, match="no chat template"),
+    ):
         llm.chat([{"role": "user", "content": "hi"}])
+
+
+def test_the_dummy_chats_without_a_model_folder():
+    with LLM("", backend="dummy") as llm:
+        (completion,) = llm.chat([{"role": "user", "content": "hi"}])
+    assert completion.finish_reason in ("stop", "length")
 
 
 def test_an_unknown_engine_setting_is_refused():

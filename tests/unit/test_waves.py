@@ -1,5 +1,6 @@
 """Waves of replicas: launched as the store says, bounded, and never relied upon."""
 
+import dataclasses
 import math
 import threading
 
@@ -10,9 +11,12 @@ import pytest
 from flows.config import load_job
 from storage.attempts import claim_attempt, record_failure
 from storage.errors import CorruptObject, StoreUnavailable
+from tasks.budget import BudgetSpent
 from tasks.cancel import cancel
+from tasks.drain import drain
+from tasks.job import BudgetConfig
 from tasks.progress import Progress
-from tasks.run import Run, drain, prepare
+from tasks.run import Run, prepare
 from tasks.stop import Stopped, StopSignal
 from tasks.waves import MAX_IDLE_WAVES, Limits, desired_replicas, drain_by_waves, exhausted
 
@@ -188,3 +192,23 @@ def test_replicas_follow_the_backlog_and_the_deadline(
         shard_s=shard_s,
     )
     assert found == wanted
+
+
+def test_no_replica_is_launched_once_the_budget_is_spent(run):
+    stop = StopSignal()
+
+    def only_one(replica, shard_id):
+        outcome = replica.finish_shard(shard_id)
+        stop.set()
+        return outcome
+
+    hardware = dataclasses.replace(run.job.hardware, price_per_hour=1e6)
+    run.job = dataclasses.replace(run.job, hardware=hardware)
+    with pytest.raises(Stopped):
+        drain(run, invocation="a", progress=Progress(), should_stop=stop, run_shard=only_one)
+    assert run.commits()
+    run.job = dataclasses.replace(run.job, budget=BudgetConfig(usd=1e-6))
+    fleet = Threads(run)
+    with pytest.raises(BudgetSpent, match=r"budget\.usd"):
+        waves(run, fleet)
+    assert fleet.launched == []

@@ -1,0 +1,82 @@
+"""From a planned run to what its replicas are started with, on each way to get machines."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flows.config import load_job
+from inference.errors import EngineConfigError
+from tasks.job_variables import ProvisionError
+from tasks.progress import Progress
+from tasks.provision import launch_of
+from tasks.run import prepare
+from tasks.sizing import choose
+from tests.pipeline import MODELS
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Return what plans a small model's run with some `hardware`."""
+    pq.write_table(pa.table({"prompt": ["one two", "three"] * 20}), tmp_path / "in.parquet")
+    made = []
+
+    def planned(**hardware):
+        job = {
+            "model": {"source": str(MODELS / "tiny-a")},
+            "input": {"uri": str(tmp_path / "in.parquet"), "prompt_column": "prompt"},
+            "output": {"uri": str(tmp_path / "out")},
+            "sampling": {"max_tokens": 8},
+            "engine": {"backend": "transformers"},
+            "hardware": hardware,
+        }
+        work = tmp_path / f"work{len(made)}"
+        work.mkdir()
+        made.append(prepare(load_job(job), work_dir=work, progress=Progress()))
+        return made[-1]
+
+    yield planned
+    for run in made:
+        run.model.close()
+
+
+def test_auto_takes_the_tier_that_the_plan_s_tokens_ask_for_and_says_why(plan):
+    tier, gpu = choose(plan(provider="kubernetes"))
+    assert tier.gpu == gpu.name
+    assert tier.replicas == 1
+    assert tier.reason
+
+
+def test_a_named_gpu_and_count_are_kept(plan):
+    tier, gpu = choose(plan(provider="kubernetes", tier="2x H100"))
+    assert (tier.gpu, tier.tensor_parallel_size, gpu.name) == ("H100", 2, "H100")
+    launch = launch_of(tier, gpu, provider="kubernetes", weight_file_bytes=1_000_000)
+    assert launch.deployment == "generate-shards/kubernetes"
+    assert launch.job_variables["gpu_count"] == 2
+
+
+def test_a_gpu_that_is_not_in_the_hardware_file_is_refused_with_those_that_are(plan):
+    with pytest.raises(EngineConfigError, match=r"'RTX9' is no GPU type .* H100"):
+        choose(plan(provider="kubernetes", tier="RTX9"))
+
+
+def test_what_the_platform_s_owner_fixes_comes_from_the_job_file(plan):
+    placement = {"launcher": "srun --gres=gpu:{gpus}", "env": {"A": "b"}}
+    run = plan(provider="command", tier="H100", placement=placement)
+    tier, gpu = choose(run)
+    launch = launch_of(
+        tier,
+        gpu,
+        provider="command",
+        weight_file_bytes=1_000_000,
+        placement=run.job.hardware.placement,
+    )
+    assert launch.job_variables["launcher"] == "srun --gres=gpu:1"
+    assert launch.job_variables["env"]["A"] == "b"
+    with pytest.raises(ProvisionError, match="launcher"):
+        launch_of(
+            tier,
+            gpu,
+            provider="command",
+            weight_file_bytes=1,
+            placement=plan(placement={"launcher": "srun {gpu}"}).job.hardware.placement,
+        )
