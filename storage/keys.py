@@ -3,7 +3,7 @@
 run.json  plan.parquet  plan.json  manifest.json  report.html
 completions/part-00042.parquet      metrics/part-00042.json
 commits/00042.json                  commits/00042.r2.json       (revision 2)
-_inputs/00003.parquet               a text input, converted once at planning
+_inputs/00003-9f86d081884c7d65.parquet   a text input, converted once at planning
 _canary.json  _canary.parquet       a sample run before the rest, and its answers
 _attempts/00042/003/...             whatever one attempt writes, real or not
 _leases/00042.json                  _cancel                     _probe/...
@@ -85,9 +85,9 @@ def lease(shard_id: int) -> str:
     return f"{LEASES}{shard_name(shard_id)}.json"
 
 
-def converted_input(file_index: int) -> str:
-    """A text input as Parquet, written once at planning."""
-    return f"{INPUTS}{shard_name(file_index)}.parquet"
+def converted_input(file_index: int, digest: str) -> str:
+    """A text input as Parquet, named by content: two planners at once never replace each other's."""
+    return f"{INPUTS}{shard_name(file_index)}-{digest.removeprefix('sha256:')[:16]}.parquet"
 
 
 def parse_commit(key: str) -> CommitKey | None:

@@ -23,7 +23,7 @@ def file_digest(path: Path) -> str:
 def keep_converted(path: Path, file_index: int, store: ObjectStore, work_dir: Path) -> InputKey:
     """Put a freshly converted file into the run folder, and keep it here under its digest."""
     digest = file_digest(path)
-    key = keys.converted_input(file_index)
+    key = keys.converted_input(file_index, digest)
     store.upload(path, key)
     path.replace(_local_path(digest, work_dir))
     return key, digest

@@ -71,7 +71,10 @@ def num_replicas(run: Run) -> int:
     wanted = run.job.hardware.replicas
     if wanted != "auto":
         return max(1, min(wanted, run.plan.num_shards))
-    if run.record.fingerprint_fields["engine.backend"] == "dummy":
+    if (
+        run.job.storage.allow_single_writer
+        or run.record.fingerprint_fields["engine.backend"] == "dummy"
+    ):
         return 1
     return max(1, min(_num_devices() // _ranks(run), run.plan.num_shards))
 

@@ -108,6 +108,7 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
     Raises:
         StorageError, InferenceError: what is wrong, before any shard, with what to change.
     """
+    _check_single_writer(job)
     progress.phase = "checking the store"
     root = open_store(job.output.uri, job.storage)
     probe_store(root, allow_single_writer=job.storage.allow_single_writer)
@@ -191,6 +192,15 @@ def planned(store: ObjectStore) -> PlanManifest:
     if plan is None:
         raise BadInput(f"{store.uri}: no plan.json; start the run with `nightjar run JOB` first")
     return plan
+
+
+def _check_single_writer(job: RunConfig) -> None:
+    replicas = job.hardware.replicas
+    if job.storage.allow_single_writer and replicas not in ("auto", 1):
+        raise BadInput(
+            f"storage.allow_single_writer promises one replica, and hardware.replicas is {replicas}; "
+            "set it to 1, or use a store with conditional writes"
+        )
 
 
 def _run(

@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,10 +80,10 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
         yield cli
 
 
-def job(cli: Cli, prompts: Path, **settings: object) -> Path:
+def job(cli: Cli, prompts: Path, *, name: str = "kill", **settings: object) -> Path:
     """A run of 12 shards that takes about a second after planning: one sequence at a time, long answers."""
     return cli.job(
-        "kill",
+        name,
         input__uri=str(prompts),
         input__prompt_column="prompt",
         input__id_column="id",
@@ -141,18 +142,26 @@ def test_killed_twenty_times_at_random_every_row_is_there_once(
 ) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)
-    rng = random.Random(seed)
-    num_killed = num_runs = 0
-    while num_killed < 20:
-        num_runs += 1
-        out = tmp_path / f"out-{num_runs}"
-        path = job(cli, prompts, output__uri=str(out))
-        num_killed += campaign(
-            cli, path, LocalStore(out), rng, 20 - num_killed, undisturbed.seconds
-        )
-        assert cli.call("run", str(path)).returncode == 0
-        check_whole(run_in(out), tmp_path, undisturbed)
-    print(f"{num_killed} kills over {num_runs} runs")
+
+    def killed_ten_times(lane: int) -> int:
+        """As many runs as it takes, each to its end."""
+        rng = random.Random(seed + lane)
+        num_killed = num_runs = 0
+        while num_killed < 10:
+            num_runs += 1
+            folder = tmp_path / f"{lane}-{num_runs}"
+            folder.mkdir()
+            path = job(cli, prompts, name=folder.name, output__uri=str(folder))
+            num_killed += campaign(
+                cli, path, LocalStore(folder), rng, 10 - num_killed, undisturbed.seconds
+            )
+            assert cli.call("run", str(path)).returncode == 0
+            check_whole(run_in(folder), folder, undisturbed)
+        return num_runs
+
+    # Two at a time: each is mostly one process that waits for another.
+    with ThreadPoolExecutor(2) as lanes:
+        print(f"20 kills over {sum(lanes.map(killed_ten_times, range(2)))} runs")
 
 
 def test_killed_once_at_every_durable_step_every_row_is_there_once(
@@ -193,7 +202,8 @@ def test_one_of_two_replicas_is_killed(
     cli: Cli, prompts: Path, undisturbed: Undisturbed, tmp_path: Path, victim: str
 ) -> None:
     path = job(cli, prompts, hardware__replicas=2)
-    run = cli.start("run", str(path), "--json")
+    # Slow enough for the second replica to get something: a short sleep at every step.
+    run = cli.start("run", str(path), "--json", failpoint=",".join(f"{s}:sleep:1:0" for s in STEPS))
     child = wait_for(lambda: children(run.pid, "flows.cli drain"), what="the second replica")[0]
     store = run_in(tmp_path / "out")
     wait_for(lambda: owners(store) >= {str(run.pid), str(child)}, what="both to hold a shard")
@@ -230,3 +240,18 @@ def test_a_feed_that_is_killed_costs_no_row_and_no_attempt(
     assert (
         sum(info.key.endswith("attempt.json") for info in store.list(keys.ATTEMPTS)) == NUM_SHARDS
     )
+
+
+def test_three_starts_at_the_same_time_are_one_run(
+    cli: Cli, undisturbed: Undisturbed, prompts: Path, tmp_path: Path
+) -> None:
+    lines = [json.dumps(row) for row in pq.read_table(prompts).to_pylist()]
+    path = tmp_path / "prompts.jsonl"  # text, so that all three convert it
+    path.write_text("\n".join(lines))
+    runs = [cli.start("run", str(job(cli, path)), "--json") for _ in range(3)]
+    for run in runs:
+        _, err = run.communicate(timeout=60)
+        assert run.returncode == 0, err
+    store = run_in(tmp_path / "out")
+    check_whole(store, tmp_path, undisturbed)
+    assert len(owners(store)) > 1, "one of them did everything"

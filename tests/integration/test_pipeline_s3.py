@@ -211,6 +211,16 @@ def test_a_store_that_ignores_conditions_is_refused_naming_the_option(
     assert "storage.allow_single_writer" in line
     bucket = open_store(seaweed.uri, seaweed.config)
     assert list(bucket.list()) == [], "nothing is left of the probe"
+    several = dummy(
+        nightjar,
+        prompts,
+        proxy.endpoint_url,
+        output__uri=out,
+        storage__allow_single_writer=True,
+        hardware__replicas=2,
+    )
+    assert several.code == 2
+    assert "hardware.replicas is 2" in several.err
     allowed = dummy(
         nightjar,
         prompts,

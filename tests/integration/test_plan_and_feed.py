@@ -334,7 +334,7 @@ def test_converted_input_that_was_tampered_with_is_refused(bench, folder, tmp_pa
     job = make_job(folder)
     plan = bench.plan(job, "tiny-a")
     shutil.rmtree(tmp_path / "converted")
-    bench.store.put(keys.converted_input(0), b"other")
+    bench.store.put(plan.inputs[0].read_key, b"other")
     with bench.open(job, "tiny-a") as feed, pytest.raises(CorruptObject, match="was planned"):
         next(feed.read(plan, 0, 1))
 

@@ -12,7 +12,9 @@ def test_keys_are_spelled_as_the_run_folder_is_documented() -> None:
     assert keys.manifest(3) == "manifest.r3.json"
     assert keys.attempt(42, 3, "completions.parquet") == "_attempts/00042/003/completions.parquet"
     assert keys.lease(42) == "_leases/00042.json"
-    assert keys.converted_input(3) == "_inputs/00003.parquet"
+    assert (
+        keys.converted_input(3, "sha256:" + "ab" * 32) == "_inputs/00003-abababababababab.parquet"
+    )
 
 
 @pytest.mark.parametrize("shard_id", [0, 42, 99_999, 123_456])
