@@ -13,10 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-
 from storage.object_store import StorageConfig
 
 ACCESS_KEY, SECRET_KEY = "ciaccess", "cisecretcisecret"
@@ -94,6 +90,10 @@ def make_bucket(port: int) -> str:
 
 
 def _client(port: int):  # type: ignore[no-untyped-def]
+    # Imported here: machines that run only the GPU tests have no boto3.
+    import boto3
+    from botocore.config import Config
+
     return boto3.client(
         "s3",
         endpoint_url=f"http://127.0.0.1:{port}",
@@ -110,6 +110,8 @@ def _client(port: int):  # type: ignore[no-untyped-def]
 
 
 def _wait_until_writable(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    from botocore.exceptions import BotoCoreError, ClientError
+
     client = _client(port)
     deadline = time.monotonic() + _START_S
     has_bucket = False
