@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -111,7 +110,7 @@ def drain(
         measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
     budget = BudgetGate(store=run.store, usd=run.job.budget.usd)
-    with closing(run.feed_process), run.open_feed() as feed:
+    with run.open_feed() as feed:
         watch = CancelWatch(run.store, invocation, should_stop)
         replica = Replica(
             plan=run.plan,

@@ -8,6 +8,8 @@ attach: the same from a run folder, for a replica that joins.
 
 import dataclasses
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,8 +56,8 @@ class Run:
     model: RunModel
     work_dir: Path
     max_model_len: int
-    feed_process: FeedProcess
-    """What planned goes on to feed: its tokenizer is loaded once."""
+    feed_process: FeedProcess | None = None
+    """What planned, its tokenizer loaded, for the first feed to take over."""
 
     commit_cache: CommitCache = dataclasses.field(default_factory=dict)
     warm_backend: Backend | None = None
@@ -78,23 +80,28 @@ class Run:
         backend, self.warm_backend = self.warm_backend, None
         return backend
 
-    def open_feed(self) -> PromptFeed:
-        """Return a feed of this run's rows; one at a time."""
-        return PromptFeed(
+    @contextmanager
+    def open_feed(self) -> Iterator[PromptFeed]:
+        """Yield a feed of this run's rows; each has a process of its own."""
+        process, self.feed_process = self.feed_process, None
+        feed = PromptFeed(
             job=self.job,
             model_dir=self.model.path,
             store=self.store,
             work_dir=self.work_dir,
             max_model_len=self.max_model_len,
-            process=self.feed_process,
+            process=process,
         )
+        with feed, process or nullcontext():
+            yield feed
 
     def close(self) -> None:
         """Let go of the model, the feed and an engine nobody took. Safe to repeat."""
         unused = self.take_backend()
         if unused is not None:
             unused.close()
-        self.feed_process.close()
+        if self.feed_process is not None:
+            self.feed_process.close()
         self.model.close()
 
     def commits(self) -> dict[int, CommitRecord]:
@@ -144,7 +151,8 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
             process=process,
         )
         _check_inputs(plan, [(file.uri, file.etag) for file in files])
-        run = _run(job, record, store, plan, model, process, work_dir)
+        run = _run(job, record, store, plan, model, work_dir)
+        run.feed_process = process
         if job.budget.usd is not None and not run.commits():
             refuse_over_budget(job, plan, model.path)
         return run
@@ -172,8 +180,7 @@ def attach(
             f"model {job.model.source}: content {model.content_id[:12]}, this run was planned with "
             f"{wanted[:12]}; restore the weights or start a new run"
         )
-    process = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
-    return _run(job, record, store, plan, model, process, work_dir)
+    return _run(job, record, store, plan, model, work_dir)
 
 
 def read_record(store: ObjectStore) -> RunRecord:
@@ -209,7 +216,6 @@ def _run(
     store: ObjectStore,
     plan: PlanManifest,
     model: RunModel,
-    feed_process: FeedProcess,
     work_dir: Path,
 ) -> Run:
     return Run(
@@ -222,7 +228,6 @@ def _run(
         model=model,
         work_dir=work_dir,
         max_model_len=record.fingerprint_fields["engine.max_model_len"],
-        feed_process=feed_process,
     )
 
 

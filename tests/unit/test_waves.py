@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import threading
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +25,7 @@ NUM_SHARDS = 6
 
 
 @pytest.fixture
-def run(tmp_path) -> Run:
+def run(tmp_path) -> Iterator[Run]:
     pq.write_table(
         pa.table({"prompt": [f"tell me {i}" for i in range(NUM_SHARDS)]}), tmp_path / "in.parquet"
     )
@@ -36,7 +37,9 @@ def run(tmp_path) -> Run:
         "engine": {"backend": "dummy"},
     }
     (tmp_path / "work").mkdir()
-    return prepare(load_job(job), work_dir=tmp_path / "work", progress=Progress())
+    run = prepare(load_job(job), work_dir=tmp_path / "work", progress=Progress())
+    yield run
+    run.close()
 
 
 class Threads:
