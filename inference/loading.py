@@ -50,6 +50,8 @@ def load_model(
     """
     import transformers
 
+    # Its own handler prints tables of keys; what is wrong is said by the error raised here.
+    transformers.utils.logging.disable_default_handler()
     loader: Any = transformers.AutoModelForCausalLM
     if device_map is None:
         device_map = _default_device_map(folder)

@@ -261,7 +261,6 @@ def _resolve(value: int | str, default: int) -> int:
 
 
 def _free_memory() -> None:
-    # On the CPU there is no pool to give back, and the collector comes by itself.
+    gc.collect()
     if torch.cuda.is_available():
-        gc.collect()
         torch.cuda.empty_cache()

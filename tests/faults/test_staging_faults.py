@@ -93,8 +93,17 @@ def test_a_model_on_s3_is_staged_and_checked_against_the_store(
     before = len(proxy.requests)
     with stage(proxy, source, cache) as again:
         assert again.report.outcome == "hit"
-        assert again.report.seconds < 0.2
     assert len(proxy.requests) == before + 1, "the second stage is one listing"
+
+
+@pytest.mark.timing
+def test_the_second_stage_takes_less_than_a_fifth_of_a_second(
+    proxy: FaultProxy, source: str, cache: Path
+) -> None:
+    stage(proxy, source, cache).close()
+    with stage(proxy, source, cache) as again:
+        assert again.report.outcome == "hit"
+        assert again.report.seconds < 0.2
 
 
 def test_killed_at_random_moments_it_finishes_identical(

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import threading
-from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,10 +13,9 @@ from storage.attempts import claim_attempt, record_failure
 from storage.errors import CorruptObject, StoreUnavailable
 from tasks.budget import BudgetSpent
 from tasks.cancel import cancel
-from tasks.drain import drain
 from tasks.job import BudgetConfig
 from tasks.progress import Progress
-from tasks.run import Run, prepare
+from tasks.run import Run, drain, prepare
 from tasks.stop import Stopped, StopSignal
 from tasks.waves import MAX_IDLE_WAVES, Limits, desired_replicas, drain_by_waves, exhausted
 
@@ -25,7 +23,7 @@ NUM_SHARDS = 6
 
 
 @pytest.fixture
-def run(tmp_path) -> Iterator[Run]:
+def run(tmp_path) -> Run:
     pq.write_table(
         pa.table({"prompt": [f"tell me {i}" for i in range(NUM_SHARDS)]}), tmp_path / "in.parquet"
     )
@@ -37,9 +35,7 @@ def run(tmp_path) -> Iterator[Run]:
         "engine": {"backend": "dummy"},
     }
     (tmp_path / "work").mkdir()
-    run = prepare(load_job(job), work_dir=tmp_path / "work", progress=Progress())
-    yield run
-    run.close()
+    return prepare(load_job(job), work_dir=tmp_path / "work", progress=Progress())
 
 
 class Threads:
