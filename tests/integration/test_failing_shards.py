@@ -19,10 +19,16 @@ from inference.backends.dummy_tokenizer import DummyTokenizer
 from inference.config import EngineConfig
 from inference.errors import EngineFault, InferenceError, ModelError, OutOfMemory
 from inference.sequence import Completion, Sequence
+from storage import keys
 from storage.attempts import attempts_of
-from tasks import claims
+from storage.errors import StoreUnavailable
+from storage.local_store import LocalStore
+from storage.object_store import ObjectInfo
+from tasks import claims, replica
+from tasks.drain import DrainReport, drain, new_invocation
+from tasks.finish import finish
 from tasks.progress import Progress
-from tasks.run import DrainReport, Run, drain, finish, new_invocation, prepare
+from tasks.run import Run, prepare
 from tasks.stop import StopSignal
 from tasks.verify import verify_run
 from tests.pipeline import CASES, MODELS, Finished, Nightjar
@@ -57,8 +63,10 @@ def job_of(nightjar: Nightjar, uri: Path, **settings: Any) -> Path:
 
 
 @pytest.fixture
-def run(nightjar: Nightjar, prompts: Path, tmp_path: Path) -> Run:
-    return planned(job_of(nightjar, prompts), tmp_path)
+def run(nightjar: Nightjar, prompts: Path, tmp_path: Path) -> Iterator[Run]:
+    run = planned(job_of(nightjar, prompts), tmp_path)
+    yield run
+    run.close()
 
 
 def planned(job: Path, tmp_path: Path) -> Run:
@@ -239,6 +247,51 @@ def test_an_engine_that_cannot_be_built_now_is_tried_again(run: Run, tmp_path: P
     check_whole(run, tmp_path)
 
 
+class Away(LocalStore):
+    """A folder that cannot be reached for a number of requests about leases."""
+
+    num_refusals = 0
+
+    def head(self, key: str) -> ObjectInfo:
+        if key.startswith(keys.LEASES) and self.num_refusals:
+            self.num_refusals -= 1
+            raise StoreUnavailable(f"HEAD {key}: is the store up and reachable?")
+        return super().head(key)
+
+
+def test_a_store_that_stays_away_is_waited_for_with_the_engine_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "_OUTAGE_PAUSE_S", 0.02)
+    store = Away(run.uri)
+    run.store = store
+    engine = faulty()
+
+    class Leaving(engine):  # type: ignore[misc, valid-type]
+        def step(self) -> list[Completion]:
+            if not self.stats.num_steps:
+                store.num_refusals = 20
+            return super().step()
+
+    report = drained(run, Leaving)
+    assert store.num_refusals == 0
+    assert report.outcomes == {"committed": NUM_SHARDS}
+    assert Leaving.num_built == 1
+    check_whole(run, tmp_path)
+
+
+def test_a_store_that_stays_away_too_long_ends_the_drain_with_its_leases_let_go(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "_OUTAGE_PAUSE_S", 0.02)
+    monkeypatch.setattr(replica, "_OUTAGE_S", 0.1)
+    run.store = Away(run.uri)
+    run.store.num_refusals = 1 << 30
+    with pytest.raises(StoreUnavailable, match="is the store up"):
+        drained(run, faulty())
+    assert holders(LocalStore(run.uri)) == []
+
+
 def test_a_model_that_cannot_be_loaded_stops_once_before_any_shard(run: Run) -> None:
     builds: list[int] = []
 
@@ -278,6 +331,7 @@ def test_an_input_changed_after_planning_costs_its_own_shards_only(
         pq.write_table(pa.table(rows), folder / f"part-{part}.parquet")
     job = nightjar.job("none", folder, engine__backend="dummy", shards__max_rows=6)
     run = planned(job, tmp_path)
+    run.close()
     victim = folder / "part-2.parquet"
     original = victim.read_bytes()
     if change == "removed":
