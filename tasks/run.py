@@ -9,7 +9,7 @@ attach: the same from a run folder, for a replica that joins.
 import dataclasses
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, diges
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from tasks.feed import PromptFeed
+from tasks.feed_process import FeedProcess
 from tasks.fingerprint import (
     check_fingerprint,
     default_run_id,
@@ -55,6 +56,9 @@ class Run:
     model: RunModel
     work_dir: Path
     max_model_len: int
+    feed_process: FeedProcess | None = None
+    """What planned, its tokenizer loaded, for the first feed to take over."""
+
     commit_cache: CommitCache = dataclasses.field(default_factory=dict)
     warm_backend: Backend | None = None
     """The engine of the canary, for the first replica in this process to take over."""
@@ -79,13 +83,16 @@ class Run:
     @contextmanager
     def open_feed(self) -> Iterator[PromptFeed]:
         """Yield a feed of this run's rows; each has a process of its own."""
-        with PromptFeed(
+        process, self.feed_process = self.feed_process, None
+        feed = PromptFeed(
             job=self.job,
             model_dir=self.model.path,
             store=self.store,
             work_dir=self.work_dir,
             max_model_len=self.max_model_len,
-        ) as feed:
+            process=process,
+        )
+        with feed, process or nullcontext():
             yield feed
 
     def close(self) -> None:
@@ -93,6 +100,8 @@ class Run:
         unused = self.take_backend()
         if unused is not None:
             unused.close()
+        if self.feed_process is not None:
+            self.feed_process.close()
         self.model.close()
 
     def commits(self) -> dict[int, CommitRecord]:
@@ -112,6 +121,7 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
     probe_store(root, allow_single_writer=job.storage.allow_single_writer)
     progress.phase = "checking the model"
     model = open_model(job, progress=progress)
+    process = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
     try:
         progress.phase = "listing inputs"
         inputs = InputFiles(work_dir, job.storage)
@@ -138,13 +148,16 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
             max_model_len=model.max_model_len,
             on_progress=progress.planned,
             files=inputs,
+            process=process,
         )
         _check_inputs(plan, [(file.uri, file.etag) for file in files])
         run = _run(job, record, store, plan, model, work_dir)
+        run.feed_process = process
         if job.budget.usd is not None and not run.commits():
             refuse_over_budget(job, plan, model.path)
         return run
     except BaseException:
+        process.close()
         model.close()
         raise
 
