@@ -12,9 +12,10 @@ from prefect.runtime import flow_run
 from flows.fleet import PrefectFleet, patiently
 from tasks.cancel import exempt
 from tasks.deadline import deadline_at
+from tasks.drain import has_failed_rows, new_invocation
 from tasks.launch import device_env, num_replicas
 from tasks.provision import DEPLOYMENTS, Provider, ReplicaLaunch, launch_of
-from tasks.run import Run, has_failed_rows, new_invocation
+from tasks.run import Run
 from tasks.sizing import choose
 from tasks.stop import StopSignal
 from tasks.waves import Limits, drain_by_waves, exhausted, one_wave

@@ -98,7 +98,7 @@ class Claims:
         Args:
             without: Shards not wanted now.
         """
-        if not self.may_have_more:
+        if not self.may_have_more(without):
             return None
         now = time.monotonic()
         self.is_cancelled = is_cancelled(self.store, self.invocation)
@@ -115,10 +115,9 @@ class Claims:
         self._look_at = min([now + _LOOK_AGAIN_S, *filter(lambda at: at > now, self._backoffs())])
         return None
 
-    @property
-    def may_have_more(self) -> bool:
-        """Whether asking for the next shard makes sense now."""
-        return bool(self._pending) and time.monotonic() >= self._look_at
+    def may_have_more(self, without: Set[int] = frozenset()) -> bool:
+        """Whether asking for a shard that is not in `without` makes sense now."""
+        return time.monotonic() >= self._look_at and not self._pending.keys() <= without
 
     def look_again_in(self, pause_s: float) -> None:
         """Leave the store in peace for so long."""
@@ -128,7 +127,7 @@ class Claims:
     def backoff_s(self) -> float | None:
         """Seconds until a shard that failed here may be tried again; None when there is none."""
         waits = self._backoffs()
-        return max(0.0, min(waits) - time.monotonic()) if waits else None
+        return max(0.0, max(min(waits), self._look_at) - time.monotonic()) if waits else None
 
     def release(self, shard_id: int, *, committed: bool) -> None:
         """Give the lease back; a shard that is not committed becomes pending again."""

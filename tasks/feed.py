@@ -63,6 +63,7 @@ class PromptFeed:
         self._process = process or FeedProcess.of(
             job, model_dir=model_dir, max_model_len=max_model_len, limits=limits
         )
+        self._process.begin_pass()
         self._run_sampling = run_sampling(job.sampling)
         self._paths: dict[str, Path] = {}
 

@@ -84,6 +84,10 @@ class FeedProcess:
         )
         return cls(spec, limits)
 
+    def begin_pass(self) -> None:
+        """Count hard rows anew: each pass over the input meets the same ones."""
+        self._num_hard = 0
+
     def __enter__(self) -> "FeedProcess":
         return self
 

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tasks.cancel import exempt
+from tasks.drain import DrainReport, RunShard, drain, new_invocation
 from tasks.progress import Progress
 from tasks.replica import Replica
-from tasks.run import DrainReport, Run, RunShard, drain, new_invocation
+from tasks.run import Run
 from tasks.stop import Stopped, StopSignal
 
 log = logging.getLogger("nightjar.launch")
@@ -39,7 +40,7 @@ def run_replicas(
         run: The planned run.
         progress: Counters to keep.
         should_stop: Ends the drain with `Stopped`.
-        run_shard: What runs one shard in this process; see `tasks.run.drain`.
+        run_shard: What runs one shard in this process; see `tasks.drain.drain`.
 
     Returns:
         This process's report; `exhausted` has the shards nobody could finish.

@@ -14,7 +14,6 @@ from inference.errors import EngineConfigError, ModelError
 from storage.errors import BadInput
 from storage.manifest import to_json
 from storage.memory_store import MemoryStore
-from tasks.feed import PromptFeed
 from tasks.job import RunConfig
 from tasks.progress import Progress
 from tasks.run import Run, prepare
@@ -119,7 +118,7 @@ def letter_for(job: RunConfig, *, file: str, etag: str, work_dir: Path) -> Lette
     try:
         return _letter(run, file, etag)
     finally:
-        run.model.close()
+        run.close()
         MemoryStore.forget(in_memory)
 
 
@@ -154,13 +153,7 @@ def _look_at_prompts(run: Run) -> tuple[str | None, int]:
     first: list[int] = []
     seen: set[int] = set()
     num_repeated = 0
-    with PromptFeed(
-        job=run.job,
-        model_dir=run.model.path,
-        store=run.store,
-        work_dir=run.work_dir,
-        max_model_len=run.max_model_len,
-    ) as feed:
+    with run.open_feed() as feed:
         for batch in feed.read(run.plan, 0, min(run.plan.num_rows, MAX_ROWS_COMPARED)):
             for row in batch.rows:
                 if row.state is not None:

@@ -12,7 +12,6 @@ from inference.errors import EngineConfigError
 from inference.weights import check_model_folder
 from tasks.job import RunConfig
 from tasks.progress import Progress
-from tasks.stage import describe, stage_for
 
 log = logging.getLogger("nightjar.model")
 
@@ -50,6 +49,8 @@ def open_model(job: RunConfig, *, progress: Progress) -> RunModel:
             content_id="dummy",
             max_model_len=_DUMMY_MAX_MODEL_LEN if limit == "auto" else limit,
         )
+    from tasks.stage import describe, stage_for  # boto3, which takes a while to import
+
     started = time.monotonic()
     progress.phase = "staging the model"
     staged = stage_for(job, on_progress=progress.staged)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,6 +23,7 @@ from inference.errors import InferenceError
 from storage.errors import AccessDenied, StorageError
 from storage.manifest import PlanManifest, Shard
 from tasks.canary import Kept
+from tasks.claiming import Claiming
 from tasks.claims import Claim, Claims
 from tasks.commit_shard import CommitResult, ShardCommitter
 from tasks.feed import PreparedBatch, PromptFeed
@@ -40,8 +41,6 @@ log = logging.getLogger("nightjar.replica")
 _MAX_ACTIVE = 3  # one draining, one running, one being read
 _NUM_THREADS = 3  # one claims or reads, the others commit
 _IDLE_WAIT_S = 0.05
-_OUTAGE_S = 600.0  # as long as a finished shard waits for its store
-_OUTAGE_PAUSE_S = 5.0
 
 
 class Outcome(StrEnum):
@@ -86,7 +85,7 @@ class Replica:
     _works: dict[int, ShardWork] = field(default_factory=dict)
     _claims_of: dict[int, Claim] = field(default_factory=dict)
     _owners: dict[int, tuple[int, SampleKey, float]] = field(default_factory=dict)
-    _claiming: Future[Claim | None] | None = None
+    _claiming: Claiming = field(init=False)
     _reading: tuple[int, Future[None]] | None = None
     _committing: dict[int, Future[CommitResult]] = field(default_factory=dict)
     _outcomes: dict[int, ShardOutcome] = field(default_factory=dict)
@@ -95,14 +94,17 @@ class Replica:
 
     _next_seq_id: int = 0
     _num_failed: int = 0
-    _is_barred: bool = False
     _meter: Meter = field(default_factory=Meter)
     _mark: Mark | None = None
-    _away_since: float | None = None
     _closing: threading.Event = field(default_factory=threading.Event)
     _threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(_NUM_THREADS, "nightjar-replica")
     )
+
+    def __post_init__(self) -> None:
+        self._claiming = Claiming(
+            claims=self.claims, threads=self._threads, may_claim=self.may_claim
+        )
 
     def next_shard(self) -> int | None:
         """Return a shard that ended, or the oldest in hand, or a fresh one; None when all are taken.
@@ -116,11 +118,9 @@ class Replica:
         while not self._works and not self._outcomes:
             if self.should_stop.is_set():
                 raise Stopped
-            if self._claiming is None:
-                self._claiming = self._threads.submit(self._claim)
-            self._wait_for_claim(self._claiming)
-            if self._poll_claiming() and not self._works:
-                pause_s = self._pause_s()
+            self._wait_for_claim(self._claiming.ask())
+            if self._take_claim() and not self._works:
+                pause_s = self._claiming.pause_s
                 if pause_s is None:
                     return None
                 time.sleep(min(pause_s, _IDLE_WAIT_S))
@@ -166,12 +166,11 @@ class Replica:
             self._backend = None
 
     def _turn(self) -> None:
-        self._poll_claiming()
+        self._take_claim()
         self._poll_reading()
         self._poll_commits()
         if self._can_take_more():
-            # With others in hand, no suspect.
-            self._claiming = self._threads.submit(self._claim, set(self._suspects))
+            self._claiming.ask(without=set(self._suspects))  # they run alone
         backend = self._backend
         if backend is not None and backend.num_unfinished:
             self._step(backend)
@@ -179,11 +178,9 @@ class Replica:
             self._wait()
 
     def _can_take_more(self) -> bool:
-        if self._claiming or self._reading or len(self._works) >= _MAX_ACTIVE:
+        if self._reading or len(self._works) >= _MAX_ACTIVE:
             return False
-        if self._is_barred or self._suspects & self._works.keys():
-            return False
-        if not self.claims.may_have_more:
+        if self._suspects & self._works.keys() or not self._claiming.makes_sense(self._suspects):
             return False
         if self._backend is None or not self._backend.num_unfinished:
             return True
@@ -197,39 +194,12 @@ class Replica:
         if not self._meter.step_s:
             self._meter.start_s += time.monotonic() - started
 
-    def _claim(self, without: Set[int] = frozenset()) -> Claim | None:
-        self._is_barred = not self.may_claim()
-        return None if self._is_barred else self.claims.next(without)
-
-    def _poll_claiming(self) -> bool:
-        """Take up a claim that has come; False while none was asked for or it is on its way."""
-        if self._claiming is None or not self._claiming.done():
-            return False
-        future, self._claiming = self._claiming, None
-        try:
-            claim = future.result()
-        except StorageError as error:
-            self._store_is_away(error)
-            return True
-        self._away_since = None
-        if claim is not None:
-            self._begin(claim)
-        return True
-
-    def _store_is_away(self, error: StorageError) -> None:
-        """Put up with an outage for a while: shards in hand go on, and no model is loaded again."""
-        now = time.monotonic()
-        self._away_since = since = self._away_since or now
-        if not error.retryable or now - since > _OUTAGE_S:
-            raise error
-        log.warning("no shard can be claimed now, trying again: %s", error)
-        self.claims.look_again_in(_OUTAGE_PAUSE_S)
-
-    def _pause_s(self) -> float | None:
-        """How long to wait for the next shard when none is in hand; None: there is none to wait for."""
-        if self._is_barred:
-            return None
-        return _OUTAGE_PAUSE_S if self._away_since is not None else self.claims.backoff_s
+    def _take_claim(self) -> bool:
+        """Begin on a shard that was claimed; False while no answer has come."""
+        answer = self._claiming.answer()
+        if answer is not None and answer.claim is not None:
+            self._begin(answer.claim)
+        return answer is not None
 
     def _begin(self, claim: Claim) -> None:
         shard_id = claim.shard.shard_id
@@ -419,8 +389,11 @@ class Replica:
     def _wait(self) -> None:
         """Nothing to run: wait briefly for rows or for a commit."""
         started = time.monotonic()
-        first = [self._reading[1]] if self._reading else [self._claiming] if self._claiming else []
-        pending = [*first, *self._committing.values()]
+        pending: list[Future[Any]] = [*self._committing.values()]
+        if self._reading:
+            pending.append(self._reading[1])
+        elif self._claiming.future:
+            pending.append(self._claiming.future)
         if pending:
             _wait_any(pending)
         else:

@@ -1,18 +1,17 @@
 """The canary's place in a run: after the plan, before replicas; its engine goes on as the first one."""
 
 from datetime import UTC, datetime
-from pathlib import Path
 
 from inference.backends import create_backend
 from tasks.budget import check_budget
 from tasks.canary import read_canary, refuse_bad_canary, run_canary, wants_canary
 from tasks.choose_tier import choose_hardware
-from tasks.feed import PromptFeed
+from tasks.drain import engine_config
 from tasks.forecast import lengths_of_canary
 from tasks.history import read_history
 from tasks.preflight import forecast_run, workload_of
 from tasks.progress import Progress
-from tasks.run import Run, engine_config
+from tasks.run import Run
 
 
 def try_canary(run: Run, *, progress: Progress) -> None:
@@ -31,13 +30,7 @@ def try_canary(run: Run, *, progress: Progress) -> None:
     result = read_canary(run.store)
     if result is None:
         run.warm_backend = backend = create_backend(engine_config(run))
-        with PromptFeed(
-            job=job,
-            model_dir=Path(run.model.path),
-            store=run.store,
-            work_dir=run.work_dir,
-            max_model_len=run.max_model_len,
-        ) as feed:
+        with run.open_feed() as feed:
             result = run_canary(
                 run.store, run.plan, feed, backend, num_rows=config.rows, columns=run.columns
             )

@@ -261,6 +261,7 @@ def _resolve(value: int | str, default: int) -> int:
 
 
 def _free_memory() -> None:
-    gc.collect()
+    # On the CPU there is no pool to give back, and the collector comes by itself.
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()

@@ -19,10 +19,16 @@ from inference.backends.dummy_tokenizer import DummyTokenizer
 from inference.config import EngineConfig
 from inference.errors import EngineFault, InferenceError, ModelError, OutOfMemory
 from inference.sequence import Completion, Sequence
+from storage import keys
 from storage.attempts import attempts_of
-from tasks import claims
+from storage.errors import StoreUnavailable
+from storage.local_store import LocalStore
+from storage.object_store import ObjectInfo
+from tasks import claiming, claims
+from tasks.drain import DrainReport, drain, new_invocation
+from tasks.finish import finish
 from tasks.progress import Progress
-from tasks.run import DrainReport, Run, drain, finish, new_invocation, prepare
+from tasks.run import Run, prepare
 from tasks.stop import StopSignal
 from tasks.verify import verify_run
 from tests.pipeline import CASES, MODELS, Finished, Nightjar
@@ -57,8 +63,10 @@ def job_of(nightjar: Nightjar, uri: Path, **settings: Any) -> Path:
 
 
 @pytest.fixture
-def run(nightjar: Nightjar, prompts: Path, tmp_path: Path) -> Run:
-    return planned(job_of(nightjar, prompts), tmp_path)
+def run(nightjar: Nightjar, prompts: Path, tmp_path: Path) -> Iterator[Run]:
+    run = planned(job_of(nightjar, prompts), tmp_path)
+    yield run
+    run.close()
 
 
 def planned(job: Path, tmp_path: Path) -> Run:
@@ -88,10 +96,13 @@ class Faulty(DummyBackend):
     """Rows that no engine survives."""
 
     error: InferenceError = EngineFault("the engine broke")
+    step_s = 0.0
+    """Long enough for the next shards to join the first in the engine."""
+
     num_built = 0
 
     def __init__(self, config: EngineConfig) -> None:
-        super().__init__(dataclasses.replace(config, max_num_seqs=4))
+        super().__init__(dataclasses.replace(config, max_num_seqs=4), step_s=self.step_s)
         type(self).num_built += 1
         self._rows: dict[int, int] = {}
 
@@ -188,7 +199,11 @@ def test_a_retry_that_improves_nothing_changes_nothing(run: Run, tmp_path: Path)
 def test_a_shard_that_breaks_the_engine_is_given_up_and_harms_no_other(
     nightjar: Nightjar, run: Run, tmp_path: Path
 ) -> None:
-    engine = faulty(breaks_on={5, 14})
+    # So few tries that a shard must not be caught twice in the company of one that breaks the engine.
+    run.job = dataclasses.replace(
+        run.job, shards=dataclasses.replace(run.job.shards, max_attempts=2)
+    )
+    engine = faulty(breaks_on={5, 14}, step_s=0.02)
     report = drained(run, engine)
     assert report.exhausted == {1: "the engine broke", 3: "the engine broke"}
     assert sorted(run.commits()) == [0, 2, 4, 5]
@@ -239,6 +254,51 @@ def test_an_engine_that_cannot_be_built_now_is_tried_again(run: Run, tmp_path: P
     check_whole(run, tmp_path)
 
 
+class Away(LocalStore):
+    """A folder that cannot be reached for a number of requests about leases."""
+
+    num_refusals = 0
+
+    def head(self, key: str) -> ObjectInfo:
+        if key.startswith(keys.LEASES) and self.num_refusals:
+            self.num_refusals -= 1
+            raise StoreUnavailable(f"HEAD {key}: is the store up and reachable?")
+        return super().head(key)
+
+
+def test_a_store_that_stays_away_is_waited_for_with_the_engine_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_OUTAGE_PAUSE_S", 0.02)
+    store = Away(run.uri)
+    run.store = store
+    engine = faulty()
+
+    class Leaving(engine):  # type: ignore[misc, valid-type]
+        def step(self) -> list[Completion]:
+            if not self.stats.num_steps:
+                store.num_refusals = 20
+            return super().step()
+
+    report = drained(run, Leaving)
+    assert store.num_refusals == 0
+    assert report.outcomes == {"committed": NUM_SHARDS}
+    assert Leaving.num_built == 1
+    check_whole(run, tmp_path)
+
+
+def test_a_store_that_stays_away_too_long_ends_the_drain_with_its_leases_let_go(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "_OUTAGE_PAUSE_S", 0.02)
+    monkeypatch.setattr(claiming, "_OUTAGE_S", 0.1)
+    run.store = Away(run.uri)
+    run.store.num_refusals = 1 << 30
+    with pytest.raises(StoreUnavailable, match="is the store up"):
+        drained(run, faulty())
+    assert holders(LocalStore(run.uri)) == []
+
+
 def test_a_model_that_cannot_be_loaded_stops_once_before_any_shard(run: Run) -> None:
     builds: list[int] = []
 
@@ -278,6 +338,7 @@ def test_an_input_changed_after_planning_costs_its_own_shards_only(
         pq.write_table(pa.table(rows), folder / f"part-{part}.parquet")
     job = nightjar.job("none", folder, engine__backend="dummy", shards__max_rows=6)
     run = planned(job, tmp_path)
+    run.close()
     victim = folder / "part-2.parquet"
     original = victim.read_bytes()
     if change == "removed":

@@ -22,10 +22,11 @@ pytestmark = pytest.mark.slow
 MARKER = "wombat-2b90-marker"
 NUM_ROWS, NUM_SHARDS = 80, 40
 
-SLOW = ",".join(
-    f"{name}:sleep:1:1"
-    for name in ("after_lease", "after_claim", "before_commit", "after_copy", "local_before_rename")
+STEPS = (
+    *("after_lease", "after_claim", "before_commit", "after_copy"),
+    *("local_before_link", "local_after_link", "local_before_rename"),
 )
+SLOW = ",".join(f"{name}:sleep:1:1" for name in STEPS)
 PROCESS = {"provider": "process", "replicas": 2}
 
 

@@ -10,9 +10,11 @@ import pytest
 
 from flows.config import load_job
 from inference.backends.dummy import DummyBackend
+from tasks.drain import drain, new_invocation
+from tasks.finish import finish
 from tasks.preflight import preflight
 from tasks.progress import Progress
-from tasks.run import drain, finish, new_invocation, prepare
+from tasks.run import prepare
 from tasks.stop import StopSignal
 
 
@@ -127,7 +129,7 @@ def test_a_real_model_is_forecast_from_its_first_run(tmp_path):
         run = prepare(job, work_dir=tmp_path / name, progress=Progress())
         drain(run, invocation=new_invocation(), progress=Progress(), should_stop=StopSignal())
         assert finish(run.store, Progress()) is not None
-        run.model.close()
+        run.close()
         took.append(sum(commit.receipt["wall_s"] for commit in run.commits().values()))
     assert told.forecast.speed_basis == "history"
     forecast = told.forecast.seconds_p50 - told.planning["seconds"]

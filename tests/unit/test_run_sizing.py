@@ -36,7 +36,7 @@ def plan(tmp_path):
 
     yield planned
     for run in made:
-        run.model.close()
+        run.close()
 
 
 def test_auto_takes_the_tier_that_the_plan_s_tokens_ask_for_and_says_why(plan):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import threading
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,9 +14,10 @@ from storage.attempts import claim_attempt, record_failure
 from storage.errors import CorruptObject, StoreUnavailable
 from tasks.budget import BudgetSpent
 from tasks.cancel import cancel
+from tasks.drain import drain
 from tasks.job import BudgetConfig
 from tasks.progress import Progress
-from tasks.run import Run, drain, prepare
+from tasks.run import Run, prepare
 from tasks.stop import Stopped, StopSignal
 from tasks.waves import MAX_IDLE_WAVES, Limits, desired_replicas, drain_by_waves, exhausted
 
@@ -23,7 +25,7 @@ NUM_SHARDS = 6
 
 
 @pytest.fixture
-def run(tmp_path) -> Run:
+def run(tmp_path) -> Iterator[Run]:
     pq.write_table(
         pa.table({"prompt": [f"tell me {i}" for i in range(NUM_SHARDS)]}), tmp_path / "in.parquet"
     )
@@ -35,7 +37,9 @@ def run(tmp_path) -> Run:
         "engine": {"backend": "dummy"},
     }
     (tmp_path / "work").mkdir()
-    return prepare(load_job(job), work_dir=tmp_path / "work", progress=Progress())
+    run = prepare(load_job(job), work_dir=tmp_path / "work", progress=Progress())
+    yield run
+    run.close()
 
 
 class Threads:
