@@ -133,8 +133,9 @@ def retry(args: argparse.Namespace) -> int:
 
 def drain(args: argparse.Namespace) -> int:
     """Join a planned run as one more replica; never publishes."""
-    from tasks.run import attach, new_invocation, read_record
-    from tasks.run import drain as drain_run
+    from tasks.drain import drain as drain_run
+    from tasks.drain import new_invocation
+    from tasks.run import attach, read_record
 
     store = open_run(args)
     record = read_record(store)

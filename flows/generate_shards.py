@@ -12,8 +12,9 @@ from flows.config import load_job
 from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state, drained_state, shard_as_task_run
 from storage.object_store import ObjectStore, StorageConfig, open_store
+from tasks.drain import DrainReport, drain
 from tasks.progress import Progress
-from tasks.run import DrainReport, attach, drain, read_record
+from tasks.run import attach, read_record
 from tasks.scratch import scratch_folder
 from tasks.stop import StopSignal
 from tasks.try_canary import try_canary

@@ -21,11 +21,11 @@ from flows.console import progress_line
 from inference.errors import InferenceError
 from storage.errors import StorageError
 from tasks.budget import BudgetSpent
+from tasks.drain import DrainReport, RunShard
 from tasks.job_variables import ProvisionError
 from tasks.orchestrate import Ended
 from tasks.progress import Progress
 from tasks.replica import Outcome, Replica, ShardOutcome
-from tasks.run import DrainReport, RunShard
 from tasks.stop import Broken, Stopped
 
 T = TypeVar("T")

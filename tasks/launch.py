@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tasks.cancel import exempt
+from tasks.drain import DrainReport, RunShard, drain, new_invocation
 from tasks.progress import Progress
 from tasks.replica import Replica
-from tasks.run import DrainReport, Run, RunShard, drain, new_invocation
+from tasks.run import Run
 from tasks.stop import Stopped, StopSignal
 
 log = logging.getLogger("nightjar.launch")
@@ -39,7 +40,7 @@ def run_replicas(
         run: The planned run.
         progress: Counters to keep.
         should_stop: Ends the drain with `Stopped`.
-        run_shard: What runs one shard in this process; see `tasks.run.drain`.
+        run_shard: What runs one shard in this process; see `tasks.drain.drain`.
 
     Returns:
         This process's report; `exhausted` has the shards nobody could finish.
@@ -75,12 +76,7 @@ def num_replicas(run: Run) -> int:
         or run.record.fingerprint_fields["engine.backend"] == "dummy"
     ):
         return 1
-    return max(1, min(_num_devices() // _ranks(run), run.plan.num_shards))
-
-
-def _ranks(run: Run) -> int:
-    size = run.job.engine.tensor_parallel_size
-    return 1 if size == "auto" else size
+    return max(1, min(_num_devices() // run.job.engine.num_ranks, run.plan.num_shards))
 
 
 def _num_devices() -> int:
@@ -118,7 +114,7 @@ def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
 
 def device_env(run: Run, index: int) -> dict[str, str]:
     """Return what gives a replica of this machine its own devices; empty when there are too few."""
-    ranks = _ranks(run)
+    ranks = run.job.engine.num_ranks
     if run.record.fingerprint_fields["engine.backend"] == "dummy":
         return {}
     if _num_devices() <= index * ranks:

@@ -15,22 +15,14 @@ from storage.errors import StorageError
 from storage.manifest import RunManifest
 from storage.object_store import ObjectStore
 from tasks.cancel import exempt
+from tasks.drain import DrainReport, RunShard, drain, new_invocation
+from tasks.finish import finish
 from tasks.job import RunConfig
 from tasks.launch import run_replicas
 from tasks.progress import Progress
 from tasks.publish import num_failed, reveal_all
 from tasks.replica import Replica
-from tasks.run import (
-    DrainReport,
-    Run,
-    RunShard,
-    attach,
-    drain,
-    finish,
-    new_invocation,
-    prepare,
-    read_record,
-)
+from tasks.run import Run, attach, prepare, read_record
 from tasks.scratch import scratch_folder
 from tasks.status import run_status
 from tasks.stop import Broken, StopSignal

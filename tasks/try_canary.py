@@ -7,12 +7,13 @@ from inference.backends import create_backend
 from tasks.budget import check_budget
 from tasks.canary import read_canary, refuse_bad_canary, run_canary, wants_canary
 from tasks.choose_tier import choose_hardware
+from tasks.drain import engine_config
 from tasks.feed import PromptFeed
 from tasks.forecast import lengths_of_canary
 from tasks.history import read_history
 from tasks.preflight import forecast_run, workload_of
 from tasks.progress import Progress
-from tasks.run import Run, engine_config
+from tasks.run import Run
 
 
 def try_canary(run: Run, *, progress: Progress) -> None:

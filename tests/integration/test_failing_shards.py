@@ -21,8 +21,10 @@ from inference.errors import EngineFault, InferenceError, ModelError, OutOfMemor
 from inference.sequence import Completion, Sequence
 from storage.attempts import attempts_of
 from tasks import claims
+from tasks.drain import DrainReport, drain, new_invocation
+from tasks.finish import finish
 from tasks.progress import Progress
-from tasks.run import DrainReport, Run, drain, finish, new_invocation, prepare
+from tasks.run import Run, prepare
 from tasks.stop import StopSignal
 from tasks.verify import verify_run
 from tests.pipeline import CASES, MODELS, Finished, Nightjar

@@ -18,10 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flows.config import load_job
 from inference.backends.dummy import DummyBackend
+from tasks.drain import drain, new_invocation
 from tasks.gpu_sample import DeviceSampler, open_gpu
 from tasks.latency import Latencies
 from tasks.progress import Progress
-from tasks.run import drain, new_invocation, prepare
+from tasks.run import prepare
 from tasks.stop import Stopped, StopSignal
 
 MONITORING = Path(__file__).parents[2] / "deployments" / "monitoring"

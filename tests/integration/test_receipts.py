@@ -10,9 +10,11 @@ import pytest
 
 from flows.config import load_job
 from inference.backends.dummy import DummyBackend
+from tasks.drain import drain, new_invocation
+from tasks.finish import finish
 from tasks.preflight import preflight
 from tasks.progress import Progress
-from tasks.run import drain, finish, new_invocation, prepare
+from tasks.run import prepare
 from tasks.stop import StopSignal
 
 

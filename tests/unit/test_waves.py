@@ -13,9 +13,10 @@ from storage.attempts import claim_attempt, record_failure
 from storage.errors import CorruptObject, StoreUnavailable
 from tasks.budget import BudgetSpent
 from tasks.cancel import cancel
+from tasks.drain import drain
 from tasks.job import BudgetConfig
 from tasks.progress import Progress
-from tasks.run import Run, drain, prepare
+from tasks.run import Run, prepare
 from tasks.stop import Stopped, StopSignal
 from tasks.waves import MAX_IDLE_WAVES, Limits, desired_replicas, drain_by_waves, exhausted
 
