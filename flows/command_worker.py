@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -184,8 +185,11 @@ class CommandWorker(BaseWorker[CommandConfiguration, CommandVariables, CommandRe
 
 
 def _environment(configuration: CommandConfiguration) -> dict[str, str]:
+    """The worker's environment with the run's; `prefect` is the worker's own, activated or not."""
     given = {name: value for name, value in configuration.env.items() if value is not None}
-    return {**os.environ, **given}
+    path = given.get("PATH") or os.environ.get("PATH", os.defpath)
+    own = str(Path(sys.executable).parent)
+    return {**os.environ, **given, "PATH": os.pathsep.join((own, path))}
 
 
 async def _send(process: asyncio.subprocess.Process, script: bytes) -> None:

@@ -10,9 +10,10 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flows.fleet import PrefectFleet, patiently
+from storage.records import num_unanswered
 from tasks.cancel import exempt
 from tasks.deadline import deadline_at
-from tasks.drain import has_failed_rows, new_invocation
+from tasks.drain import new_invocation
 from tasks.launch import device_env, num_replicas
 from tasks.provision import DEPLOYMENTS, Provider, ReplicaLaunch, launch_of
 from tasks.run import Run
@@ -43,7 +44,9 @@ def redo_elsewhere(run: Run, *, should_stop: StopSignal) -> Mapping[int, str]:
     commits = run.commits()
     max_attempts = run.job.shards.max_attempts
     todo = [
-        s for s in run.shards if s.shard_id not in commits or has_failed_rows(commits[s.shard_id])
+        s
+        for s in run.shards
+        if s.shard_id not in commits or num_unanswered(commits[s.shard_id].counts)
     ]
     if todo:
         fleet, limits = _fleet(run, invocation, failed_rows=True)

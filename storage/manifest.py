@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from storage.errors import CorruptObject
@@ -25,6 +26,12 @@ Json = dict[str, Any]
 def digest(data: bytes) -> str:
     """Name bytes by content: `sha256:` and 64 hex digits."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Name a local file by content, as `digest` names bytes; it is read in blocks."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(value: object) -> bytes:

@@ -1,5 +1,7 @@
 """Arrow schemas of what a run writes, with their versions."""
 
+from collections.abc import Mapping
+
 import pyarrow as pa
 
 COMPLETION_SCHEMA_VERSION = 1
@@ -12,6 +14,12 @@ INVALID_INPUT = "invalid_input"
 ENGINE_ERROR = "engine_error"
 STATES = (OK, TRUNCATED, OVERLONG, INVALID_INPUT, ENGINE_ERROR)
 ANSWERED = frozenset({OK, TRUNCATED})
+
+
+def num_unanswered(rows_by_state: Mapping[str, int]) -> int:
+    """Count rows without an answer."""
+    return sum(count for state, count in rows_by_state.items() if state not in ANSWERED)
+
 
 _TOKEN_LOGPROB = pa.struct(
     [

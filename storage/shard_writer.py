@@ -4,7 +4,6 @@ Row groups are cut by decoded bytes, so the writer's memory does not grow with t
 checksums, so damage is found by whoever reads them.
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +12,9 @@ from typing import Any, NamedTuple, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.manifest import file_digest
+
 ROW_GROUP_BYTES = 32 * 1024 * 1024
-_HASH_BLOCK = 4 * 1024 * 1024
 
 
 class WrittenPart(NamedTuple):
@@ -82,12 +82,3 @@ def read_part(
             yield from file.iter_batches(
                 batch_size=batch_rows, row_groups=[group], columns=columns, use_threads=False
             )
-
-
-def file_digest(path: Path) -> str:
-    """Return `sha256:` and the hex digest of a file, read in blocks."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            found.update(block)
-    return "sha256:" + found.hexdigest()

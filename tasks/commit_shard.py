@@ -19,10 +19,10 @@ from storage.attempts import PART
 from storage.commits import commit_attempt, new_nonce
 from storage.errors import CorruptObject, StorageError
 from storage.failpoints import failpoint
-from storage.manifest import CommitRecord, Json, PartFile
+from storage.manifest import CommitRecord, Json, PartFile, file_digest
 from storage.object_store import ObjectStore
 from storage.reveal import reveal
-from storage.shard_writer import WrittenPart, file_digest
+from storage.shard_writer import WrittenPart
 from tasks.claims import Claim
 from tasks.receipt import Mark, ShardFacts, shard_receipt
 from tasks.shard_work import ShardWork, Written

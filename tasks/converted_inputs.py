@@ -1,23 +1,16 @@
 """Text input as Parquet in the run folder: put there at planning, fetched once per node."""
 
 import fcntl
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from storage import keys
 from storage.errors import CorruptObject
-from storage.manifest import InputFile
+from storage.manifest import InputFile, file_digest
 from storage.object_store import ObjectStore
 
 InputKey = tuple[str, str]  # key and digest
-
-
-def file_digest(path: Path) -> str:
-    """Name a local file by content: `sha256:` and 64 hex digits."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def keep_converted(path: Path, file_index: int, store: ObjectStore, work_dir: Path) -> InputKey:

@@ -16,6 +16,7 @@ from inference.config import EngineConfig
 from storage.commits import read_commits
 from storage.lease import Leases
 from storage.manifest import CommitRecord, Shard
+from storage.records import num_unanswered
 from tasks.budget import BudgetGate, BudgetSpent
 from tasks.canary import kept_answers
 from tasks.cancel import CancelWatch
@@ -190,12 +191,5 @@ def _work_left(
     missing = [shard for shard in shards if shard.shard_id not in commits]
     if not failed_rows:
         return missing, {}
-    bases = {i: record for i, record in commits.items() if has_failed_rows(record)}
+    bases = {i: record for i, record in commits.items() if num_unanswered(record.counts)}
     return [s for s in shards if s.shard_id not in commits or s.shard_id in bases], bases
-
-
-def has_failed_rows(record: CommitRecord) -> bool:
-    """Whether the shard has output rows without an answer."""
-    from storage.records import ANSWERED
-
-    return any(count and state not in ANSWERED for state, count in record.counts.items())

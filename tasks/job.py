@@ -126,6 +126,11 @@ class EngineKnobs:
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
     tensor_parallel_size: int | Auto = "auto"
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one replica; one unless the job asks for more."""
+        return 1 if self.tensor_parallel_size == "auto" else self.tensor_parallel_size
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareConfig:

@@ -76,12 +76,7 @@ def num_replicas(run: Run) -> int:
         or run.record.fingerprint_fields["engine.backend"] == "dummy"
     ):
         return 1
-    return max(1, min(_num_devices() // _ranks(run), run.plan.num_shards))
-
-
-def _ranks(run: Run) -> int:
-    size = run.job.engine.tensor_parallel_size
-    return 1 if size == "auto" else size
+    return max(1, min(_num_devices() // run.job.engine.num_ranks, run.plan.num_shards))
 
 
 def _num_devices() -> int:
@@ -119,7 +114,7 @@ def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
 
 def device_env(run: Run, index: int) -> dict[str, str]:
     """Return what gives a replica of this machine its own devices; empty when there are too few."""
-    ranks = _ranks(run)
+    ranks = run.job.engine.num_ranks
     if run.record.fingerprint_fields["engine.backend"] == "dummy":
         return {}
     if _num_devices() <= index * ranks:

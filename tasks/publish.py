@@ -65,7 +65,7 @@ def publish_run(
 
 def num_failed(manifest: RunManifest) -> int:
     """Count output rows without an answer."""
-    return sum(n for state, n in manifest.counts.items() if state not in records.ANSWERED)
+    return records.num_unanswered(manifest.counts)
 
 
 def _total(commits: Mapping[int, CommitRecord], name: str) -> int:

@@ -88,9 +88,7 @@ def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> Rep
         counts.update(commit.counts)
     start, end = _span(ordered)
     prices = [receipt.get("usd") for receipt in receipts]
-    failing = [
-        c for c in ordered if any(n and s not in records.ANSWERED for s, n in c.counts.items())
-    ]
+    failing = [c for c in ordered if records.num_unanswered(c.counts)]
     return ReportFacts(
         uri=store.uri,
         record=record,

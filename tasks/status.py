@@ -44,7 +44,7 @@ class RunStatus:
     @property
     def num_failed_rows(self) -> int:
         """Committed output rows without an answer."""
-        return sum(n for s, n in self.rows_by_state.items() if s not in records.ANSWERED)
+        return records.num_unanswered(self.rows_by_state)
 
     def as_document(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 from storage import keys, records
 from storage.commits import current_commits
 from storage.errors import CorruptObject, NotFound
-from storage.manifest import CommitRecord, PlanManifest, RunManifest, Shard, digest
+from storage.manifest import CommitRecord, PlanManifest, RunManifest, Shard, digest, file_digest
 from storage.object_store import ObjectStore
 from storage.reveal import read_manifest
-from storage.shard_writer import file_digest, read_part
+from storage.shard_writer import read_part
 from tasks.plan import load_plan, load_shards
 
 

@@ -35,12 +35,11 @@ class Yardstick:
         except (EngineConfigError, ModelError):
             known, shape = [], None  # a model without a known shape runs all the same
         gpu = match_gpu(info.device, _device_bytes(), known)
-        size = job.engine.tensor_parallel_size
         price = job.hardware.price_per_hour
         return cls(
             shape=shape,
             gpu=gpu,
-            num_gpus=1 if size == "auto" else size,
+            num_gpus=job.engine.num_ranks,
             dtype=info.dtype,
             quantization=job.model.quantization,
             kv_cache_dtype=job.engine.kv_cache_dtype,

@@ -1,6 +1,7 @@
 """The `command` worker against a real Prefect server: a flow run ends, and a misspelt one is crashed."""
 
 import asyncio
+import os
 
 import pytest
 from prefect import get_client
@@ -22,7 +23,11 @@ def touch(path: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_flow_run_goes_through_its_launcher_and_a_misspelt_variable_crashes_it(tmp_path):
+def test_a_flow_run_goes_through_its_launcher_and_a_misspelt_variable_crashes_it(
+    tmp_path, monkeypatch
+):
+    # As when the worker's environment was never activated: only its interpreter knows `prefect`.
+    monkeypatch.setenv("PATH", os.defpath)
     (tmp_path / "touch_flow.py").write_text(FLOW)
     with prefect_test_harness(server_startup_timeout=120):
         good, bad = asyncio.run(run_two(tmp_path))
