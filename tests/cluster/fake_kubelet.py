@@ -46,11 +46,7 @@ class FakeKubelet:
         self._programs = plane.folder / "programs"
 
     def start(self) -> None:
-        self._programs.mkdir(exist_ok=True)
-        # What the image has on its PATH.
-        shim = self._programs / "prefect"
-        shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m prefect "$@"\n')
-        shim.chmod(0o755)
+        make_programs(self._programs)
         labels = {"nvidia.com/gpu.product": self.product, "kubernetes.io/hostname": self.name}
         taint = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
         node = {
@@ -144,8 +140,7 @@ class FakeKubelet:
         threading.Thread(target=self._wait_for, args=(pod, process, started), daemon=True).start()
 
     def _environment(self, pod: Pod, container: dict[str, Any]) -> dict[str, str]:
-        env = {"PATH": f"{self._programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-        env |= {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "HOME": str(self.plane.folder)}
+        env = image_env(self._programs, self.plane.folder)
         for entry in container.get("env", []):
             value = str(entry.get("value", ""))
             if "valueFrom" in entry:
@@ -207,6 +202,25 @@ class FakeKubelet:
             time.sleep(2 * _POLL_S)  # the end is reported first, as by a kubelet
         with contextlib.suppress(ApiError, OSError):
             self.plane.call("DELETE", _path(pod), {"gracePeriodSeconds": 0})
+
+
+def make_programs(folder: Path) -> None:
+    """What our image has on its PATH: `prefect`, by this interpreter."""
+    folder.mkdir(exist_ok=True)
+    shim = folder / "prefect"
+    shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m prefect "$@"\n')
+    shim.chmod(0o755)
+
+
+def image_env(programs: Path, home: Path) -> dict[str, str]:
+    """The environment that our image gives every container."""
+    return {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(home),
+    }
 
 
 def _path(pod: Pod) -> str:

@@ -71,6 +71,28 @@ def test_cancelling_stops_every_replica_within_a_minute_and_a_retry_finishes_the
     assert len(replicas(lab, run_id)) == 2
 
 
+def test_replicas_behind_a_launcher_that_takes_a_shell_drain_a_run_and_are_stopped(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    worker = lab.start_worker("gpu-command", kind="command")
+    # `env sh -s` stands for `ssh host sh -s`: nothing reaches it but standard input.
+    variables = {"send_env": "stdin", "grace_s": 20}
+    case = Case(
+        tmp_path,
+        provider="command",
+        placement={"launcher": "env", "env": SLOW, "job_variables": variables},
+    )
+    run_id = case.start(lab)
+    case.wait_for_work()
+    lab.cancel(run_id)
+    wait_for(partial(ended_replicas, lab, run_id), "no replica outlives its parent", 60)
+    assert case.holders() == set()
+    assert case.num_commits() < NUM_SHARDS
+    case.wait_until_published(lab, case.start(lab), timeout_s=120)
+    assert MARKER.encode() not in lab.everything_stored()
+    lab.stop_worker(worker, signal.SIGKILL)
+
+
 def test_a_misspelt_job_variable_is_refused_before_any_replica_is_started(
     lab: PrefectLab, tmp_path: Path
 ) -> None:
