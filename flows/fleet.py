@@ -14,9 +14,10 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling
 
-from storage.object_store import StorageConfig, open_store
+from storage.object_store import StorageConfig
 from tasks.cancel import cancel
 from tasks.job_variables import ProvisionError, check_job_variables
+from tasks.run_folder import open_run_folder
 
 log = logging.getLogger("nightjar.fleet")
 
@@ -114,7 +115,7 @@ def stop_replicas_of(parent_id: str) -> None:
         for run in found
     }
     for uri, invocation, endpoint_url in starts:
-        cancel(open_store(uri, StorageConfig(endpoint_url=endpoint_url)), invocation)
+        cancel(open_run_folder(uri, StorageConfig(endpoint_url=endpoint_url)), invocation)
     cancel_flow_runs(found)
 
 

@@ -11,10 +11,11 @@ from prefect import flow
 from flows.config import load_job
 from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state, drained_state, shard_as_task_run
-from storage.object_store import ObjectStore, StorageConfig, open_store
+from storage.object_store import ObjectStore, StorageConfig
 from tasks.drain import DrainReport, drain
 from tasks.progress import Progress
 from tasks.run import attach, read_record
+from tasks.run_folder import open_run_folder
 from tasks.scratch import scratch_folder
 from tasks.stop import StopSignal
 from tasks.try_canary import try_canary
@@ -41,10 +42,13 @@ def generate_shards(
         A state whose message counts the shards; Failed when this replica gave shards up.
     """
     with stop_on_sigterm() as stop:
-        store = open_store(run_uri, StorageConfig(endpoint_url=endpoint_url))
+        storage = StorageConfig(endpoint_url=endpoint_url)
         budget_s = math.inf if budget_minutes is None else budget_minutes * 60
         return as_state(
-            lambda: _drain(store, invocation, budget_s, failed_rows, stop), drained_state
+            lambda: _drain(
+                open_run_folder(run_uri, storage), invocation, budget_s, failed_rows, stop
+            ),
+            drained_state,
         )
 
 

@@ -77,7 +77,9 @@ def deploy(args: argparse.Namespace) -> int:
 
 def open_run(args: argparse.Namespace) -> ObjectStore:
     """Open the run folder that a command names."""
-    return open_store(args.run, storage_of(args))
+    from tasks.run_folder import open_run_folder
+
+    return open_run_folder(args.run, storage_of(args))
 
 
 def storage_of(args: argparse.Namespace) -> StorageConfig:

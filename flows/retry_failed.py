@@ -10,10 +10,11 @@ from flows.config import load_job
 from flows.provisioning import redo_elsewhere
 from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state, as_task_run, ended_state, shard_as_task_run
-from storage.object_store import ObjectStore, StorageConfig, open_store
+from storage.object_store import ObjectStore, StorageConfig
 from tasks.orchestrate import Ended, redo
 from tasks.progress import Progress
 from tasks.run import read_record
+from tasks.run_folder import open_run_folder
 from tasks.stop import StopSignal
 
 
@@ -34,8 +35,8 @@ def retry_failed(run_uri: str, endpoint_url: str | None = None) -> Any:
         A state whose message says in one line how the run stands now.
     """
     with stop_on_sigterm() as stop:
-        store = open_store(run_uri, StorageConfig(endpoint_url=endpoint_url))
-        return as_state(lambda: _redo(store, stop), ended_state)
+        storage = StorageConfig(endpoint_url=endpoint_url)
+        return as_state(lambda: _redo(open_run_folder(run_uri, storage), stop), ended_state)
 
 
 def _redo(store: ObjectStore, should_stop: StopSignal) -> Ended:
