@@ -13,7 +13,6 @@ from flows.yaml_text import YamlError, parse_yaml
 from storage.object_store import StorageConfig
 from tasks.job import RunConfig
 
-
 _OURS = (
     "storage",
     "metrics",
@@ -66,9 +65,9 @@ class InboxJobs:
                 "input.chat_template: only the inbox's own job may name a file; give auto or none"
             )
         source = _at(values, "model.source")
-        if source is not None and source != _at(self.base, "model.source"):
-            if not str(source).startswith(("s3://", "hf://")):
-                raise JobError("model.source: only the inbox's own job may name a folder here")
+        is_local = not str(source).startswith(("s3://", "hf://"))
+        if source not in (None, _at(self.base, "model.source")) and is_local:
+            raise JobError("model.source: only the inbox's own job may name a folder here")
         root = str(_at(self.base, "output.uri")).rstrip("/")
         for path in ("output.uri", "output.history"):
             place = _at(values, path)
