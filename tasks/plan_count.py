@@ -55,7 +55,7 @@ def count_rows(
         check_ids(planned, planned.columns.id, cutter.digests, process)
     count = cutter.finish(inputs)
     if planned.columns.id is not None:
-        count.stats["num_repeated_ids"] = num_repeated(cutter.digests)
+        count.stats["num_repeated_ids"] = num_repeated(cutter.digests["digest"])
     return count
 
 
@@ -112,6 +112,7 @@ class _Totals:
     num_replaced: int = 0
     num_shards: int = 0
     num_digests: int = 0
+    num_prompts: int = 0
     bad_rows: dict[str, int] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     histogram: list[int] = field(default_factory=lambda: [0] * 32)
@@ -125,6 +126,7 @@ class ShardCutter:
         self._totals = _Totals()
         self._shards: list[Shard] = []
         self.digests: dict[str, Any] = {"digest": array("Q"), "row": array("q")}
+        self._prompts = array("Q")  # a digest of every prompt that can run
 
     @property
     def num_rows(self) -> int:
@@ -136,6 +138,8 @@ class ShardCutter:
         tokens = counts.column("num_tokens").fill_null(0).to_numpy(zero_copy_only=False)
         states = counts.column("state").to_numpy()
         self._note_ids(counts.column("digest"))
+        prompts = counts.column("prompt").drop_null().to_numpy()
+        self._prompts.frombytes(prompts.astype("<u8").tobytes())
         bad = np.flatnonzero(states)
         for index in bad[: max(0, NUM_EXAMPLES - len(totals.examples))].tolist():
             error = counts.column("error")[index].as_py()
@@ -170,6 +174,7 @@ class ShardCutter:
             totals,
             num_shards=len(self._shards),
             num_digests=len(self.digests["row"]),
+            num_prompts=len(self._prompts),
             bad_rows=dict(totals.bad_rows),
             examples=list(totals.examples),
             histogram=list(totals.histogram),
@@ -181,6 +186,7 @@ class ShardCutter:
         del self._shards[mark.num_shards :]
         for kept in self.digests.values():
             del kept[mark.num_digests :]
+        del self._prompts[mark.num_prompts :]
 
     def finish(self, inputs: list[InputFile]) -> Count:
         """Close the last shard and return the sums."""
@@ -198,6 +204,7 @@ class ShardCutter:
             "shared_prefix_share": round(shared, 4),
             "num_truncated_prompts": totals.num_truncated,
             "num_replaced_values": totals.num_replaced,
+            "num_repeated_prompts": num_repeated(self._prompts),
         }
         return Count(
             self._shards,

@@ -20,10 +20,11 @@ from tasks.budget import check_budget
 from tasks.choose_tier import Choice, choose_hardware
 from tasks.deadline import deadline_at
 from tasks.feed import PromptFeed
+from tasks.feed_process import FeedProcess
 from tasks.forecast import Forecast, Lengths, Work, forecast, lengths_of, speed_of
 from tasks.history import History, read_history
 from tasks.job import RunConfig
-from tasks.model import open_model
+from tasks.model import RunModel, open_model
 from tasks.plan import make_plan
 from tasks.progress import Progress
 
@@ -55,6 +56,9 @@ class Preflight:
 
     num_repeated_ids: int
     """Rows whose id an earlier row had."""
+
+    num_repeated_prompts: int
+    """Rows that give the model the very prompt of an earlier row."""
 
     num_truncated_prompts: int
     num_prompt_tokens: int
@@ -115,30 +119,10 @@ def preflight(
     deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
     model = open_model(job, progress=progress)
     try:
-        files = InputFiles(work_dir, job.storage)
-        scratch = open_store(str(work_dir / "plan"))
         progress.phase = "planning"
         started = time.monotonic()
-        plan = make_plan(
-            job=job,
-            record=_record(job),
-            store=scratch,
-            model_dir=model.path,
-            work_dir=work_dir,
-            max_model_len=model.max_model_len,
-            on_progress=progress.planned,
-            files=files,
-        )
+        plan, shown = _planned(job, model, work_dir, progress)
         plan_s = time.monotonic() - started
-        with PromptFeed(
-            job=job,
-            model_dir=model.path,
-            store=scratch,
-            work_dir=work_dir,
-            max_model_len=model.max_model_len,
-            files=files,
-        ) as feed:
-            shown = feed.show(plan, num_samples=NUM_SAMPLES, num_rows=_LOOK_FOR_PROMPT)
         progress.phase = "forecasting"
         history = read_history(job)
         lengths = lengths_of(history, job.sampling.max_tokens)
@@ -156,6 +140,27 @@ def preflight(
         return _document(job, plan, shown, choice, expected, plan_s, model.max_model_len, show_text)
     finally:
         model.close()
+
+
+def _planned(
+    job: RunConfig, model: RunModel, work_dir: Path, progress: Progress
+) -> tuple[PlanManifest, dict[str, Any]]:
+    """Return the plan, made in a scratch folder, and a few rows of it for the eye."""
+    common: dict[str, Any] = {
+        "job": job,
+        "model_dir": model.path,
+        "store": open_store(str(work_dir / "plan")),
+        "work_dir": work_dir,
+        "max_model_len": model.max_model_len,
+        "files": InputFiles(work_dir, job.storage),
+    }
+    child = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
+    with child as process:
+        plan = make_plan(
+            **common, record=_record(job), on_progress=progress.planned, process=process
+        )
+        with PromptFeed(**common, process=process) as feed:
+            return plan, feed.show(plan, num_samples=NUM_SAMPLES, num_rows=_LOOK_FOR_PROMPT)
 
 
 def workload_of(plan: PlanManifest, lengths: Lengths, max_tokens: int) -> Workload:
@@ -280,6 +285,7 @@ def _document(
         bad_rows_by_state=plan.bad_rows_by_state,
         bad_row_examples=plan.bad_row_examples,
         num_repeated_ids=int(plan.stats.get("num_repeated_ids") or 0),
+        num_repeated_prompts=int(plan.stats["num_repeated_prompts"]),
         num_truncated_prompts=int(plan.stats["num_truncated_prompts"]),
         num_prompt_tokens=plan.num_prompt_tokens,
         prompt_tokens_histogram=plan.stats["prompt_tokens_histogram"],

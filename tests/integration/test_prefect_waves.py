@@ -248,7 +248,7 @@ def test_a_dropped_file_is_published_by_the_inbox_and_noted_as_done(
     first = lab.run_deployment("scan-inbox/inbox", look)
     assert lab.wait_for_state(first)["state"]["message"] == "1 accepted, 1 in work"
     (letter,) = box.glob("accepted/*/preflight.json")
-    assert MARKER in json.loads(letter.read_text())["first_prompt"]
+    assert MARKER in json.loads(letter.read_text())["preflight"]["first_prompt"]
     run = Path(json.loads(letter.read_text())["run_uri"])
     wait_for((run / "manifest.json").exists, "the run is published", 60)
     again = lab.run_deployment("scan-inbox/inbox", look)

@@ -47,6 +47,8 @@ def _row_lines(found: Preflight) -> list[str]:
         lines.append(f"  and {found.num_bad_rows - len(found.bad_row_examples):,} more")
     if found.num_repeated_ids:
         lines.append(f"  {found.num_repeated_ids:,} rows repeat an id of an earlier row")
+    if found.num_repeated_prompts:
+        lines.append(f"  {found.num_repeated_prompts:,} rows repeat the prompt of an earlier row")
     if found.num_truncated_prompts:
         lines.append(f"  {found.num_truncated_prompts:,} prompts are cut to fit")
     return lines
