@@ -17,8 +17,8 @@ from functools import lru_cache
 from typing import Any
 
 from inference.sampling import SamplingParams, draw_seed
+from storage.answers import NUM_BYTES
 
-NUM_BYTES = 16
 NOT_RUN = bytes(NUM_BYTES)
 """Stands where a row has no answer to be known by."""
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from inference.row_sampling import row_sampling
 from inference.sampling import SamplingParams
-from tasks.content import NUM_BYTES, prompt_digest, row_digest
+from storage.answers import NUM_BYTES
+from tasks.content import prompt_digest, row_digest
 from tasks.feed_spec import STATE_CODES
 from tasks.prepare import Row
 

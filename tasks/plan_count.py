@@ -10,12 +10,14 @@ import numpy as np
 
 from storage.errors import BadInput
 from storage.manifest import InputFile, Shard
+from tasks.content import NOT_RUN
 from tasks.duplicate_ids import check_ids, num_repeated
 from tasks.feed_batches import from_counts
 from tasks.feed_process import FeedProcess
 from tasks.feed_spec import STATE_CODES
 from tasks.job import RunConfig, ShardConfig
 from tasks.plan_inputs import LocalInput, PlannedInput
+from tasks.reuse import ReuseIndex
 
 NUM_EXAMPLES = 20
 _ERROR_CODE = STATE_CODES.index("invalid_input")
@@ -40,14 +42,15 @@ def count_rows(
     output_schema: str,
     process: FeedProcess,
     on_progress: Callable[[int, int], None] | None,
+    reuse: ReuseIndex | None = None,
 ) -> Count:
-    """Prepare every row once, without keeping it.
+    """Prepare every row once, without keeping it; count those whose answers `reuse` has.
 
     Raises:
         BadInput: a file is damaged (unless error rows are asked for), or ids repeat.
     """
     total = sum(local.file.num_rows for local in planned.files)
-    cutter = ShardCutter(job.shards)
+    cutter = ShardCutter(job.shards, reuse=reuse, num_samples=job.sampling.n)
     inputs = []
     for local in planned.files:
         inputs.append(_count_file(job, local, output_schema, process, cutter, on_progress, total))
@@ -113,6 +116,8 @@ class _Totals:
     num_shards: int = 0
     num_digests: int = 0
     num_prompts: int = 0
+    num_reused: int = 0  # sequences
+    num_reused_tokens: int = 0  # of their prompts
     bad_rows: dict[str, int] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     histogram: list[int] = field(default_factory=lambda: [0] * 32)
@@ -121,8 +126,12 @@ class _Totals:
 class ShardCutter:
     """Cuts contiguous shards of about `target_tokens`, never above `max_rows`, and adds up."""
 
-    def __init__(self, config: ShardConfig) -> None:
+    def __init__(
+        self, config: ShardConfig, *, reuse: ReuseIndex | None = None, num_samples: int = 1
+    ) -> None:
         self._config = config
+        self._reuse = reuse
+        self._num_samples = num_samples
         self._totals = _Totals()
         self._shards: list[Shard] = []
         self.digests: dict[str, Any] = {"digest": array("Q"), "row": array("q")}
@@ -155,6 +164,7 @@ class ShardCutter:
         totals.num_shared += int(counts.column("num_shared").to_numpy().sum())
         totals.num_truncated += counts.column("is_truncated").true_count
         totals.num_replaced += num_replaced
+        self._note_known(counts.column("content").to_pylist(), runnable)
         self._cut(runnable.tolist(), states.tolist())
 
     def add_errors(self, num_rows: int, error: str) -> None:
@@ -205,6 +215,8 @@ class ShardCutter:
             "num_truncated_prompts": totals.num_truncated,
             "num_replaced_values": totals.num_replaced,
             "num_repeated_prompts": num_repeated(self._prompts),
+            "num_reused_sequences": totals.num_reused,
+            "num_reused_prompt_tokens": totals.num_reused_tokens,
         }
         return Count(
             self._shards,
@@ -246,6 +258,13 @@ class ShardCutter:
     def _example(self, row_index: int, code: int, error: str) -> None:
         example = {"row_index": row_index, "state": STATE_CODES[code], "error": error}
         self._totals.examples.append(example)
+
+    def _note_known(self, contents: list[bytes | None], tokens: Any) -> None:
+        if self._reuse is None:
+            return
+        known = self._reuse.num_known([c or NOT_RUN for c in contents], self._num_samples)
+        self._totals.num_reused += sum(known)
+        self._totals.num_reused_tokens += int(np.dot(known, tokens))
 
     def _note_ids(self, column: Any) -> None:
         valid = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))

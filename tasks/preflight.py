@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from inference.backends import resolve_backend
 from inference.roofline import Workload
 from storage.inputs import InputFiles
 from storage.manifest import PlanManifest, RunRecord
@@ -21,6 +22,7 @@ from tasks.choose_tier import Choice, choose_hardware
 from tasks.deadline import deadline_at
 from tasks.feed import PromptFeed
 from tasks.feed_process import FeedProcess
+from tasks.fingerprint import fingerprint_fields
 from tasks.forecast import Forecast, Lengths, Work, forecast, lengths_of, speed_of
 from tasks.history import History, read_history
 from tasks.job import RunConfig
@@ -49,6 +51,9 @@ class Preflight:
     num_rows: int
     num_sequences: int
     """Completions that will be generated."""
+
+    num_reused: int
+    """Completions that will be copied from the runs that `reuse_from` names."""
 
     bad_rows_by_state: dict[str, int]
     bad_row_examples: list[dict[str, Any]]
@@ -157,17 +162,29 @@ def _planned(
     child = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
     with child as process:
         plan = make_plan(
-            **common, record=_record(job), on_progress=progress.planned, process=process
+            **common, record=_record(job, model), on_progress=progress.planned, process=process
         )
         with PromptFeed(**common, process=process) as feed:
             return plan, feed.show(plan, num_samples=NUM_SAMPLES, num_rows=_LOOK_FOR_PROMPT)
 
 
+def num_to_generate(plan: PlanManifest) -> int:
+    """Return how many completions a planned run needs of its engine."""
+    every = (plan.num_rows - plan.num_bad_rows) * plan.num_samples
+    return every - int(plan.stats.get("num_reused_sequences", 0))
+
+
+def num_tokens_to_prefill(plan: PlanManifest) -> int:
+    """Return the prompt tokens of those completions."""
+    every = plan.num_prompt_tokens * plan.num_samples
+    return every - int(plan.stats.get("num_reused_prompt_tokens", 0))
+
+
 def workload_of(plan: PlanManifest, lengths: Lengths, max_tokens: int) -> Workload:
     """Return a plan's token counts as the sizing takes them."""
-    num_sequences = max(1, (plan.num_rows - plan.num_bad_rows) * plan.num_samples)
+    num_sequences = max(1, num_to_generate(plan))
     share = plan.stats.get("shared_prefix_share") or 0.0
-    num_prompt_tokens = plan.num_prompt_tokens * plan.num_samples
+    num_prompt_tokens = num_tokens_to_prefill(plan)
     return Workload.from_totals(
         num_sequences,
         num_prompt_tokens,
@@ -208,8 +225,8 @@ def forecast_run(
     past = history.last
     same = past is not None and past.backend == choice.backend and _is_device(past.device, choice)
     speed = speed_of(past) if past is not None and same else None
-    num_sequences = (plan.num_rows - plan.num_bad_rows) * plan.num_samples
-    num_prompt_tokens = float(plan.num_prompt_tokens * plan.num_samples)
+    num_sequences = num_to_generate(plan)
+    num_prompt_tokens = float(num_tokens_to_prefill(plan))
     # An earlier run says what its cache saved in fact; a plan only what could be saved.
     saved = plan.stats.get("shared_prefix_share") or 0.0
     if speed is None or past is None:
@@ -241,12 +258,18 @@ def _is_device(device: str, choice: Choice) -> bool:
     return choice.device.split("-")[0].upper() in device.upper().replace("-", " ").split()
 
 
-def _record(job: RunConfig) -> RunRecord:
+def _record(job: RunConfig, model: RunModel) -> RunRecord:
+    fields = fingerprint_fields(
+        job,
+        model_content_id=model.content_id,
+        backend=resolve_backend(job.engine.backend),
+        max_model_len=model.max_model_len,
+    )
     return RunRecord(
         run_id="preflight",
         name=job.name,
         fingerprint="preflight",
-        fingerprint_fields={},
+        fingerprint_fields=fields,
         job={},
         versions={},
         created_at="",
@@ -281,7 +304,8 @@ def _document(
         schema=shown["schema"],
         samples=shown["samples"] if show_text else [],
         num_rows=plan.num_rows,
-        num_sequences=(plan.num_rows - plan.num_bad_rows) * plan.num_samples,
+        num_sequences=num_to_generate(plan),
+        num_reused=plan.stats["num_reused_sequences"],
         bad_rows_by_state=plan.bad_rows_by_state,
         bad_row_examples=plan.bad_row_examples,
         num_repeated_ids=int(plan.stats.get("num_repeated_ids") or 0),

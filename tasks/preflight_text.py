@@ -79,10 +79,11 @@ def _prompt_lines(found: Preflight) -> list[str]:
 
 
 def _run_lines(found: Preflight) -> list[str]:
+    reused = f", {found.num_reused:,} more are copied from earlier runs" if found.num_reused else ""
     rate = found.planning["prompt_tokens_per_s"] or 0.0
     return [
         f"planned    in {found.planning['seconds']:.1f} s, {rate:,.0f} prompt tokens/s",
-        f"run        {found.num_sequences:,} completions in {found.num_shards:,} shards",
+        f"run        {found.num_sequences:,} completions in {found.num_shards:,} shards{reused}",
         f"hardware   {found.hardware['reason']}",
         f"forecast   {found.forecast.sentence}",
     ]

@@ -33,6 +33,8 @@ from tasks.progress import Progress
 from tasks.receipt import Mark, Meter
 from tasks.results import ResultColumns, count_states
 from tasks.retry import ends_run, is_retryable
+from tasks.reuse import ReuseIndex
+from tasks.shard_answers import ShardAnswers
 from tasks.shard_work import SampleKey, ShardWork
 from tasks.stop import Stoppable, Stopped
 
@@ -76,6 +78,12 @@ class Replica:
     should_stop: Stoppable
     kept: Kept = field(default_factory=dict)
     """Answers of the canary."""
+
+    engine: bytes = b""
+    """See `tasks.content.engine_digest`."""
+
+    reuse: ReuseIndex | None = None
+    """Answers of earlier runs."""
 
     may_claim: Callable[[], bool] = lambda: True
     """Asked before every claim; False ends the drain once what is in hand is done."""
@@ -210,6 +218,9 @@ class Replica:
             columns=self.columns,
             input_schema=self.input_schema,
             num_samples=self.plan.num_samples,
+            answers=ShardAnswers(
+                engine=self.engine, num_samples=self.plan.num_samples, index=self.reuse
+            ),
             kept=self.kept,
             started_at=time.monotonic(),
         )

@@ -39,6 +39,7 @@ from tasks.plan import load_plan, load_shards, make_plan
 from tasks.preflight import refuse_over_budget
 from tasks.progress import Progress
 from tasks.results import ResultColumns
+from tasks.reuse import ReuseIndex, open_reuse
 
 log = logging.getLogger("nightjar.run")
 
@@ -60,6 +61,7 @@ class Run:
     """What planned, its tokenizer loaded, for the first feed to take over."""
 
     commit_cache: CommitCache = dataclasses.field(default_factory=dict)
+    reuse_index: ReuseIndex | None = None
     warm_backend: Backend | None = None
     """The engine of the canary, for the first replica in this process to take over."""
 
@@ -95,8 +97,28 @@ class Run:
         with feed, process or nullcontext():
             yield feed
 
+    def open_reuse(self) -> ReuseIndex | None:
+        """Return the answers of earlier runs that the plan counts on; None without any.
+
+        One that has vanished meanwhile costs only that its rows are generated. Raises StorageError.
+        """
+        uris = self.plan.stats.get("reuse_from")
+        if uris and self.reuse_index is None:
+            try:
+                self.reuse_index = open_reuse(
+                    uris,
+                    self.record.fingerprint_fields,
+                    storage=self.job.storage,
+                    folder=self.work_dir / "reuse",
+                )
+            except BadInput as error:
+                log.warning("%s; all rows are generated", error)
+        return self.reuse_index
+
     def close(self) -> None:
         """Let go of the model, the feed and an engine nobody took. Safe to repeat."""
+        if self.reuse_index is not None:
+            self.reuse_index.close()
         unused = self.take_backend()
         if unused is not None:
             unused.close()
