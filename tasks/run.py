@@ -7,6 +7,7 @@ attach: the same from a run folder, for a replica that joins.
 """
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from storage.commits import CommitCache, current_commits
 from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
 from storage.failpoints import failpoint
 from storage.inputs import InputFiles
-from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, digest
+from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, digest, to_json
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from tasks.feed import PromptFeed
@@ -160,6 +161,7 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
         )
         store = open_store(f"{root.uri}/{run_id}", job.storage)
         record = _write_record(store, job, run_id, fields)
+        store.put(keys.JOB, to_json(dataclasses.asdict(job)))
         progress.phase = "planning"
         plan = make_plan(
             job=job,
@@ -206,13 +208,23 @@ def attach(
 
 
 def read_record(store: ObjectStore) -> RunRecord:
-    """Read run.json. Raises BadInput when the folder is not a run's."""
+    """Read run.json, with the job as the latest start has it.
+
+    Budget, deadline, canary and the like may differ from start to start; what can change a token cannot.
+
+    Raises:
+        BadInput: the folder is not a run's.
+    """
     try:
-        return RunRecord.from_json(store.get(keys.RUN), source=f"{store.uri}/{keys.RUN}")
+        record = RunRecord.from_json(store.get(keys.RUN), source=f"{store.uri}/{keys.RUN}")
     except NotFound:
         raise BadInput(
             f"{store.uri}: no run.json; give a run folder, such as OUTPUT_URI/RUN_ID"
         ) from None
+    try:
+        return dataclasses.replace(record, job=json.loads(store.get(keys.JOB)))
+    except NotFound:
+        return record
 
 
 def planned(store: ObjectStore) -> PlanManifest:
