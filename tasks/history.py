@@ -53,6 +53,9 @@ class PastRun:
     """Of the replica that worked longest."""
 
     usd: float | None = None
+    num_tail_tokens: int = 0
+    """Of the completion tokens, those of the tails: few sequences at a time, and slow for it."""
+
     run_uri: str = ""
     """Its folder; empty in histories of older versions."""
 
@@ -162,5 +165,6 @@ def past_run(
         num_repetitive=sum(r.get("num_repetitive") or 0 for r in receipts),
         wall_s=round(max(by_holder.values(), default=0.0), 4),
         usd=None if None in prices or not prices else round(sum(p for p in prices if p), 6),
+        num_tail_tokens=sum(r.get("num_tail_tokens") or 0 for r in receipts),
         run_uri=run_uri,
     )

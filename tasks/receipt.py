@@ -52,6 +52,9 @@ class Meter:
     tail_s: float = 0.0
     """Of `step_s`."""
 
+    tail_tokens: int = 0
+    """Completion tokens that were added meanwhile."""
+
     write_s: float = 0.0
 
     def starved(self, seconds: float, tokenise_share: float) -> None:
@@ -159,6 +162,7 @@ def shard_receipt(
         "num_prompt_tokens": tokens["prompt"],
         "num_completion_tokens": tokens["completion"],
         "num_reused_completion_tokens": reused["completion"],
+        "num_tail_tokens": after.meter.tail_tokens - before.meter.tail_tokens,
         "num_prefilled_tokens": num_prefilled,
         "num_cached_prompt_tokens": num_cached,
         "completion_tokens_histogram": dict(facts.lengths),

@@ -305,6 +305,7 @@ class Replica:
             and backend.num_unfinished < backend.info.max_num_seqs
         )
         started, decoded_s = time.monotonic(), backend.stats.decode_s
+        num_running, num_steps = backend.num_unfinished, backend.stats.num_steps
         try:
             completions = backend.step()
         except InferenceError as error:
@@ -312,8 +313,9 @@ class Replica:
             return
         stepped = time.monotonic()
         self._meter.step_s += stepped - started
-        if is_tail:
+        if is_tail and backend.stats.decode_s > decoded_s:
             self._meter.tail_s += backend.stats.decode_s - decoded_s
+            self._meter.tail_tokens += num_running * (backend.stats.num_steps - num_steps)
         for completion in completions:
             shard_id, key, submitted_at = self._owners.pop(completion.seq_id)
             self.latencies.add(stepped - submitted_at)

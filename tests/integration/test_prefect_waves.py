@@ -315,7 +315,7 @@ def test_a_canary_is_one_replica_and_a_bad_one_ends_the_night_before_there_is_an
     assert 0 < len(committed) < NUM_SHARDS
     assert (case.run / "_canary.json").read_bytes() == told
 
-    rich = {**dollars, "budget": {"usd": 10_000.0}, "deadline": "00:00"}
+    rich = {**dollars, "budget": {"usd": 10_000.0}, "deadline": "2026-01-01T00:00+00:00"}
     case.job.write_text(yaml.safe_dump({**values, "canary": {"rows": 8}, **rich}))
     run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
     done = lab.wait_for_state(run_id, timeout_s=120)
@@ -323,6 +323,15 @@ def test_a_canary_is_one_replica_and_a_bad_one_ends_the_night_before_there_is_an
     assert {path: path.read_bytes() for path in committed} == committed
     assert case.is_whole()
     assert_artifacts(lab, run_id)
+    where = {"logs": {"flow_run_id": {"any_": [run_id]}}}
+    said = wait_for(
+        lambda: [
+            log["message"] for log in lab.api("/logs/filter", where) if "late" in log["message"]
+        ],
+        "the flow's log says that it is late",
+        30,
+    )
+    assert "past the deadline 2026-01-01T00:00+00:00" in said[0]
     assert MARKER.encode() not in lab.everything_stored()
 
 
