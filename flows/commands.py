@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Say what a job would do; runs nothing and writes nothing into its output."""
-    from flows.preflight_text import preflight_lines
     from tasks.preflight import preflight
+    from tasks.preflight_text import preflight_lines
 
     job = load_job(args.job, overrides=args.overrides)
     progress = Progress()
