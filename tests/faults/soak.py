@@ -160,7 +160,7 @@ class Soak:
             return False
         complaint = self._log(name).read_text()
         self.tally.exits[f"{name} {process.returncode}"] += 1
-        if process.returncode not in (0, -signal.SIGKILL, 143, 3):
+        if process.returncode not in (0, -signal.SIGKILL, -signal.SIGTERM, 143, 3):
             last = complaint.strip().splitlines()[-1:] or [""]
             self._say(f"{name} ended with {process.returncode}: {last[0][:300]}")
             if process.returncode not in (2,):
