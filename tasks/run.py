@@ -19,7 +19,7 @@ from inference.backends import Backend, resolve_backend
 from inference.errors import ModelError
 from storage import keys
 from storage.commits import CommitCache, current_commits
-from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
+from storage.errors import AlreadyExists, BadInput, CorruptObject, InputChanged, NotFound
 from storage.failpoints import failpoint
 from storage.inputs import InputFiles
 from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, digest, to_json
@@ -222,9 +222,15 @@ def read_record(store: ObjectStore) -> RunRecord:
             f"{store.uri}: no run.json; give a run folder, such as OUTPUT_URI/RUN_ID"
         ) from None
     try:
-        return dataclasses.replace(record, job=json.loads(store.get(keys.JOB)))
+        latest = store.get(keys.JOB)
     except NotFound:
         return record
+    try:
+        return dataclasses.replace(record, job=json.loads(latest))
+    except ValueError:
+        raise CorruptObject(
+            f"{store.uri}/{keys.JOB}: not JSON; delete it, and the job of the first start holds"
+        ) from None
 
 
 def planned(store: ObjectStore) -> PlanManifest:
