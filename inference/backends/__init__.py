@@ -32,6 +32,10 @@ def create_backend(config: EngineConfig) -> Backend:
         from inference.backends.transformers import TransformersBackend
 
         return TransformersBackend(config)
+    if name == "paged" and config.tensor_parallel_size > 1:
+        from inference.backends.ranked import RankedBackend
+
+        return RankedBackend(config)
     if name == "paged":
         from inference.backends.paged import PagedBackend
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -21,33 +22,38 @@ from inference.loading import dtype_name, load_model, load_tokenizer
 from inference.memory import MemoryPlan
 from inference.model import PagedModel, make_paged_model
 from inference.sequence import Completion, Sequence
-from inference.weights import check_model_folder
+from inference.tensor_parallel import TensorParallel
+from inference.weights import ModelFolder, check_model_folder
 
 
 class PagedBackend:
     """See `inference.backends.base.Backend` for the protocol."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model and build the engine.
+    def __init__(self, config: EngineConfig, ranks: TensorParallel | None = None) -> None:
+        """Load the model and build the engine; under tensor parallel, this rank's part of both.
+
+        Args:
+            ranks: The ranks that hold the model between them, each of which builds the same backend and gives it
+                the same sequences (`inference.rank_loop`). `RankedBackend` starts them.
 
         Raises:
             ModelError: the model folder is unusable.
             EngineConfigError: the settings cannot work on this model or machine.
         """
         started_at = time.perf_counter()
-        if config.tensor_parallel_size != 1:
+        ranks = ranks or TensorParallel.alone()
+        if config.tensor_parallel_size != ranks.size:
             raise EngineConfigError(
-                f"engine.tensor_parallel_size is {config.tensor_parallel_size}: the paged backend runs "
-                f"on one device; use 1 and more replicas"
+                f"engine.tensor_parallel_size is {config.tensor_parallel_size}: a paged backend in one "
+                f"process is one rank of {ranks.size}; use create_backend, which starts them"
             )
         is_fp8 = config.quantization == "fp8"
         if is_fp8:
             _check_fp8()
         folder = check_model_folder(config.model)
         self.tokenizer = load_tokenizer(folder)
-        device_map = {"": 0} if torch.cuda.is_available() else None
-        loaded = load_model(folder, _without_fp8(config), device_map)
-        model = make_paged_model(loaded, _ops(), is_fp8=is_fp8)
+        loaded = _load(folder, _without_fp8(config), ranks)
+        model = make_paged_model(loaded, _ops(), is_fp8=is_fp8, ranks=ranks)
         settings = PagedSettings.of(config, model)
         load_s = time.perf_counter() - started_at
         self._engine: PagedEngine | None
@@ -132,6 +138,16 @@ def _info(
         warmup_s=warmup_s,
         memory=plan.as_dict(),
     )
+
+
+def _load(folder: ModelFolder, config: EngineConfig, ranks: TensorParallel) -> Any:
+    is_cuda = torch.cuda.is_available()
+    if ranks.size == 1:
+        return load_model(folder, config, {"": 0} if is_cuda else None)
+    from inference.partition import load_partition
+
+    device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+    return load_partition(folder, config, ranks, device)
 
 
 def _ops() -> ModuleType:
