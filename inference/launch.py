@@ -98,7 +98,7 @@ def _deepspeed_command(launch: Launch) -> list[str]:
         *(sys.executable, "-m", "deepspeed.launcher.launch"),
         f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
         *(f"--node_rank={launch.host_rank}", f"--master_addr={host}", f"--master_port={port}"),
-        *("--module", launch.module, *launch.args),
+        *("--no_local_rank", "--module", launch.module, *launch.args),
     ]
 
 

@@ -51,6 +51,7 @@ class RankGroup:
         self._inbox: deque[Message] = deque()
         self._endings: dict[str, tuple[int | None, str]] = {}
         self._first: socket.socket | None = None
+        self._is_closed = False
         path = self._folder / "document.json"
         path.write_text(json.dumps(document))
         self._log_path = self._folder / "output"
@@ -98,13 +99,14 @@ class RankGroup:
 
     def close(self) -> None:
         """End all ranks. Safe to repeat."""
-        if self._first is not None and not self._endings:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._first in self._decoders and not self._endings:
             self.send({"kind": "stop"})
         for connection in list(self._decoders):
             self._forget(connection)
-        self._first = None
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(self._listener)
+        self._selector.unregister(self._listener)
         self._listener.close()
         self._processes.stop()
         self._selector.close()

@@ -7,8 +7,10 @@ waits for: a step, a peer, a device.
 import logging
 import os
 import queue
+import shutil
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 from inference.rank_exit import ExitCode
@@ -21,6 +23,7 @@ class RankLink:
     def __init__(self, path: str, rank: int) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(path)
+        self._folder = Path(path).parent
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.send({"kind": "hello", "rank": rank, "pid": os.getpid()})
@@ -51,6 +54,7 @@ class RankLink:
         while (messages := receive(self._socket, decoder)) is not None:
             for message in messages:
                 self._inbox.put(message)
+        shutil.rmtree(self._folder, ignore_errors=True)  # the replica cannot any more
         # Not sys.exit: the main thread may be inside a collective that never ends.
         os._exit(ExitCode.ORPHANED)
 

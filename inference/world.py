@@ -53,6 +53,13 @@ def join_world(place: Place, *, timeout_s: float) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
+def current_device() -> torch.device:
+    """The device of this rank."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def leave_world() -> None:
     """Close the process groups, if any. Safe to repeat."""
     if dist.is_initialized():

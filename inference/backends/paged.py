@@ -145,9 +145,9 @@ def _load(folder: ModelFolder, config: EngineConfig, ranks: TensorParallel) -> A
     if ranks.size == 1:
         return load_model(folder, config, {"": 0} if is_cuda else None)
     from inference.partition import load_partition
+    from inference.world import current_device
 
-    device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
-    return load_partition(folder, config, ranks, device)
+    return load_partition(folder, config, ranks, current_device())
 
 
 def _ops() -> ModuleType:
