@@ -71,7 +71,7 @@ def run_rank(document: str, place: Place, link: RankLink | None) -> None:
     fabric = check_fabric(ranks, current_device(), config.distributed)
     from inference.backends.paged import PagedBackend  # after the device is chosen
 
-    backend = PagedBackend(config, ranks)
+    backend = PagedBackend(config, ranks=ranks)
     backend.stats.extra["all_reduce_gb_per_s"] = round(fabric.bandwidth, 3)
     serve(backend, ranks, link)
     backend.close()

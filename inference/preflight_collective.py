@@ -165,7 +165,8 @@ def _own_facts(device: torch.device) -> RankFacts:
     nccl: Any = ()
     name = "cpu"
     if device.type == "cuda":
-        nccl = torch.cuda.nccl.version()
+        cuda: Any = torch.cuda
+        nccl = cuda.nccl.version()
         name = torch.cuda.get_device_name(device)
     return RankFacts(
         host=socket.gethostname()[:200],

@@ -223,6 +223,10 @@ class RunConfig:
     max_failed_rows: int | None = None
     """More failed rows than this end the run with exit code 5; null: any number."""
 
+    reuse_from: str | list[str] | None = None
+    """Earlier run folders, or `last` for this job's last published run: rows they answered `ok` under the
+    same weights, engine settings, prompt and sampling are copied, not generated."""
+
     deadline: str | None = None
     """When the run should be published: `06:00 Europe/Berlin`; without a zone, in the job's."""
 
