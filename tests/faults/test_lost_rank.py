@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from inference.backends.paged import PagedBackend
 from inference.backends.ranked import RankedBackend
-from inference.config import EngineConfig
+from inference.config import DistributedConfig, EngineConfig
 from inference.errors import EngineFault
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
@@ -93,8 +94,10 @@ def test_a_ranked_backend_serves_as_one_rank_does_and_a_killed_rank_ends_it():
     ("launcher", "signum"), [("torchrun", signal.SIGKILL), ("deepspeed", signal.SIGTERM)]
 )
 def test_ranks_do_not_outlive_their_owner(launcher, signum):
+    settings = replace(config_of(2), distributed=DistributedConfig(launcher=launcher))
+    document = json.dumps(asdict(settings))
     owner = subprocess.Popen(
-        [sys.executable, "-m", "tests.ranked_owner", MODEL, launcher],
+        [sys.executable, "-m", "tests.ranked_owner", document],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
