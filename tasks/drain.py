@@ -28,6 +28,7 @@ from tasks.gpu_sample import DeviceSampler, open_gpu
 from tasks.holder import holder_name, is_dead
 from tasks.metrics import ReplicaCollector, exported
 from tasks.progress import Progress
+from tasks.ranks import distributed_of, num_ranks
 from tasks.replica import Replica, ShardOutcome
 from tasks.run import Run
 from tasks.stop import Stopped, StopSignal
@@ -176,9 +177,9 @@ def engine_config(run: Run) -> EngineConfig:
         max_num_batched_tokens=knobs.max_num_batched_tokens,
         max_model_len=run.max_model_len,
         kv_cache_dtype=knobs.kv_cache_dtype,
-        tensor_parallel_size=1
-        if knobs.tensor_parallel_size == "auto"
-        else knobs.tensor_parallel_size,
+        tensor_parallel_size=num_ranks(run),
+        distributed=distributed_of(run.job),
+        enforce_eager=knobs.enforce_eager,
         seed=run.job.sampling.seed,
     )
 

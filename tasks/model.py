@@ -9,7 +9,9 @@ from typing import Any
 from inference.backends import resolve_backend
 from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR
 from inference.errors import EngineConfigError
-from inference.weights import check_model_folder
+from inference.heads import check_heads
+from inference.model_config import read_model_shape
+from inference.weights import ModelFolder, check_model_folder
 from tasks.job import RunConfig
 from tasks.progress import Progress
 
@@ -40,7 +42,8 @@ def open_model(job: RunConfig, *, progress: Progress) -> RunModel:
 
     Raises:
         ModelError, StorageError: missing, damaged or refused files, by name.
-        EngineConfigError: `engine.max_model_len` exceeds what the model was made for.
+        EngineConfigError: `engine.max_model_len` exceeds what the model was made for, or
+            `engine.tensor_parallel_size` does not divide its heads.
     """
     if resolve_backend(job.engine.backend) == "dummy":
         limit = job.engine.max_model_len
@@ -57,6 +60,7 @@ def open_model(job: RunConfig, *, progress: Progress) -> RunModel:
     try:
         folder = check_model_folder(staged.path)
         max_model_len = _max_model_len(job, folder.config)
+        _check_ranks(job, folder)
     except BaseException:
         staged.close()
         raise
@@ -68,6 +72,20 @@ def open_model(job: RunConfig, *, progress: Progress) -> RunModel:
         stage_s=time.monotonic() - started,
         staged=staged,
     )
+
+
+def _check_ranks(job: RunConfig, folder: ModelFolder) -> None:
+    """Refuse a tensor parallel size that cannot work, before anything is planned."""
+    size = job.engine.num_ranks
+    if size == 1:
+        return
+    if resolve_backend(job.engine.backend) == "transformers":
+        raise EngineConfigError(
+            f"engine.tensor_parallel_size is {size}: the transformers backend runs in one process; "
+            f"use 1, or engine.backend paged"
+        )
+    shape = read_model_shape(folder.path)
+    check_heads(size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads)
 
 
 def _max_model_len(job: RunConfig, config: dict[str, Any]) -> int:

@@ -33,12 +33,16 @@ def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) ->
         from inference.backends.dummy import DummyBackend
 
         return DummyBackend(config)
-    if name == "paged":
+    if name == "paged" and config.tensor_parallel_size == 1:
         from inference.backends.paged import PagedBackend
 
         return PagedBackend(config, arriving=arriving)
     if arriving is not None:
         arriving.wait_for_all()
+    if name == "paged":
+        from inference.backends.ranked import RankedBackend
+
+        return RankedBackend(config)
     if name == "transformers":
         from inference.backends.transformers import TransformersBackend
 
