@@ -23,7 +23,7 @@ from tasks.feed import PromptFeed
 from tasks.forecast import Forecast, Lengths, Work, forecast, lengths_of, speed_of
 from tasks.history import History, read_history
 from tasks.job import RunConfig
-from tasks.model import open_model
+from tasks.model import peek_model
 from tasks.plan import make_plan
 from tasks.progress import Progress
 
@@ -113,7 +113,7 @@ def preflight(
     progress = progress or Progress()
     starts_at = now()
     deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
-    model = open_model(job, progress=progress)
+    model = peek_model(job, work_dir=work_dir, progress=progress)
     try:
         files = InputFiles(work_dir, job.storage)
         scratch = open_store(str(work_dir / "plan"))

@@ -2,11 +2,10 @@
 
 from datetime import UTC, datetime
 
-from inference.backends import create_backend
 from tasks.budget import check_budget
 from tasks.canary import read_canary, refuse_bad_canary, run_canary, wants_canary
 from tasks.choose_tier import choose_hardware
-from tasks.drain import engine_config
+from tasks.drain import build_engine
 from tasks.forecast import lengths_of_canary
 from tasks.history import read_history
 from tasks.preflight import forecast_run, workload_of
@@ -29,7 +28,7 @@ def try_canary(run: Run, *, progress: Progress) -> None:
     history = read_history(job)
     result = read_canary(run.store)
     if result is None:
-        run.warm_backend = backend = create_backend(engine_config(run))
+        run.warm_backend = backend = build_engine(run)
         with run.open_feed() as feed:
             result = run_canary(
                 run.store, run.plan, feed, backend, num_rows=config.rows, columns=run.columns
