@@ -93,15 +93,15 @@ class HubSource:
     def read_range(self, file: SourceFile, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file at this commit. Raises NotFound, AccessDenied, StoreUnavailable."""
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+        utils: Any = import_module("huggingface_hub.utils")
         what = f"{self.uri} {file.name}"
         url = hf_hub_url(self.repo_id, file.name, revision=self.commit, endpoint=_endpoint())
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+        headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
 
         def request() -> bytes:
-            reply = get_session().get(url, headers=headers, timeout=30, follow_redirects=True)
-            hf_raise_for_status(reply)
+            reply = utils.get_session().get(url, headers=headers, timeout=30, follow_redirects=True)
+            utils.hf_raise_for_status(reply)
             return bytes(reply.content)
 
         data = _bounded(request, what)
