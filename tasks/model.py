@@ -35,6 +35,9 @@ class RunModel:
     """Holds config and tokenizer; the weights too once nothing is on its way."""
 
     max_model_len: int
+    uri: str = ""
+    """Its source, a Hub revision pinned to its commit; empty while it is not known."""
+
     content_id: str | None = None
     """What it is known, or expected, to be; None while neither is said."""
 
@@ -135,6 +138,7 @@ def peek_model(job: RunConfig, *, work_dir: Path, progress: Progress) -> RunMode
         path=folder,
         content_id=found.content_id,
         max_model_len=_max_model_len(job, found.config),
+        uri=seen.uri,
         num_weight_bytes=found.num_weight_bytes,
         start=lambda: StageThread(job, progress),
     )
@@ -190,6 +194,7 @@ def _whole(job: RunConfig, staged: Any, stage_s: float) -> RunModel:
         path=folder.path,
         content_id=folder.content_id,
         max_model_len=max_model_len,
+        uri=staged.report.source,
         num_weight_bytes=folder.num_weight_bytes,
         stage_s=stage_s,
         staged=staged,

@@ -122,6 +122,7 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
     progress.phase = "checking the model"
     model = peek_model(job, work_dir=work_dir, progress=progress)
     assert model.content_id is not None, "a look tells which model it is"
+    job = _pinned(job, model)
     process = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
     try:
         progress.phase = "listing inputs"
@@ -246,6 +247,13 @@ def _run(
         work_dir=work_dir,
         max_model_len=record.fingerprint_fields["engine.max_model_len"],
     )
+
+
+def _pinned(job: RunConfig, model: RunModel) -> RunConfig:
+    """The job as replicas elsewhere are given it: a branch of the Hub may move before they ask."""
+    if not job.model.source.startswith("hf://"):
+        return job
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, source=model.uri))
 
 
 def _write_record(

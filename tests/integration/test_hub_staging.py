@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from storage.peek import Peeked, peek_model
 from storage.staging import stage_model
 from tests.fake_hub import COMMIT, FakeHub
 from tests.model_files import folder_bytes, safetensors_bytes, write_model
+from tests.pipeline import CASES, MODELS, Nightjar
 
 CONFIG = StorageConfig()
 SOURCE = "hf://org/model@main"
@@ -73,6 +75,21 @@ def test_a_look_moves_no_weights_and_tells_the_same_id_as_the_whole_model(
 
 
 STAGE = "import sys; from storage.staging import stage_model; from storage.object_store import StorageConfig; print(stage_model(sys.argv[1], config=StorageConfig()).report.outcome)"
+
+
+def test_a_run_names_the_commit_it_was_planned_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NIGHTJAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "")
+    with FakeHub(folder_bytes(MODELS / "tiny-a")) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        table = CASES / "A1-left-pad" / "input.parquet"
+        done = Nightjar(tmp_path, capsys).run("none", table, model__source=SOURCE)
+    assert done.code == 0, done.err
+    assert done.run is not None
+    record = json.loads((done.run / "run.json").read_text())
+    assert record["job"]["model"]["source"] == f"hf://org/model@{COMMIT}"
 
 
 def test_many_processes_in_a_storm_of_429_resolve_once_and_download_once(hub: FakeHub) -> None:
