@@ -232,15 +232,29 @@ def _sentence(
     if wall <= 0 or not num_tokens:
         return "No tokens were generated."
     rate = f"{num_tokens / wall:,.0f} tokens/s over {wall:,.1f} s"
+    return f"{rate}; {largest_loss(seconds, prefill_share, decode_share)}."
+
+
+def largest_loss(
+    seconds: Mapping[str, float], prefill_share: float | None, decode_share: float | None
+) -> str:
+    """Say what most of the time was lost to; the end of a sentence.
+
+    Args:
+        seconds: All of the time, by phase.
+        prefill_share: Of the arithmetic peak, in prefill; None if it is not known.
+        decode_share: Of the memory's bandwidth, in decoding; likewise.
+    """
     name, lost = max(losses(seconds, prefill_share, decode_share).items(), key=lambda i: i[1])
-    share = round(100 * lost / wall)
+    share = round(100 * lost / sum(seconds.values()))
     if share < 1:
-        return f"{rate}; nothing was lost that is worth a per cent."
+        return "nothing was lost that is worth a per cent"
+    what = _WORDS[name]
     if name == "decode" and decode_share is not None:
-        return f"{rate}; the largest loss, {share} %, was decoding at {100 * decode_share:.0f} % of the memory's bandwidth."
+        what = f"decoding at {100 * decode_share:.0f} % of the memory's bandwidth"
     if name == "prefill" and prefill_share is not None:
-        return f"{rate}; the largest loss, {share} %, was prefill at {100 * prefill_share:.0f} % of the arithmetic peak."
-    return f"{rate}; the largest loss, {share} %, was {_WORDS[name]}."
+        what = f"prefill at {100 * prefill_share:.0f} % of the arithmetic peak"
+    return f"the largest loss, {share} %, was {what}"
 
 
 def _rate(count: int, seconds: float) -> float | None:

@@ -8,7 +8,6 @@ from typing import Any
 from storage import keys
 from storage.commits import CommitCache
 from storage.object_store import ObjectStore
-from tasks.history import START_PHASES
 from tasks.report_facts import ReportFacts, finish_share, report_facts
 
 
@@ -52,14 +51,13 @@ def duration(seconds: float) -> str:
 def _cards(facts: ReportFacts) -> list[tuple[str, str]]:
     """The numbers one looks for first."""
     answered = finish_share(facts.rows_by_state)
-    engine_s = sum(v for name, v in facts.seconds.items() if name not in START_PHASES)
     tokens = facts.num_completion_tokens
     cards = [
         ("rows", f"{sum(facts.rows_by_state.values()):,}"),
         ("answered", "-" if answered is None else f"{100 * answered:.2f} %"),
         ("completion tokens", f"{tokens:,}"),
         ("time", duration(facts.wall_s)),
-        ("tokens/s per replica", f"{tokens / engine_s:,.0f}" if engine_s > 0 else "-"),
+        ("tokens/s per replica", "-" if facts.rate is None else f"{facts.rate:,.0f}"),
         ("replicas", str(facts.num_replicas)),
         ("replica hours", f"{sum(facts.seconds.values()) / 3600:,.2f}"),
         ("cost", "no price given" if facts.usd is None else f"${facts.usd:,.2f}"),
