@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from inference.arriving import Arriving
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequence
 from inference.backends.row import RowMaker
@@ -17,21 +18,26 @@ from inference.end_tokens import end_token_ids
 from inference.engine import PagedEngine
 from inference.errors import EngineConfigError, EngineFault
 from inference.kernels import plain
-from inference.loading import dtype_name, load_model, load_tokenizer
+from inference.loading import dtype_name, load_arriving, load_tokenizer
 from inference.memory import MemoryPlan
 from inference.model import PagedModel, make_paged_model
 from inference.sequence import Completion, Sequence
-from inference.weights import check_model_folder
+from inference.weights import check_model_folder, check_small_files
 
 
 class PagedBackend:
     """See `inference.backends.base.Backend` for the protocol."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, arriving: Arriving | None = None) -> None:
         """Load the model and build the engine.
 
+        Args:
+            config: what to build.
+            arriving: the model's files, some of which may still be on their way; default: all are
+                in the folder `config.model`.
+
         Raises:
-            ModelError: the model folder is unusable.
+            ModelError: the model folder is unusable; or the error of who fills it.
             EngineConfigError: the settings cannot work on this model or machine.
         """
         started_at = time.perf_counter()
@@ -43,10 +49,11 @@ class PagedBackend:
         is_fp8 = config.quantization == "fp8"
         if is_fp8:
             _check_fp8()
-        folder = check_model_folder(config.model)
+        files = arriving or Arriving.whole(check_model_folder(config.model).path)
+        folder = check_small_files(files.folder())
         self.tokenizer = load_tokenizer(folder)
-        device_map = {"": 0} if torch.cuda.is_available() else None
-        loaded = load_model(folder, _without_fp8(config), device_map)
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        loaded = load_arriving(files, _without_fp8(config), device)
         model = make_paged_model(loaded, _ops(), is_fp8=is_fp8)
         settings = PagedSettings.of(config, model)
         load_s = time.perf_counter() - started_at

@@ -184,6 +184,42 @@ def test_wrong_settings_beside_a_file_reject_it_by_name_until_they_are_right(inb
     assert not [key for key in inbox.names() if key.startswith("rejected/")]
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ("storage: {endpoint_url: 'https://elsewhere.example'}", "storage"),
+        ("hardware: {provider: command, placement: {launcher: rm}}", "hardware.provider"),
+        ("hardware: {placement: {env: {LD_PRELOAD: x}}}", "hardware.placement"),
+        ("hardware: {stage_to: /etc}", "hardware.stage_to"),
+        ("metrics: {textfile_dir: /etc}", "metrics"),
+        ("input: {uri: /etc/passwd}", "input.uri"),
+        ("input: {chat_template: /etc/passwd}", "input.chat_template"),
+        ("model: {source: /root}", "model.source"),
+        ("model: {source: 'file:///root'}", "model.source"),
+        ("output: {uri: s3://elsewhere}", "output.uri"),
+        ("output: {uri: OUT-of-reach/x}", "output.uri"),
+        ("output: {uri: OUT/../x}", "output.uri"),
+        ("output: {history: /tmp}", "output.history"),
+        ("run_id: other", "run_id"),
+    ],
+)
+def test_what_is_the_inbox_s_own_cannot_be_set_beside_a_file(inbox, settings, named):
+    sidecar = inbox.drop("night.parquet", ["one"]).with_name("night.parquet.yaml")
+    sidecar.write_text(settings.replace("OUT", str(inbox.folder / "results")))
+    assert inbox.scan().rejected == ["night.parquet"]
+    reason = inbox.letter("rejected")["reason"]
+    assert reason.startswith(f"night.parquet.yaml: {named}: ")
+    assert "\n" not in reason
+
+
+def test_a_place_below_the_inbox_s_own_output_may_be_asked_for(inbox):
+    sidecar = inbox.drop("night.parquet", ["one"]).with_name("night.parquet.yaml")
+    place = str(inbox.folder / "results" / "mine")
+    sidecar.write_text(f"output: {{uri: {place}}}\nmodel: {{source: none}}\n")
+    assert inbox.scan().accepted == ["night.parquet"]
+    assert inbox.letter("accepted")["run_uri"].startswith(f"{place}/")
+
+
 def test_a_scan_killed_before_the_file_left_the_inbox_is_repeated_without_harm(inbox):
     path = inbox.drop("night.parquet", ["one"])
     data = path.read_bytes()
