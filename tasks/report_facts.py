@@ -185,8 +185,9 @@ def _slowest(ordered: list[CommitRecord]) -> list[dict[str, Any]]:
         }
         for commit in ordered
         if commit.receipt.get("num_sequences")
+        and commit.receipt.get("completion_tokens_per_s") is not None
     ]
-    rows.sort(key=lambda row: (row["tokens_per_s"] or 0.0, -row["wall_s"]))
+    rows.sort(key=lambda row: (row["tokens_per_s"], -row["wall_s"]))
     return rows[:NUM_SLOWEST]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tasks.history import START_PHASES, num_generated_tokens
-from tasks.receipt import largest_loss
+from tasks.receipt import largest_loss, rate_text
 
 Receipt = dict[str, Any]
 
@@ -51,4 +51,4 @@ def run_summary(receipts: Sequence[Receipt]) -> str:
     lost = largest_loss(
         seconds, shares["prefill_share_of_flops"], shares["decode_share_of_bandwidth"]
     )
-    return f"{rate:,.0f} tokens/s per replica; {lost}."
+    return f"{rate_text(rate)} tokens/s per replica; {lost}."
