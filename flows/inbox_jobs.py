@@ -18,6 +18,7 @@ _OURS = (
     "metrics",
     "input.uri",
     "run_id",
+    "reuse_from",
     "hardware.provider",
     "hardware.placement",
     "hardware.stage_to",
