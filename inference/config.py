@@ -7,6 +7,7 @@ Auto = Literal["auto"]
 Backend = Literal["auto", "paged", "zero", "transformers", "dummy"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["none", "fp8", "int8", "nf4"]
+Offload = Literal["auto", "none", "cpu", "nvme"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,12 @@ class EngineConfig:
 
     tensor_parallel_size: int = 1
     """Ranks one replica is spread over."""
+
+    offload: Offload = "auto"
+    """Where weights live that the device does not hold: see `inference.offload`. Changes no token."""
+
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk, for `offload: nvme`."""
 
     seed: int = 0
     """The run's seed; a sequence's own draw comes from `Sequence.draw_seed`."""

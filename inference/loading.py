@@ -4,7 +4,7 @@ Every parameter comes from the folder: a weight that is missing there is an erro
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
+from inference.offload import HOST_MEMORY_SHARE, Room, free_room
 from inference.weights import ModelFolder
 
 # Share of a device's free memory that weights may take before they are spread over devices.
@@ -35,17 +36,23 @@ def load_tokenizer(folder: ModelFolder) -> Any:
 
 
 def load_model(
-    folder: ModelFolder, config: EngineConfig, device_map: Mapping[str, Any] | str | None = None
+    folder: ModelFolder,
+    config: EngineConfig,
+    device_map: Mapping[str, Any] | str | None = None,
+    *,
+    is_placed: bool = False,
 ) -> Any:
     """Return the folder's causal language model, on its device or devices, in evaluation mode.
 
     Args:
         folder: from `check_model_folder`.
-        config: dtype and quantization are read.
-        device_map: accelerate's; default: one CUDA device if there is one, several if the weights need it.
+        config: dtype, quantization, offload and nvme_path are read.
+        device_map: accelerate's; default: one CUDA device if there is one, several if the weights need
+            it, then host memory and NVMe as `offload` allows.
+        is_placed: whether something else decides where weights go.
 
     Raises:
-        EngineConfigError: the quantization cannot work here.
+        EngineConfigError: the quantization cannot work here, or the weights fit nowhere.
         ModelError: transformers has no class for the model, or weights are missing or of another shape.
     """
     import transformers
@@ -53,9 +60,11 @@ def load_model(
     # Its own handler prints tables of keys; what is wrong is said by the error raised here.
     transformers.utils.logging.disable_default_handler()
     loader: Any = transformers.AutoModelForCausalLM
-    if device_map is None:
-        device_map = _default_device_map(folder)
-    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    options: dict[str, Any] = {}
+    if device_map is not None:
+        options = {"device_map": device_map, "offload_folder": config.nvme_path}
+    elif not is_placed:
+        options = placement(folder, config)
     quantization_config = _quantization_config(folder, config)
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
@@ -63,7 +72,7 @@ def load_model(
         with _no_progress_bar():
             model, report = loader.from_pretrained(
                 str(folder.path),
-                dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+                dtype=_dtype(config),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -73,7 +82,7 @@ def load_model(
     except torch.OutOfMemoryError as error:
         raise EngineConfigError(
             f"{folder.path}: {folder.num_weight_bytes / 1e9:.1f} GB of weights do not fit the device; "
-            f"use a larger one or model.quantization"
+            f"use a larger one, model.quantization or engine.offload cpu"
         ) from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"{folder.path}: cannot be loaded: {_one_line(error)}") from error
@@ -85,6 +94,29 @@ def load_model(
                 f"the files do not belong to this config.json"
             )
     return model.eval()
+
+
+def empty_model(folder: ModelFolder, config: EngineConfig) -> Any:
+    """Return the model without its weights, on the meta device, to be measured.
+
+    Raises:
+        ModelError: transformers has no class for it.
+    """
+    import transformers
+
+    auto_config: Any = transformers.AutoConfig
+    loader: Any = transformers.AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            settings = auto_config.from_pretrained(str(folder.path), local_files_only=True)
+            dtype = _dtype(config)
+            return loader.from_config(settings, dtype=settings.dtype if dtype == "auto" else dtype)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"{folder.path}: cannot be loaded: {_one_line(error)}") from error
+
+
+def _dtype(config: EngineConfig) -> Any:
+    return "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -107,11 +139,52 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _default_device_map(folder: ModelFolder) -> dict[str, Any] | str | None:
-    if not torch.cuda.is_available():
-        return None
-    free_bytes, _ = torch.cuda.mem_get_info(0)
-    return {"": 0} if folder.num_weight_bytes < _MAX_WEIGHT_SHARE * free_bytes else "auto"
+def placement(folder: ModelFolder, config: EngineConfig) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that say which weights go where.
+
+    Raises:
+        EngineConfigError: `engine.offload` allows nowhere that holds them all; with the arithmetic.
+    """
+    sizes = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+    return accelerate_options(folder, config, sizes, free_room(config))
+
+
+def accelerate_options(
+    folder: ModelFolder, config: EngineConfig, device_bytes: Sequence[int], room: Room
+) -> dict[str, Any]:
+    """Return accelerate's options for devices with so many free bytes; see `placement`."""
+    need = _loaded_bytes(folder, config)
+    devices = [int(_MAX_WEIGHT_SHARE * size) for size in device_bytes]
+    host = int(HOST_MEMORY_SHARE * room.host)
+    if devices and (need <= devices[0] or (config.quantization != "none" and len(devices) == 1)):
+        return {"device_map": {"": 0}}
+    if not devices and need <= host:
+        return {}
+    allowed = {"cpu": 0 if devices and config.offload == "none" else host}
+    memory = dict(enumerate(devices)) | allowed
+    on_disk = room.disk if config.offload == "nvme" else 0
+    if need > sum(memory.values()) + on_disk:
+        raise EngineConfigError(
+            f"{folder.path}: {need / 1e9:.1f} GB of weights; devices take {sum(devices) / 1e9:.1f} GB, "
+            f"host memory {allowed['cpu'] / 1e9:.1f}, NVMe {on_disk / 1e9:.1f} "
+            f"(engine.offload is {config.offload}); use model.quantization, larger devices, or "
+            f"engine.offload cpu or nvme"
+        )
+    return {
+        "device_map": "auto",
+        "max_memory": memory,
+        "offload_folder": config.nvme_path if config.offload == "nvme" else None,
+    }
+
+
+def _loaded_bytes(folder: ModelFolder, config: EngineConfig) -> int:
+    """Bytes of the weights once they are loaded, before bitsandbytes shrinks them."""
+    text = folder.config.get("text_config") or {}
+    stored = folder.config.get("dtype") or folder.config.get("torch_dtype") or text.get("dtype")
+    if config.dtype == "auto" or not stored or folder.config.get("quantization_config"):
+        return folder.num_weight_bytes
+    sizes: list[int] = [getattr(torch, str(name)).itemsize for name in (config.dtype, stored)]
+    return folder.num_weight_bytes * sizes[0] // sizes[1]
 
 
 def _quantization_config(folder: ModelFolder, config: EngineConfig) -> Any:

@@ -36,4 +36,10 @@ def create_backend(config: EngineConfig) -> Backend:
         from inference.backends.paged import PagedBackend
 
         return PagedBackend(config)
-    raise EngineConfigError(f"engine.backend is {name!r}: not available; use transformers or paged")
+    if name == "zero":
+        from inference.backends.zero import ZeroBackend
+
+        return ZeroBackend(config)
+    raise EngineConfigError(
+        f"engine.backend is {name!r}: use auto, paged, zero, transformers or dummy"
+    )

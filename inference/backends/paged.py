@@ -20,6 +20,7 @@ from inference.kernels import plain
 from inference.loading import dtype_name, load_model, load_tokenizer
 from inference.memory import MemoryPlan
 from inference.model import PagedModel, make_paged_model
+from inference.offload import check_offload
 from inference.sequence import Completion, Sequence
 from inference.weights import check_model_folder
 
@@ -40,6 +41,7 @@ class PagedBackend:
                 f"engine.tensor_parallel_size is {config.tensor_parallel_size}: the paged backend runs "
                 f"on one device; use 1 and more replicas"
             )
+        check_offload(config, "paged")
         is_fp8 = config.quantization == "fp8"
         if is_fp8:
             _check_fp8()

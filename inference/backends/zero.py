@@ -1,0 +1,246 @@
+"""ZeroBackend: static batches through a model larger than the device; see `inference.zero`.
+
+A forward pass moves every weight to the device once, whatever it computes, so a batch takes as many rows as
+their keys and values fit, and long prompts run in several passes.
+
+Ranks share one copy of the weights and have rows of their own. Rank 0 is the backend that callers see: it
+deals sequences out and collects completions. Every rank runs one pass a step, in step with the others,
+since each pass gathers every rank's part of the weights; a rank without rows runs a pass over one token.
+
+    rank 0   step(): deal, pass, collect        rank 1..   follow(): take, pass, hand in, until rank 0 closes
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from inference.backends.checks import check_sequence
+from inference.backends.row import Row
+from inference.backends.static_backend import (
+    StaticBackend,
+    StaticLimits,
+    check_kv_cache_dtype,
+    resolve,
+)
+from inference.backends.static_batch import StaticBatch
+from inference.config import EngineConfig
+from inference.deepspeed_setup import at_work, require_deepspeed
+from inference.errors import EngineConfigError, OutOfMemory
+from inference.offload import check_offload
+from inference.sequence import Completion, Sequence
+from inference.weights import ModelFolder
+from inference.zero import ZeroModel, check_zero
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_MAX_NUM_SEQS = {"cpu": 32, "cuda": 1024}
+_DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 8_192, "cuda": 16_384}
+_CPU_CACHE_TOKENS = 65_536
+_CACHE_SHARE = 0.8
+"""Of what is free beside weights in flight: the rest is what a layer computes, and copies of a growing cache."""
+
+
+class _Report(NamedTuple):
+    """What a rank did in one step."""
+
+    completions: list[Completion]
+    num_waiting: int
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_preemptions: int
+
+
+class ZeroBackend(StaticBackend):
+    """One rank of ZeRO-3 inference; on rank 0 the backend of all of them."""
+
+    name = "zero"
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load this rank's share of the weights; every rank must be at it at the same time.
+
+        Raises:
+            ModelError: the model folder is unusable.
+            EngineConfigError: the settings cannot work on this model or machine.
+        """
+        super().__init__(config)
+        self._ranks = dist.get_world_size()
+        self._is_leader = dist.get_rank() == 0
+        self._rank_of: dict[int, int] = {}  # of each unfinished sequence; kept by rank 0
+        self._load_of = [0] * self._ranks  # tokens that each rank's sequences may still come to
+        self._tokens_of: dict[int, int] = {}
+        self._outbox: list[list[Sequence]] = [[] for _ in range(self._ranks)]
+        self._num_waiting_elsewhere = 0
+        self._is_open = True
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences submitted and not yet returned, on all ranks."""
+        return len(self._rank_of)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences submitted and not yet started, on all ranks."""
+        in_outbox = sum(len(box) for box in self._outbox)
+        return super().num_waiting + in_outbox + self._num_waiting_elsewhere
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        """Take sequences and deal each to the rank with the least to do; see `check_sequence` for refusals."""
+        for sequence in sequences:
+            check_sequence(sequence, self._rank_of, self._info.max_model_len)
+            rank = min(range(self._ranks), key=self._load_of.__getitem__)
+            num_tokens = len(sequence.prompt_token_ids) + sequence.sampling.max_tokens
+            self._rank_of[sequence.seq_id] = rank
+            self._tokens_of[sequence.seq_id] = num_tokens
+            self._load_of[rank] += num_tokens
+            self._outbox[rank].append(sequence)
+
+    def step(self) -> list[Completion]:
+        """Run one pass on every rank; return what finished on any.
+
+        Raises:
+            EngineFault: the model failed for a reason other than memory.
+            OutOfMemory: a rank of several is out of memory; the others cannot go on without it.
+        """
+        if not self._rank_of:
+            return []
+        self._scatter(self._outbox)
+        self._outbox = [[] for _ in range(self._ranks)]
+        reports = self._gather(self._pass())
+        found = [completion for report in reports for completion in report.completions]
+        for completion in found:
+            rank = self._rank_of.pop(completion.seq_id)
+            self._load_of[rank] -= self._tokens_of.pop(completion.seq_id)
+        self._num_waiting_elsewhere = sum(report.num_waiting for report in reports[1:])
+        for report in reports[1:]:
+            self._stats.num_prompt_tokens += report.num_prompt_tokens
+            self._stats.num_completion_tokens += report.num_completion_tokens
+            self._stats.num_preemptions += report.num_preemptions
+        return found
+
+    def follow(self) -> None:
+        """Be a rank other than 0: work as it says, until it closes."""
+        while self._scatter(None):
+            self._gather(self._pass())
+        self.close()
+
+    def close(self) -> None:
+        """Free the model, and let the other ranks go. Safe to repeat."""
+        if self._is_open and self._is_leader and self._ranks > 1:
+            self._scatter(None)
+        self._is_open = False
+        super().close()
+        self._rank_of.clear()
+        self._outbox = [[] for _ in range(self._ranks)]
+        self._num_waiting_elsewhere = 0
+        self._zero.close()
+
+    def _scatter(self, boxes: list[list[Sequence]] | None) -> bool:
+        """Hand every rank its new sequences, from rank 0; None says that there will be no more."""
+        mine: list[Any] = [boxes[0] if boxes else None]
+        if self._ranks > 1:
+            given: list[Any] | None = None
+            if self._is_leader:
+                given = list(boxes) if boxes else [None] * self._ranks
+            dist.scatter_object_list(mine, given, group=self._control)
+        if mine[0] is None:
+            return False
+        super().submit(mine[0])
+        return True
+
+    def _gather(self, report: _Report) -> list[_Report]:
+        """Collect every rank's report on rank 0; elsewhere the list is empty."""
+        if self._ranks == 1:
+            return [report]
+        found: list[Any] = [None] * self._ranks
+        dist.gather_object(report, found if self._is_leader else None, group=self._control)
+        return found if self._is_leader else []
+
+    def _pass(self) -> _Report:
+        """Run one pass of this rank: its batch's, or an idle one."""
+        before = self._stats
+        counts = (before.num_prompt_tokens, before.num_completion_tokens, before.num_preemptions)
+        if self._batch is None:
+            self._batch = self._next_batch()
+        completions: list[Completion] = []
+        if self._batch is not None:
+            completions = super().step()
+        elif self._ranks > 1:
+            self._idle()
+        after = self._stats
+        return _Report(
+            completions,
+            super().num_waiting,
+            after.num_prompt_tokens - counts[0],
+            after.num_completion_tokens - counts[1],
+            after.num_preemptions - counts[2],
+        )
+
+    @torch.inference_mode()
+    def _idle(self) -> None:
+        """Take part in the others' pass, which gathers this rank's share of the weights."""
+        with at_work():
+            self._model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self._device))
+
+    def _forward(self, batch: StaticBatch) -> Tensor | None:
+        with at_work():
+            return super()._forward(batch)
+
+    def _shrink(self, batch: StaticBatch) -> list[Row]:
+        if self._ranks > 1:
+            raise OutOfMemory(
+                f"rank {dist.get_rank()} of {self._ranks}: out of memory with {len(batch.rows)} sequences of "
+                f"{batch.num_columns} tokens; lower engine.max_num_seqs or engine.max_num_batched_tokens"
+            )
+        self._zero.reset()
+        return super()._shrink(batch)
+
+    def _check(self, folder: ModelFolder, config: EngineConfig) -> None:
+        require_deepspeed()
+        check_zero(folder, config)
+        check_offload(config, self.name)
+        check_kv_cache_dtype(config, self.name)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if config.tensor_parallel_size != world:
+            raise EngineConfigError(
+                f"engine.tensor_parallel_size is {config.tensor_parallel_size}: the zero backend shares its "
+                f"weights over as many ranks, and there are {world}; start it through the launcher"
+            )
+
+    def _load(self, folder: ModelFolder, config: EngineConfig) -> tuple[Any, torch.device]:
+        self._zero = ZeroModel(folder, config)
+        self._control: Any = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        is_cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else "cpu"
+        return self._zero.module, torch.device(device)
+
+    def _batch_limits(self, config: EngineConfig, max_model_len: int) -> StaticLimits:
+        kind = "cuda" if self._device.type == "cuda" else "cpu"
+        return StaticLimits(
+            max_num_seqs=resolve(config.max_num_seqs, _DEFAULT_MAX_NUM_SEQS[kind]),
+            max_pass_tokens=resolve(
+                config.max_num_batched_tokens, _DEFAULT_MAX_NUM_BATCHED_TOKENS[kind]
+            ),
+            max_cache_tokens=self._max_cache_tokens(),
+        )
+
+    def _max_cache_tokens(self) -> int:
+        """Tokens whose keys and values fit the device beside the weights in flight."""
+        if self._device.type != "cuda":
+            return _CPU_CACHE_TOKENS
+        free, _ = torch.cuda.mem_get_info(self._device)
+        sizes, item = self._zero.sizes, self._zero.dtype.itemsize
+        in_flight = (3 * sizes.layer + sizes.largest) * item
+        text = self._model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        token_bytes: int = 2 * text.num_hidden_layers * heads * head_dim * item
+        room = int(_CACHE_SHARE * (free - in_flight))
+        return max(1, room // token_bytes)
+
+    def _memory(self) -> dict[str, int]:
+        where = {"none": "weights", "cpu": "host_weights", "nvme": "nvme_weights"}
+        return {where[self._zero.place]: self._zero.num_weight_bytes // dist.get_world_size()}
