@@ -3,11 +3,10 @@
 A forward pass moves every weight to the device once, whatever it computes, so a batch takes as many rows as
 their keys and values fit, and long prompts run in several passes.
 
-Ranks share one copy of the weights and have rows of their own. Rank 0 is the backend that callers see: it
-deals sequences out and collects completions. Every rank runs one pass a step, in step with the others,
-since each pass gathers every rank's part of the weights; a rank without rows runs a pass over one token.
-
-    rank 0   step(): deal, pass, collect        rank 1..   follow(): take, pass, hand in, until rank 0 closes
+Ranks share one copy of the weights and have rows of their own. Each is given every sequence and keeps those
+dealt to it; each runs one pass a step, in step with the others, since a pass gathers every rank's part of the
+weights; a rank without rows runs a pass over one token. After a pass they exchange what they finished, so
+all know what is left and all stop together.
 """
 
 import logging
@@ -51,52 +50,48 @@ class _Report(NamedTuple):
     num_waiting: int
     num_prompt_tokens: int
     num_completion_tokens: int
-    num_preemptions: int
 
 
 class ZeroBackend(StaticBackend):
-    """One rank of ZeRO-3 inference; on rank 0 the backend of all of them."""
+    """One rank of ZeRO-3 inference, or the only one."""
 
     name = "zero"
 
     def __init__(self, config: EngineConfig) -> None:
-        """Load this rank's share of the weights; every rank must be at it at the same time.
+        """Load this rank's share of the weights; all ranks must be at it at the same time.
 
         Raises:
             ModelError: the model folder is unusable.
             EngineConfigError: the settings cannot work on this model or machine.
         """
         super().__init__(config)
-        self._ranks = dist.get_world_size()
-        self._is_leader = dist.get_rank() == 0
-        self._rank_of: dict[int, int] = {}  # of each unfinished sequence; kept by rank 0
-        self._load_of = [0] * self._ranks  # tokens that each rank's sequences may still come to
-        self._tokens_of: dict[int, int] = {}
-        self._outbox: list[list[Sequence]] = [[] for _ in range(self._ranks)]
+        self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
+        self._dealt: dict[int, tuple[int, int]] = {}  # seq_id -> (rank, most tokens) of what is unfinished
+        self._load_of = [0] * self._num_ranks
         self._num_waiting_elsewhere = 0
-        self._is_open = True
 
     @property
     def num_unfinished(self) -> int:
         """Sequences submitted and not yet returned, on all ranks."""
-        return len(self._rank_of)
+        return len(self._dealt)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences submitted and not yet started, on all ranks."""
-        in_outbox = sum(len(box) for box in self._outbox)
-        return super().num_waiting + in_outbox + self._num_waiting_elsewhere
+        """Sequences submitted and not yet started; what other ranks have is known after the next step."""
+        return super().num_waiting + self._num_waiting_elsewhere
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
-        """Take sequences and deal each to the rank with the least to do; see `check_sequence` for refusals."""
+        """Take sequences, the same on all ranks; each keeps its own. See `check_sequence` for refusals."""
         for sequence in sequences:
-            check_sequence(sequence, self._rank_of, self._info.max_model_len)
-            rank = min(range(self._ranks), key=self._load_of.__getitem__)
+            check_sequence(sequence, self._dealt, self._info.max_model_len)
+            rank = min(range(self._num_ranks), key=self._load_of.__getitem__)
             num_tokens = len(sequence.prompt_token_ids) + sequence.sampling.max_tokens
-            self._rank_of[sequence.seq_id] = rank
-            self._tokens_of[sequence.seq_id] = num_tokens
+            self._dealt[sequence.seq_id] = rank, num_tokens
             self._load_of[rank] += num_tokens
-            self._outbox[rank].append(sequence)
+            if rank == self._rank:
+                super().submit([sequence])
+            else:
+                self._num_waiting_elsewhere += 1
 
     def step(self) -> list[Completion]:
         """Run one pass on every rank; return what finished on any.
@@ -105,78 +100,50 @@ class ZeroBackend(StaticBackend):
             EngineFault: the model failed for a reason other than memory.
             OutOfMemory: a rank of several is out of memory; the others cannot go on without it.
         """
-        if not self._rank_of:
+        if not self._dealt:
             return []
-        self._scatter(self._outbox)
-        self._outbox = [[] for _ in range(self._ranks)]
-        reports = self._gather(self._pass())
-        found = [completion for report in reports for completion in report.completions]
-        for completion in found:
-            rank = self._rank_of.pop(completion.seq_id)
-            self._load_of[rank] -= self._tokens_of.pop(completion.seq_id)
-        self._num_waiting_elsewhere = sum(report.num_waiting for report in reports[1:])
-        for report in reports[1:]:
-            self._stats.num_prompt_tokens += report.num_prompt_tokens
-            self._stats.num_completion_tokens += report.num_completion_tokens
-            self._stats.num_preemptions += report.num_preemptions
-        return found
-
-    def follow(self) -> None:
-        """Be a rank other than 0: work as it says, until it closes."""
-        while self._scatter(None):
-            self._gather(self._pass())
-        self.close()
+        finished: list[Completion] = []
+        for rank, report in enumerate(self._exchange(self._pass())):
+            finished += report.completions
+            if rank == 0:
+                self._num_waiting_elsewhere = 0
+            if rank != self._rank:
+                self._num_waiting_elsewhere += report.num_waiting
+                self._stats.num_prompt_tokens += report.num_prompt_tokens
+                self._stats.num_completion_tokens += report.num_completion_tokens
+        for completion in finished:
+            rank, num_tokens = self._dealt.pop(completion.seq_id)
+            self._load_of[rank] -= num_tokens
+        return finished
 
     def close(self) -> None:
-        """Free the model, and let the other ranks go. Safe to repeat."""
-        if self._is_open and self._is_leader and self._ranks > 1:
-            self._scatter(None)
-        self._is_open = False
+        """Free the model and forget everything submitted. Safe to repeat."""
         super().close()
-        self._rank_of.clear()
-        self._outbox = [[] for _ in range(self._ranks)]
+        self._dealt.clear()
         self._num_waiting_elsewhere = 0
         self._zero.close()
 
-    def _scatter(self, boxes: list[list[Sequence]] | None) -> bool:
-        """Hand every rank its new sequences, from rank 0; None says that there will be no more."""
-        mine: list[Any] = [boxes[0] if boxes else None]
-        if self._ranks > 1:
-            given: list[Any] | None = None
-            if self._is_leader:
-                given = list(boxes) if boxes else [None] * self._ranks
-            dist.scatter_object_list(mine, given, group=self._control)
-        if mine[0] is None:
-            return False
-        super().submit(mine[0])
-        return True
-
-    def _gather(self, report: _Report) -> list[_Report]:
-        """Collect every rank's report on rank 0; elsewhere the list is empty."""
-        if self._ranks == 1:
-            return [report]
-        found: list[Any] = [None] * self._ranks
-        dist.gather_object(report, found if self._is_leader else None, group=self._control)
-        return found if self._is_leader else []
+    def _exchange(self, mine: _Report) -> list[_Report]:
+        """Return every rank's report, by rank."""
+        found: list[Any] = [mine] * self._num_ranks
+        if self._num_ranks > 1:
+            dist.all_gather_object(found, mine, group=self._control)
+        return found
 
     def _pass(self) -> _Report:
         """Run one pass of this rank: its batch's, or an idle one."""
-        before = self._stats
-        counts = (before.num_prompt_tokens, before.num_completion_tokens, before.num_preemptions)
-        if self._batch is None:
-            self._batch = self._next_batch()
+        stats = self._stats
+        prompt_tokens, completion_tokens = stats.num_prompt_tokens, stats.num_completion_tokens
         completions: list[Completion] = []
-        if self._batch is not None:
+        if self._batch is not None or super().num_waiting:
             completions = super().step()
-        elif self._ranks > 1:
+        elif self._num_ranks > 1:
             self._idle()
-        after = self._stats
         return _Report(
             completions,
             super().num_waiting,
-            after.num_prompt_tokens - counts[0],
-            after.num_completion_tokens - counts[1],
-            after.num_preemptions - counts[2],
+            stats.num_prompt_tokens - prompt_tokens,
+            stats.num_completion_tokens - completion_tokens,
         )
 
     @torch.inference_mode()
@@ -190,9 +157,9 @@ class ZeroBackend(StaticBackend):
             return super()._forward(batch)
 
     def _shrink(self, batch: StaticBatch) -> list[Row]:
-        if self._ranks > 1:
+        if self._num_ranks > 1:
             raise OutOfMemory(
-                f"rank {dist.get_rank()} of {self._ranks}: out of memory with {len(batch.rows)} sequences of "
+                f"rank {self._rank} of {self._num_ranks}: out of memory with {len(batch.rows)} sequences of "
                 f"{batch.num_columns} tokens; lower engine.max_num_seqs or engine.max_num_batched_tokens"
             )
         self._zero.reset()
