@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (status, retry, verify, report, drain, cancel):
         command.add_argument("run", help=_RUN_HELP)
     for command in (status, retry, verify, report, drain, cancel, gc, stage, tiers):
-        command.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
+        _add_storage(command)
     return parser
 
 
@@ -123,7 +123,7 @@ def _add_submit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     submit.add_argument("--inbox", help="inbox prefix; default: $NIGHTJAR_INBOX")
     submit.add_argument("--job", help="job file whose settings go over the inbox's own")
     submit.add_argument("--after", help="not before this time of day, such as 20:00 Europe/Berlin")
-    submit.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
+    _add_storage(submit)
 
 
 def _add_deploy(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -147,6 +147,11 @@ def _add_deploy(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     deploy.add_argument("--inbox-job", help="job file whose settings dropped files get")
     deploy.add_argument("--notify", help="notification block that hears of failures: TYPE/NAME")
     deploy.add_argument("--webhook", help="URL that hears of failures")
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
+    parser.add_argument("--profile", help="named profile in the AWS configuration files")
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

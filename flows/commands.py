@@ -31,7 +31,7 @@ from inference.errors import InferenceError
 from storage import keys
 from storage.commits import CommitCache
 from storage.errors import StorageError
-from storage.object_store import ObjectStore, open_store
+from storage.object_store import ObjectStore
 from tasks.budget import BudgetSpent
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Say what a job would do; runs nothing and writes nothing into its output."""
-    from flows.preflight_text import preflight_lines
     from tasks.preflight import preflight
+    from tasks.preflight_text import preflight_lines
 
     job = load_job(args.job, overrides=args.overrides)
     progress = Progress()
@@ -121,10 +121,9 @@ def plan(args: argparse.Namespace) -> int:
 def retry(args: argparse.Namespace) -> int:
     """Finish what is missing, redo failed rows in place, publish again."""
     from tasks.orchestrate import redo
-    from tasks.run import read_record
 
-    store = open_run(args)
-    job = load_job(read_record(store).job)
+    store, record = open_run(args)
+    job = load_job(record.job)
     progress = Progress()
     with _signals(), console.show(progress, as_json=args.json):
         ended = redo(job, store, progress=progress, should_stop=_stop)
@@ -135,10 +134,9 @@ def drain(args: argparse.Namespace) -> int:
     """Join a planned run as one more replica; never publishes."""
     from tasks.drain import drain as drain_run
     from tasks.drain import new_invocation
-    from tasks.run import attach, read_record
+    from tasks.run import attach
 
-    store = open_run(args)
-    record = read_record(store)
+    store, record = open_run(args)
     job = load_job(record.job)
     progress = Progress()
     if args.with_parent:
@@ -163,7 +161,7 @@ def status(args: argparse.Namespace) -> int:
     """Say how far a run is; reads the store, never Prefect."""
     from tasks.status import run_status
 
-    store = open_run(args)
+    store, _ = open_run(args)
     if args.watch:
         return _watch_status(args, store)
     found = run_status(store)
@@ -192,11 +190,9 @@ def _watch_status(args: argparse.Namespace, store: ObjectStore) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Prove what is stored."""
-    from tasks.run import read_record
     from tasks.verify import verify_run
 
-    store = open_run(args)
-    read_record(store)
+    store, _ = open_run(args)
     with scratch_folder() as work_dir:
         found = verify_run(store, work_dir)
     document = {
@@ -222,7 +218,7 @@ def report(args: argparse.Namespace) -> int:
     """Draw a run's report and store it beside the run; any run that is planned has one."""
     from tasks.report import write_report
 
-    store = open_run(args)
+    store, _ = open_run(args)
     page = write_report(store)
     if args.out is not None:
         Path(args.out).write_bytes(page)
@@ -236,10 +232,8 @@ def gc(args: argparse.Namespace) -> int:
     if args.run is None:
         return _gc_models(args)
     from storage.garbage import collect_garbage
-    from tasks.run import read_record
 
-    store = open_run(args)
-    read_record(store)
+    store, _ = open_run(args)
     removed = collect_garbage(store, dry_run=args.dry_run)
     verb = "would delete" if args.dry_run else "deleted"
     text = f"{verb} {len(removed.keys)} objects, {removed.num_bytes:,} bytes"
@@ -292,11 +286,12 @@ def stage(args: argparse.Namespace) -> int:
 def tiers(args: argparse.Namespace) -> int:
     """Size a model from its config alone, on every GPU type known."""
     from inference.tiers import tiers_table
+    from tasks.run_folder import open_run as open_recorded
     from tasks.sizing import size
 
     store = None
     if args.job is not None:
-        store = open_store(args.job, storage_of(args))
+        store, _ = open_recorded(args.job, storage_of(args))
     sizing = size(args.model, hardware=args.hardware, run=store)
     rows = tiers_table(sizing, detail="all" if args.all else "smallest")
     if args.json:

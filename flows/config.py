@@ -176,6 +176,13 @@ def _check(job: RunConfig) -> None:
     except ValueError as error:
         raise JobError(f"sampling.{error}") from error
     _check_amounts(job)
+    if job.storage.kms_key_id is not None and job.storage.server_side_encryption in (
+        None,
+        "AES256",
+    ):
+        raise JobError(
+            "storage.kms_key_id: needs storage.server_side_encryption: aws:kms; add it, or leave out the key"
+        )
     try:
         ZoneInfo(job.timezone)
     except (ZoneInfoNotFoundError, ValueError) as error:

@@ -14,9 +14,10 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling
 
-from storage.object_store import StorageConfig, open_store
+from storage.object_store import StorageConfig
 from tasks.cancel import cancel
 from tasks.job_variables import ProvisionError, check_job_variables
+from tasks.run_folder import open_run
 
 log = logging.getLogger("nightjar.fleet")
 
@@ -24,6 +25,10 @@ T = TypeVar("T")
 
 _PAUSES_S = (1, 2, 5, 10, 20)
 """Between tries of a call to the server: a loaded one answers 503, one that restarts not at all."""
+
+
+_STORAGE = ("endpoint_url", "region", "profile")
+"""Parameters of a replica that say how to reach its run's store."""
 
 
 class PrefectFleet:
@@ -42,7 +47,7 @@ class PrefectFleet:
 
         Args:
             deployment: `generate-shards/...`.
-            parameters: Of each replica; `invocation` among them.
+            parameters: Of each replica: `generate_shards`'s own.
             run_id: Tag of each replica.
             parent_id: The flow run that owns them; a tag, by which its hooks find them.
             job_variables: Of the replica with a running number.
@@ -110,11 +115,12 @@ def stop_replicas_of(parent_id: str) -> None:
     tags = FlowRunFilterTags(all_=[owner_tag(parent_id)])
     found = read_unfinished(FlowRunFilter(tags=tags))
     starts = {
-        (run.parameters["run_uri"], run.parameters["invocation"], run.parameters["endpoint_url"])
+        tuple(run.parameters[name] for name in ("run_uri", "invocation", *_STORAGE))
         for run in found
     }
-    for uri, invocation, endpoint_url in starts:
-        cancel(open_store(uri, StorageConfig(endpoint_url=endpoint_url)), invocation)
+    for uri, invocation, *storage in starts:
+        given = StorageConfig(**dict(zip(_STORAGE, storage, strict=True)))
+        cancel(open_run(uri, given).store, invocation)
     cancel_flow_runs(found)
 
 

@@ -1,25 +1,38 @@
 """Loading: a checked model folder becomes a transformers model in evaluation mode.
 
 Every parameter comes from the folder: a weight that is missing there is an error, never a random number.
+
+Two ways: transformers' own (the plain one, used on CPU and for quantised weights), and through
+`inference.lazy_weights`: in parallel through pinned buffers on one CUDA device, and on any device while
+files are still arriving.
 """
 
-import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from inference.arriving import Arriving
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
-from inference.offload import HOST_MEMORY_SHARE, Room, free_room
-from inference.weights import ModelFolder
+from inference.lazy_weights import LazyWeights
+from inference.placement import placement
+from inference.quantization import quantization_options, use_portable_products
+from inference.weights import (
+    ModelFolder,
+    SmallFiles,
+    check_model_folder,
+    check_small_files,
+    indexed_bytes,
+)
 
 # Share of a device's free memory that weights may take before they are spread over devices.
 _MAX_WEIGHT_SHARE = 0.85
 
 
-def load_tokenizer(folder: ModelFolder) -> Any:
+def load_tokenizer(folder: SmallFiles) -> Any:
     """Return the folder's tokenizer.
 
     Raises:
@@ -47,53 +60,129 @@ def load_model(
     Args:
         folder: from `check_model_folder`.
         config: dtype, quantization, offload and nvme_path are read.
-        device_map: accelerate's; default: one CUDA device if there is one, several if the weights need
-            it, then host memory and NVMe as `offload` allows.
+        device_map: accelerate's; default: see `inference.placement`.
         is_placed: whether something else decides where weights go.
 
     Raises:
-        EngineConfigError: the quantization cannot work here, or the weights fit nowhere.
+        EngineConfigError: the weights fit nowhere.
         ModelError: transformers has no class for the model, or weights are missing or of another shape.
     """
-    import transformers
-
-    # Its own handler prints tables of keys; what is wrong is said by the error raised here.
-    transformers.utils.logging.disable_default_handler()
-    loader: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {}
     if device_map is not None:
         options = {"device_map": device_map, "offload_folder": config.nvme_path}
     elif not is_placed:
         options = placement(folder, config)
-    quantization_config = _quantization_config(folder, config)
+    quantization_config = quantization_options(folder, config)
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
+    loader: Any = _transformers().AutoModelForCausalLM
     try:
         with _no_progress_bar():
             model, report = loader.from_pretrained(
-                str(folder.path),
-                dtype=_dtype(config),
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                **options,
+                str(folder.path), **_options(config), use_safetensors=True, **options
             )
     except torch.OutOfMemoryError as error:
-        raise EngineConfigError(
-            f"{folder.path}: {folder.num_weight_bytes / 1e9:.1f} GB of weights do not fit the device; "
-            f"use a larger one, model.quantization or engine.offload cpu"
-        ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise _too_big(folder.path, folder.num_weight_bytes) from error
+    except _UNLOADABLE as error:
         raise ModelError(f"{folder.path}: cannot be loaded: {_one_line(error)}") from error
+    return _checked(model, report, folder.path)
+
+
+def load_arriving(files: Arriving, config: EngineConfig, device: torch.device) -> Any:
+    """Return the causal language model of a folder on one device; files may still be arriving there.
+
+    Raises:
+        As `load_model`; and the error of who fills the folder.
+    """
+    if _wants_plain_way(files, config, device):
+        folder = check_model_folder(files.wait_for_all())
+        return load_model(folder, config, {"": device} if device.type == "cuda" else None)
+    path = files.folder()
+    transformers = _transformers()
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
+        loader = transformers.AutoModelForCausalLM._model_mapping[type(model_config)]
+        with LazyWeights(files, device=device) as weights, _no_progress_bar():
+            try:
+                model, report = loader.from_pretrained(
+                    None,
+                    config=model_config,
+                    state_dict=weights.state(),
+                    device_map={"": device},
+                    **_options(config),
+                )
+            except _UNLOADABLE:
+                weights.raise_error()
+                raise
+            weights.finish()
+    except torch.OutOfMemoryError as error:
+        raise _too_big(path, _num_weight_bytes(files)) from error
+    except _UNLOADABLE as error:
+        raise ModelError(f"{path}: cannot be loaded: {_one_line(error)}") from error
+    return _checked(model, report, path)
+
+
+_UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+
+
+def _wants_plain_way(files: Arriving, config: EngineConfig, device: torch.device) -> bool:
+    """Whether transformers should read the files itself, once all are there."""
+    if files.is_done and device.type != "cuda":
+        return True
+    model_config = check_small_files(files.folder()).config
+    is_quantised = config.quantization != "none" or "quantization_config" in model_config
+    # Without it transformers looks for the dtype in the weights, which may not be there yet.
+    has_dtype = bool(model_config.get("dtype") or model_config.get("torch_dtype"))
+    if is_quantised or (config.dtype == "auto" and not has_dtype):
+        return True
+    # What is stored in a wider dtype is held beside what it becomes; transformers holds less of it.
+    return device.type == "cuda" and _num_weight_bytes(files) > (
+        _MAX_WEIGHT_SHARE * torch.cuda.mem_get_info(device)[0]
+    )
+
+
+def _transformers() -> Any:
+    import transformers
+
+    # Its own handler prints tables of keys; what is wrong is said by the error raised here.
+    transformers.utils.logging.disable_default_handler()
+    return transformers
+
+
+def _options(config: EngineConfig) -> dict[str, Any]:
+    return {
+        "dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+        "trust_remote_code": False,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+
+
+def _checked(model: Any, report: dict[str, Any], path: Path) -> Any:
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             names = sorted(str(key) for key in report[kind])
             raise ModelError(
-                f"{folder.path}: {len(names)} weights with {kind.replace('_', ' ')}, first {names[0]}; "
+                f"{path}: {len(names)} weights with {kind.replace('_', ' ')}, first {names[0]}; "
                 f"the files do not belong to this config.json"
             )
+    use_portable_products(model)
     return model.eval()
+
+
+def _too_big(path: Path, num_weight_bytes: int) -> EngineConfigError:
+    return EngineConfigError(
+        f"{path}: {num_weight_bytes / 1e9:.1f} GB of weights do not fit the device; "
+        f"use a larger one, model.quantization or engine.offload cpu"
+    )
+
+
+def _num_weight_bytes(files: Arriving) -> int:
+    """As many as the index says; of a single file that is on its way, 0."""
+    folder = files.folder()
+    if size := indexed_bytes(folder):
+        return size
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def empty_model(folder: ModelFolder, config: EngineConfig) -> Any:
@@ -102,21 +191,14 @@ def empty_model(folder: ModelFolder, config: EngineConfig) -> Any:
     Raises:
         ModelError: transformers has no class for it.
     """
-    import transformers
-
-    auto_config: Any = transformers.AutoConfig
-    loader: Any = transformers.AutoModelForCausalLM
+    library = _transformers()
     try:
         with torch.device("meta"):
-            settings = auto_config.from_pretrained(str(folder.path), local_files_only=True)
-            dtype = _dtype(config)
-            return loader.from_config(settings, dtype=settings.dtype if dtype == "auto" else dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            settings = library.AutoConfig.from_pretrained(str(folder.path), local_files_only=True)
+            dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+            return library.AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    except _UNLOADABLE as error:
         raise ModelError(f"{folder.path}: cannot be loaded: {_one_line(error)}") from error
-
-
-def _dtype(config: EngineConfig) -> Any:
-    return "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -137,81 +219,6 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
-
-
-def placement(folder: ModelFolder, config: EngineConfig) -> dict[str, Any]:
-    """Return the options of `from_pretrained` that say which weights go where.
-
-    Raises:
-        EngineConfigError: `engine.offload` allows nowhere that holds them all; with the arithmetic.
-    """
-    sizes = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
-    return accelerate_options(folder, config, sizes, free_room(config))
-
-
-def accelerate_options(
-    folder: ModelFolder, config: EngineConfig, device_bytes: Sequence[int], room: Room
-) -> dict[str, Any]:
-    """Return accelerate's options for devices with so many free bytes; see `placement`."""
-    need = _loaded_bytes(folder, config)
-    devices = [int(_MAX_WEIGHT_SHARE * size) for size in device_bytes]
-    host = int(HOST_MEMORY_SHARE * room.host)
-    if devices and (need <= devices[0] or (config.quantization != "none" and len(devices) == 1)):
-        return {"device_map": {"": 0}}
-    if not devices and need <= host:
-        return {}
-    allowed = {"cpu": 0 if devices and config.offload == "none" else host}
-    memory = dict(enumerate(devices)) | allowed
-    on_disk = room.disk if config.offload == "nvme" else 0
-    if need > sum(memory.values()) + on_disk:
-        raise EngineConfigError(
-            f"{folder.path}: {need / 1e9:.1f} GB of weights; devices take {sum(devices) / 1e9:.1f} GB, "
-            f"host memory {allowed['cpu'] / 1e9:.1f}, NVMe {on_disk / 1e9:.1f} "
-            f"(engine.offload is {config.offload}); use model.quantization, larger devices, or "
-            f"engine.offload cpu or nvme"
-        )
-    return {
-        "device_map": "auto",
-        "max_memory": memory,
-        "offload_folder": config.nvme_path if config.offload == "nvme" else None,
-    }
-
-
-def _loaded_bytes(folder: ModelFolder, config: EngineConfig) -> int:
-    """Bytes of the weights once they are loaded, before bitsandbytes shrinks them."""
-    text = folder.config.get("text_config") or {}
-    stored = folder.config.get("dtype") or folder.config.get("torch_dtype") or text.get("dtype")
-    if config.dtype == "auto" or not stored or folder.config.get("quantization_config"):
-        return folder.num_weight_bytes
-    sizes: list[int] = [getattr(torch, str(name)).itemsize for name in (config.dtype, stored)]
-    return folder.num_weight_bytes * sizes[0] // sizes[1]
-
-
-def _quantization_config(folder: ModelFolder, config: EngineConfig) -> Any:
-    """Return the bitsandbytes config for int8 or nf4, or None."""
-    kind = config.quantization
-    if kind == "none":
-        return None
-    if kind == "fp8":
-        raise EngineConfigError(
-            "model.quantization is fp8: needs engine.backend paged on a CUDA device"
-        )
-    if folder.config.get("quantization_config"):
-        raise EngineConfigError(
-            f"model.quantization is {kind}, but {folder.path} is quantised already; use none"
-        )
-    if kind == "nf4" and not torch.cuda.is_available():
-        raise EngineConfigError("model.quantization is nf4: needs a CUDA device; use int8 or none")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EngineConfigError(
-            f"model.quantization is {kind}: needs bitsandbytes; pip install 'nightjar[gpu]'"
-        )
-    import transformers
-
-    make: Any = transformers.BitsAndBytesConfig
-    if kind == "int8":
-        return make(load_in_8bit=True)
-    return make(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def _one_line(error: Exception) -> str:

@@ -58,16 +58,24 @@ class PromptTemplate:
 
 
 def _check_field(name: str, spec: str, conversion: str | None) -> None:
+    shown, spec_shown = printable(name), printable(spec)
     if not name:
         raise EngineConfigError("input.prompt has an empty field {}; name a column, or write {{}}")
     if conversion is not None:
-        raise EngineConfigError(f"input.prompt: {{{name}!{conversion}}} is not supported; drop it")
+        raise EngineConfigError(
+            f"input.prompt: {{{shown}!{printable(conversion)}}} is not supported; drop it"
+        )
     if "{" in spec or "}" in spec:
-        raise EngineConfigError(f"input.prompt: the format of {{{name}}} must not hold a field")
+        raise EngineConfigError(f"input.prompt: the format of {{{shown}}} must not hold a field")
     if any(int(digits) > MAX_FORMAT_WIDTH for digits in _DIGITS.findall(spec)):
         raise EngineConfigError(
-            f"input.prompt: the width of {{{name}:{spec}}} must be at most {MAX_FORMAT_WIDTH}"
+            f"input.prompt: the width of {{{shown}:{spec_shown}}} must be at most {MAX_FORMAT_WIDTH}"
         )
+
+
+def printable(text: str) -> str:
+    """Return text that fits in one line of a message: line breaks and the like are escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _format(name: str, value: object, spec: str) -> str:

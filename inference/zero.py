@@ -19,10 +19,16 @@ import torch
 
 from inference.async_io import load_async_io
 from inference.config import EngineConfig
-from inference.deepspeed_setup import at_work, ensure_world, import_deepspeed
+from inference.deepspeed_setup import (
+    at_work,
+    ensure_world,
+    import_deepspeed,
+    require_deepspeed,
+)
 from inference.errors import EngineConfigError
 from inference.loading import empty_model, load_model
-from inference.offload import Place, resolve_place
+from inference.offload import Place, check_offload, resolve_place
+from inference.quantization import stored_method
 from inference.weights import ModelFolder
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -187,16 +193,23 @@ def check_zero(folder: ModelFolder, config: EngineConfig) -> None:
     Raises:
         EngineConfigError: with the remedy.
     """
+    require_deepspeed()
+    check_offload(config, "zero")
     if config.quantization != "none":
         raise EngineConfigError(
             f"model.quantization is {config.quantization}: the zero backend moves weights as they are "
-            f"stored; use none, or another engine.backend"
+            f"stored; use none, or engine.backend auto"
         )
-    stored = folder.config.get("quantization_config")
-    if stored:
+    stored = stored_method(folder.config)
+    if stored is not None:
         raise EngineConfigError(
-            f"{folder.path}: weights are stored as {stored.get('quant_method', 'quantised')}, which the "
-            f"zero backend cannot share out; use engine.backend transformers, or the unquantised model"
+            f"{folder.path}: weights are stored as {stored}, which the zero backend cannot share out; "
+            f"use engine.backend auto, or the unquantised model"
+        )
+    if config.kv_cache_dtype not in ("auto", config.dtype):
+        raise EngineConfigError(
+            f"engine.kv_cache_dtype is {config.kv_cache_dtype}: the zero backend keeps the model's own; "
+            f"use auto, or engine.backend paged"
         )
 
 

@@ -150,7 +150,7 @@ def _refuse_code(path: Path, name: str, source: str, allowed_code: Collection[st
 def _read_json(path: Path, name: str, source: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptObject(f"{source}: {name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CorruptObject(f"{source}: {name} is not a JSON object")
@@ -187,8 +187,11 @@ def _end_of_tensors(header: bytes, name: str) -> int:
             for tensor, entry in json.loads(header).items()
             if tensor != "__metadata__"
         )
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise CorruptObject(f"{name}: safetensors header cannot be read: {error!r}") from error
+    except (
+        ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {ascii(str(error))[1:-1][:200]}"
+        raise CorruptObject(f"{name}: safetensors header cannot be read: {reason}") from error
     end = 0
     for start, stop in spans:
         if start != end or stop < start:

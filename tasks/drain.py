@@ -22,6 +22,7 @@ from tasks.canary import kept_answers
 from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
+from tasks.content import engine_digest
 from tasks.feed import input_schema
 from tasks.gpu_sample import DeviceSampler, open_gpu
 from tasks.holder import holder_name, is_dead
@@ -126,6 +127,8 @@ def drain(
             should_stop=watch,
             may_claim=budget.allows,
             kept=kept_answers(run.store),
+            engine=engine_digest(run.record.fingerprint_fields),
+            reuse=run.open_reuse(),
         )
         collector = partial(_collector, run, replica, progress, gpu)
         exporter = exported(run.job.metrics, collector, holder.replace("/", "-"))
@@ -176,6 +179,8 @@ def engine_config(run: Run) -> EngineConfig:
         tensor_parallel_size=1
         if knobs.tensor_parallel_size == "auto"
         else knobs.tensor_parallel_size,
+        offload=knobs.offload,
+        nvme_path=knobs.nvme_path,
         seed=run.job.sampling.seed,
     )
 

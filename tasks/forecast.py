@@ -48,7 +48,13 @@ class Speed:
 
     basis: Literal["history", "roofline"]
     start_s: float
-    """Once for each replica: stage, load, warm-up, and the tail."""
+    """Once for each replica: stage, load, warm-up, and until the first rows came."""
+
+    tail_s: float
+    """Once for each replica: while its last sequences end and the batch runs empty."""
+
+    tail_tokens: float
+    """Completion tokens that a tail is good for."""
 
     prefill_s_per_token: float
     decode_s_per_token: float
@@ -60,10 +66,15 @@ class Speed:
 
     def seconds(self, work: Work, mean_tokens: float, replicas: int) -> float:
         """Return the wall seconds `replicas` need."""
+        replicas = max(1, replicas)
+        num_tokens = work.num_sequences * mean_tokens
+        in_tails = min(num_tokens, self.tail_tokens * replicas)
         spent = work.num_prefill_tokens * self.prefill_s_per_token
-        spent += work.num_sequences * mean_tokens * self.decode_s_per_token
+        spent += (num_tokens - in_tails) * self.decode_s_per_token
         spent += work.num_sequences * self.other_s_per_sequence
-        return self.start_s + spent / max(1, replicas)
+        # The tail is as long as the longest completion, however many there are before it.
+        tail_s = self.tail_s * in_tails / (self.tail_tokens * replicas) if in_tails else self.tail_s
+        return self.start_s + tail_s + spent / replicas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,16 +143,20 @@ def lengths_of_canary(num_sequences: int, num_tokens: int, max_tokens: int) -> L
 def speed_of(past: PastRun) -> Speed:
     """Return the speed of an earlier run."""
     seconds = past.replica_seconds
-    # The tail is as long as the longest completion, however many there are before it.
-    once = (*START_PHASES, "tail")
-    started = sum(seconds.get(name, 0.0) for name in once) / past.num_replicas
-    known = {*once, "prefill", "decode"}
+    started = sum(seconds.get(name, 0.0) for name in START_PHASES)
+    known = {*START_PHASES, "tail", "prefill", "decode"}
     other = sum(value for name, value in seconds.items() if name not in known)
+    tail_s, decode_s = seconds.get("tail", 0.0), seconds.get("decode", 0.0)
+    num_full = past.num_completion_tokens - past.num_tail_tokens
+    if num_full <= 0 or decode_s <= 0:  # it was all tail
+        num_full, decode_s = past.num_completion_tokens, decode_s + tail_s
     return Speed(
         basis="history",
-        start_s=started,
+        start_s=started / past.num_replicas,
+        tail_s=tail_s / past.num_replicas,
+        tail_tokens=past.num_tail_tokens / past.num_replicas,
         prefill_s_per_token=seconds.get("prefill", 0.0) / max(1, past.num_prompt_tokens),
-        decode_s_per_token=seconds.get("decode", 0.0) / max(1, past.num_completion_tokens),
+        decode_s_per_token=decode_s / max(1, num_full),
         other_s_per_sequence=other / max(1, past.num_rows),
         spread=_SPREAD_HISTORY,
         sentence=f"speed: as in run {past.run_id} on {past.device}",

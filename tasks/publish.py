@@ -9,7 +9,7 @@ from storage import records
 from storage.manifest import CommitRecord, PlanManifest, RunManifest
 from storage.object_store import ObjectStore
 from storage.reveal import manifest_part, publish, read_manifest, reveal, unrevealed
-from tasks.history import START_PHASES
+from tasks.history import START_PHASES, num_generated_tokens
 
 
 def reveal_all(store: ObjectStore, commits: Mapping[int, CommitRecord]) -> list[int]:
@@ -79,10 +79,11 @@ def _totals(commits: Mapping[int, CommitRecord]) -> dict[str, Any]:
         seconds.update(record.receipt.get("seconds") or {})
     usd: list[Any] = [record.receipt.get("usd") for record in commits.values()]
     engine_s = sum(value for name, value in seconds.items() if name not in START_PHASES)
-    tokens = _total(commits, "num_completion_tokens")
+    tokens = sum(num_generated_tokens(record.receipt) for record in commits.values())
     return {
         "replica_seconds": {name: round(value, 3) for name, value in sorted(seconds.items())},
         "completion_tokens_per_replica_s": round(tokens / engine_s, 2) if engine_s > 0 else None,
         "usd": round(sum(usd), 6) if usd and None not in usd else None,
+        "num_reused_rows": _total(commits, "num_reused_rows"),
         "num_attempts": sum(record.attempt for record in commits.values()),
     }

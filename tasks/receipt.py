@@ -52,6 +52,9 @@ class Meter:
     tail_s: float = 0.0
     """Of `step_s`."""
 
+    tail_tokens: int = 0
+    """Completion tokens that were added meanwhile."""
+
     write_s: float = 0.0
 
     def starved(self, seconds: float, tokenise_share: float) -> None:
@@ -99,9 +102,13 @@ class ShardFacts:
 
     states: Counter[str]
     tokens: Counter[str]
-    """`prompt`, `completion`, and `context`: tokens before each decoded one, summed."""
+    """Of all answers in the part: `prompt`, `completion`, and `context`: tokens before each decoded one,
+    summed."""
 
     lengths: Mapping[str, int]
+    reused: Counter[str] = field(default_factory=Counter)
+    """Of the answers that were copied from an earlier run: `rows`, `completion`, `context`."""
+
     num_repetitive: int = 0
     read_s: float = 0.0
     tokenise_s: float = 0.0
@@ -129,25 +136,33 @@ def shard_receipt(
     num_prompt_tokens = after.num_prompt_tokens - before.num_prompt_tokens
     num_cached = after.num_cached_tokens - before.num_cached_tokens
     num_prefilled = max(0, num_prompt_tokens - num_cached)
-    num_sequences = sum(facts.lengths.values())
-    tokens = facts.tokens
+    tokens, reused = facts.tokens, facts.reused
+    num_sequences = sum(facts.lengths.values()) - reused["rows"]
+    num_generated = tokens["completion"] - reused["completion"]
     decode_s = seconds["decode"] + seconds["tail"]
     engine_s = decode_s + seconds["prefill"]
     num_steps = after.num_steps - before.num_steps
     prefill_share = yardstick.prefill_share(
-        num_prefilled, tokens["prompt"] / max(1, num_sequences), seconds["prefill"]
+        num_prefilled,
+        tokens["prompt"] / max(1, sum(facts.lengths.values())),
+        seconds["prefill"],
     )
     decode_share = yardstick.decode_share(
-        num_steps * decode_s / engine_s if engine_s > 0 else 0.0, tokens["context"], decode_s
+        num_steps * decode_s / engine_s if engine_s > 0 else 0.0,
+        tokens["context"] - reused["context"],
+        decode_s,
     )
     usd = yardstick.usd(wall)
     return {
         "rows_by_state": {s: facts.states[s] for s in records.STATES if facts.states[s]},
         "num_rows": sum(facts.states.values()),
         "num_sequences": num_sequences,
+        "num_reused_rows": reused["rows"],
         "num_repetitive": facts.num_repetitive,
         "num_prompt_tokens": tokens["prompt"],
         "num_completion_tokens": tokens["completion"],
+        "num_reused_completion_tokens": reused["completion"],
+        "num_tail_tokens": after.meter.tail_tokens - before.meter.tail_tokens,
         "num_prefilled_tokens": num_prefilled,
         "num_cached_prompt_tokens": num_cached,
         "completion_tokens_histogram": dict(facts.lengths),
@@ -160,7 +175,7 @@ def shard_receipt(
             "tokenise": _rounded(facts.tokenise_s),
             "write": _rounded(facts.write_s),
         },
-        "completion_tokens_per_s": _rate(tokens["completion"], wall),
+        "completion_tokens_per_s": _rate(num_generated, wall),
         "roofline": {
             "gpu": yardstick.gpu.name if yardstick.gpu else None,
             "prefill_share_of_flops": _share(prefill_share),
@@ -178,7 +193,7 @@ def shard_receipt(
             "max_num_seqs": info.max_num_seqs,
             "max_model_len": info.max_model_len,
         },
-        "summary": _sentence(seconds, wall, tokens["completion"], prefill_share, decode_share),
+        "summary": _sentence(seconds, wall, num_generated, prefill_share, decode_share),
     }
 
 

@@ -7,6 +7,7 @@ attach: the same from a run folder, for a replica that joins.
 """
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from storage.commits import CommitCache, current_commits
 from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
 from storage.failpoints import failpoint
 from storage.inputs import InputFiles
-from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, digest
+from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, digest, to_json
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from tasks.feed import PromptFeed
@@ -39,6 +40,7 @@ from tasks.plan import load_plan, load_shards, make_plan
 from tasks.preflight import refuse_over_budget
 from tasks.progress import Progress
 from tasks.results import ResultColumns
+from tasks.reuse import ReuseIndex, open_reuse
 
 log = logging.getLogger("nightjar.run")
 
@@ -60,6 +62,7 @@ class Run:
     """What planned, its tokenizer loaded, for the first feed to take over."""
 
     commit_cache: CommitCache = dataclasses.field(default_factory=dict)
+    reuse_index: ReuseIndex | None = None
     warm_backend: Backend | None = None
     """The engine of the canary, for the first replica in this process to take over."""
 
@@ -95,8 +98,28 @@ class Run:
         with feed, process or nullcontext():
             yield feed
 
+    def open_reuse(self) -> ReuseIndex | None:
+        """Return the answers of earlier runs that the plan counts on; None without any.
+
+        One that has vanished meanwhile costs only that its rows are generated. Raises StorageError.
+        """
+        uris = self.plan.stats.get("reuse_from")
+        if uris and self.reuse_index is None:
+            try:
+                self.reuse_index = open_reuse(
+                    uris,
+                    self.record.fingerprint_fields,
+                    storage=self.job.storage,
+                    folder=self.work_dir / "reuse",
+                )
+            except BadInput as error:
+                log.warning("%s; all rows are generated", error)
+        return self.reuse_index
+
     def close(self) -> None:
         """Let go of the model, the feed and an engine nobody took. Safe to repeat."""
+        if self.reuse_index is not None:
+            self.reuse_index.close()
         unused = self.take_backend()
         if unused is not None:
             unused.close()
@@ -138,6 +161,7 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
         )
         store = open_store(f"{root.uri}/{run_id}", job.storage)
         record = _write_record(store, job, run_id, fields)
+        store.put(keys.JOB, to_json(dataclasses.asdict(job)))
         progress.phase = "planning"
         plan = make_plan(
             job=job,
@@ -184,13 +208,23 @@ def attach(
 
 
 def read_record(store: ObjectStore) -> RunRecord:
-    """Read run.json. Raises BadInput when the folder is not a run's."""
+    """Read run.json, with the job as the latest start has it.
+
+    Budget, deadline, canary and the like may differ from start to start; what can change a token cannot.
+
+    Raises:
+        BadInput: the folder is not a run's.
+    """
     try:
-        return RunRecord.from_json(store.get(keys.RUN), source=f"{store.uri}/{keys.RUN}")
+        record = RunRecord.from_json(store.get(keys.RUN), source=f"{store.uri}/{keys.RUN}")
     except NotFound:
         raise BadInput(
             f"{store.uri}: no run.json; give a run folder, such as OUTPUT_URI/RUN_ID"
         ) from None
+    try:
+        return dataclasses.replace(record, job=json.loads(store.get(keys.JOB)))
+    except NotFound:
+        return record
 
 
 def planned(store: ObjectStore) -> PlanManifest:

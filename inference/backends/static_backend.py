@@ -261,15 +261,6 @@ class StaticBackend:
         return []
 
 
-def check_kv_cache_dtype(config: EngineConfig, backend: str) -> None:
-    """Static batches keep their keys and values as the model computes them. Raises EngineConfigError."""
-    if config.kv_cache_dtype not in ("auto", config.dtype):
-        raise EngineConfigError(
-            f"engine.kv_cache_dtype is {config.kv_cache_dtype}: the {backend} backend keeps the "
-            f"model's own; use auto, or engine.backend paged"
-        )
-
-
 def resolve(value: int | str, default: int) -> int:
     """Return the knob's value, or the default for `auto`."""
     return default if isinstance(value, str) else value

@@ -7,13 +7,13 @@ import torch
 from inference.backends.static_backend import (
     StaticBackend,
     StaticLimits,
-    check_kv_cache_dtype,
     resolve,
 )
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.loading import load_model
 from inference.offload import check_offload
+from inference.quantization import check_quantization
 from inference.weights import ModelFolder
 
 _DEFAULT_MAX_NUM_SEQS = {"cpu": 32, "cuda": 128}
@@ -31,8 +31,13 @@ class TransformersBackend(StaticBackend):
                 f"engine.tensor_parallel_size is {config.tensor_parallel_size}: the transformers backend "
                 f"runs in one process; use 1, or engine.backend paged"
             )
-        check_kv_cache_dtype(config, self.name)
+        if config.kv_cache_dtype not in ("auto", config.dtype):
+            raise EngineConfigError(
+                f"engine.kv_cache_dtype is {config.kv_cache_dtype}: the transformers backend keeps the "
+                f"model's own; use auto, or engine.backend paged"
+            )
         check_offload(config, self.name)
+        check_quantization(folder, config, self.name)
 
     def _load(self, folder: ModelFolder, config: EngineConfig) -> tuple[Any, torch.device]:
         model = load_model(folder, config)

@@ -22,14 +22,12 @@ from inference.backends.row import Row
 from inference.backends.static_backend import (
     StaticBackend,
     StaticLimits,
-    check_kv_cache_dtype,
     resolve,
 )
 from inference.backends.static_batch import StaticBatch
 from inference.config import EngineConfig
-from inference.deepspeed_setup import at_work, require_deepspeed
+from inference.deepspeed_setup import at_work
 from inference.errors import EngineConfigError, OutOfMemory
-from inference.offload import check_offload
 from inference.sequence import Completion, Sequence
 from inference.weights import ModelFolder
 from inference.zero import ZeroModel, check_zero
@@ -66,7 +64,9 @@ class ZeroBackend(StaticBackend):
         """
         super().__init__(config)
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
-        self._dealt: dict[int, tuple[int, int]] = {}  # seq_id -> (rank, most tokens) of what is unfinished
+        self._dealt: dict[
+            int, tuple[int, int]
+        ] = {}  # seq_id -> (rank, most tokens) of what is unfinished
         self._load_of = [0] * self._num_ranks
         self._num_waiting_elsewhere = 0
 
@@ -166,10 +166,7 @@ class ZeroBackend(StaticBackend):
         return super()._shrink(batch)
 
     def _check(self, folder: ModelFolder, config: EngineConfig) -> None:
-        require_deepspeed()
         check_zero(folder, config)
-        check_offload(config, self.name)
-        check_kv_cache_dtype(config, self.name)
         world = dist.get_world_size() if dist.is_initialized() else 1
         if config.tensor_parallel_size != world:
             raise EngineConfigError(

@@ -13,11 +13,15 @@ unless       take If-None-Match out and sign anew: a store that ignores the cond
 """
 
 import asyncio
+import random
 import re
 import threading
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, Self
+from weakref import WeakSet
 
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
@@ -27,6 +31,15 @@ from tests.seaweed import ACCESS_KEY, SECRET_KEY
 
 Kind = Literal["status", "drop_before", "drop_after", "flip", "truncate", "stall", "unless"]
 _LIMIT = 1 << 20
+_CHANCES: tuple[Kind, ...] = (
+    *("status", "status", "status", "drop_before", "drop_after", "drop_after", "drop_after"),
+    *("flip", "truncate", "stall"),
+)
+_STATUSES = (
+    (503, "SlowDown"),
+    (500, "InternalError"),
+    (409, "ConditionalRequestConflict"),
+)
 FOREVER = 1 << 60
 
 
@@ -48,6 +61,27 @@ class Rule:
     seen: set[str] = field(default_factory=set)
 
 
+class Dice:
+    """A random fault for one request in so many, without end: `FaultProxy(port, dice=Dice(0.05, 7))`."""
+
+    def __init__(self, share: float, seed: int, *, stall_s: float = 2.0) -> None:
+        self.share = share
+        self._stall_s = stall_s
+        self._random = random.Random(seed)
+
+    def __call__(self, line: str) -> Rule | None:
+        """Return the fault for this request line, most often none."""
+        if self._random.random() >= self.share:
+            return None
+        kind: Kind = self._random.choice(_CHANCES)
+        if kind == "flip" and (not line.startswith("GET") or "?" in line):
+            kind = (
+                "truncate"  # only an object's own bytes have a checksum; TLS is there for the rest
+            )
+        status, code = self._random.choice(_STATUSES)
+        return Rule(kind, "", status=status, code=code, seconds=self._stall_s)
+
+
 @dataclass
 class _Message:
     head: bytes
@@ -61,6 +95,16 @@ class FaultProxy:
     port: int = 0
     requests: list[str] = field(default_factory=list)
     """Request lines, as they came."""
+
+    keeps_lines: bool = True
+    """False where they would become too many."""
+
+    num_requests: int = 0
+    dice: Callable[[str], Rule | None] | None = None
+    """Asked for a fault when no rule has one."""
+
+    injected: Counter[str] = field(default_factory=Counter)
+    """Faults that took effect so far, by kind: a flip needs a body."""
 
     _rules: list[Rule] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -86,7 +130,7 @@ class FaultProxy:
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._writers: WeakSet[asyncio.StreamWriter] = WeakSet()
         ready = threading.Event()
 
         async def listen() -> None:
@@ -117,7 +161,7 @@ class FaultProxy:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        for writer in self._writers:
+        for writer in list(self._writers):
             with suppress(ConnectionError):
                 await writer.wait_closed()
 
@@ -139,25 +183,32 @@ class FaultProxy:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             await writer.drain()
         request.body = await _read_body(reader, request.headers)
-        self.requests.append(line)
+        self.num_requests += 1
+        if self.keeps_lines:
+            self.requests.append(line)
         rule = self._take(line)
         kind = rule.kind if rule else None
         if rule and kind == "status":
+            self.injected[f"{rule.status}"] += 1
             writer.write(_refusal(rule))
             await writer.drain()
             return True
         if kind == "drop_before":
+            self.injected[kind] += 1
             return False
         if kind == "unless" and "if-none-match" in request.headers:
             request.head = _signed_anew(request)
         reply = await self._forward(request, line)
         if kind == "drop_after":
+            self.injected[kind] += 1
             return False
+        if kind == "unless" or (kind and reply.body):
+            self.injected[kind] += 1
         if kind == "flip" and reply.body:
             middle = len(reply.body) // 2
             flipped = bytes([reply.body[middle] ^ 1])
             reply.body = reply.body[:middle] + flipped + reply.body[middle + 1 :]
-        if rule and kind in ("truncate", "stall"):
+        if rule and kind in ("truncate", "stall") and reply.body:
             writer.write(reply.head + reply.body[: len(reply.body) // 2])
             await writer.drain()
             await asyncio.sleep(rule.seconds if kind == "stall" else 0)
@@ -176,7 +227,7 @@ class FaultProxy:
                 rule.seen.add(line)
                 rule.count -= 1
                 return rule
-        return None
+        return self.dice(line) if self.dice else None
 
     async def _forward(self, request: _Message, line: str) -> _Message:
         reader, writer = await asyncio.open_connection(
