@@ -2,14 +2,13 @@
 
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 from inference.backends.transformers import TransformersBackend
 from inference.config import EngineConfig
@@ -17,33 +16,12 @@ from inference.errors import EngineConfigError
 from inference.offload import Room, resolve_place
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
+from tests.tiny_models import EXPERTS, MODELS, SIZES, make_model
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 from inference.async_io import load_async_io
 from inference.backends.zero import ZeroBackend
 from inference.deepspeed_setup import import_deepspeed
-
-MODELS = Path(__file__).parents[1] / "data" / "models"
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-}
-
-
-def make_model(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Path:
-    """A model of random weights with tiny-a's tokenizer."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(MODELS / "tiny-a" / name, folder / name)
-    return folder
 
 
 def config(model: Path, **knobs: Any) -> EngineConfig:
@@ -80,8 +58,7 @@ def expected(model: Path, given: list[Sequence], **knobs: Any) -> dict[int, Comp
 def test_tokens_are_the_references(kind, offload, tmp_path):
     model = MODELS / ("tiny-tied-sharded" if kind == "tied" else "tiny-a")
     if kind == "experts":
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        model = make_model(tmp_path, Qwen3MoeConfig(**SIZES, **experts))
+        model = make_model(tmp_path, Qwen3MoeConfig(**SIZES, **EXPERTS))
     knobs = {"dtype": "bfloat16"} if "bfloat16" in kind else {}
     found = run(ZeroBackend(config(model, offload=offload, **knobs)), sequences(10))
     assert found == expected(model, sequences(10), **knobs)
@@ -163,7 +140,7 @@ def test_weights_on_nvme_give_the_references_tokens_and_are_gone_afterwards(kind
         "head_dim": 64,
         "num_key_value_heads": 8,
     }  # files hold parameters of a megabyte and more
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    experts = EXPERTS | {"moe_intermediate_size": 256}
     kinds = {"dense": Qwen3Config(**sizes), "experts": Qwen3MoeConfig(**sizes, **experts)}
     model = make_model(tmp_path / "model", kinds[kind])
     disk = tmp_path / "nvme"
