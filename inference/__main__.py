@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from inference.backends.base import Backend
 from inference.config import DistributedConfig, EngineConfig, config_from_json
 from inference.errors import InferenceError
 from inference.preflight_collective import check_fabric
@@ -69,13 +70,22 @@ def run_rank(document: str, place: Place, link: RankLink | None) -> None:
     timeout_s = config.distributed.timeout_s
     ranks = tensor_parallel_group(config.tensor_parallel_size, timeout_s=timeout_s)
     fabric = check_fabric(ranks, current_device(), config.distributed)
-    from inference.backends.paged import PagedBackend  # after the device is chosen
-
-    backend = PagedBackend(config, ranks=ranks)
+    backend = _build(config, ranks)
     backend.stats.extra["all_reduce_gb_per_s"] = round(fabric.bandwidth, 3)
     serve(backend, ranks, link)
     backend.close()
     leave_world()
+
+
+def _build(config: EngineConfig, ranks: TensorParallel) -> Backend:
+    """Build this rank's part of the engine; its device is chosen by now."""
+    if config.backend == "zero":
+        from inference.backends.zero import ZeroBackend
+
+        return ZeroBackend(config)
+    from inference.backends.paged import PagedBackend
+
+    return PagedBackend(config, ranks=ranks)
 
 
 def meet(document: str, place: Place) -> EngineConfig:

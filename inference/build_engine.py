@@ -68,7 +68,7 @@ class PagedSettings:
             min_step_tokens=256 if is_cuda else None,
             kv_dtype=_kv_dtype(config, model),
             may_shorten=config.max_model_len == "auto",
-            use_graphs=not config.enforce_eager,
+            use_graphs=not config.enforce_eager and model.can_be_captured,
         )
 
 

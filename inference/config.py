@@ -7,6 +7,7 @@ Auto = Literal["auto"]
 Backend = Literal["auto", "paged", "zero", "transformers", "dummy"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["none", "fp8", "int8", "nf4"]
+Offload = Literal["auto", "none", "cpu", "nvme"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,13 @@ class EngineConfig:
     """Element type of the KV cache; auto: the model's dtype."""
 
     tensor_parallel_size: int = 1
-    """Ranks one replica is spread over."""
+    """Ranks one replica is spread over; of the zero backend, each with rows of its own."""
+
+    offload: Offload = "auto"
+    """Where weights live that the device does not hold: see `inference.offload`. Changes no token."""
+
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk, for `offload: nvme`."""
 
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How ranks are started and reach each other."""

@@ -7,7 +7,6 @@ Two ways: transformers' own (the plain one, used on CPU and for quantised weight
 files are still arriving.
 """
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,8 @@ from inference.arriving import Arriving
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
 from inference.lazy_weights import LazyWeights
+from inference.placement import placement
+from inference.quantization import quantization_options, use_portable_products
 from inference.weights import (
     ModelFolder,
     SmallFiles,
@@ -48,23 +49,30 @@ def load_tokenizer(folder: SmallFiles) -> Any:
 
 
 def load_model(
-    folder: ModelFolder, config: EngineConfig, device_map: Mapping[str, Any] | str | None = None
+    folder: ModelFolder,
+    config: EngineConfig,
+    device_map: Mapping[str, Any] | str | None = None,
+    *,
+    is_placed: bool = False,
 ) -> Any:
     """Return the folder's causal language model, on its device or devices, in evaluation mode.
 
     Args:
         folder: from `check_model_folder`.
-        config: dtype and quantization are read.
-        device_map: accelerate's; default: one CUDA device if there is one, several if the weights need it.
+        config: dtype, quantization, offload and nvme_path are read.
+        device_map: accelerate's; default: see `inference.placement`.
+        is_placed: whether something else decides where weights go.
 
     Raises:
-        EngineConfigError: the quantization cannot work here.
+        EngineConfigError: the weights fit nowhere.
         ModelError: transformers has no class for the model, or weights are missing or of another shape.
     """
-    if device_map is None:
-        device_map = _default_device_map(folder)
-    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
-    quantization_config = _quantization_config(folder, config)
+    options: dict[str, Any] = {}
+    if device_map is not None:
+        options = {"device_map": device_map, "offload_folder": config.nvme_path}
+    elif not is_placed:
+        options = placement(folder, config)
+    quantization_config = quantization_options(folder, config)
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     loader: Any = _transformers().AutoModelForCausalLM
@@ -158,13 +166,14 @@ def _checked(model: Any, report: dict[str, Any], path: Path) -> Any:
                 f"{path}: {len(names)} weights with {kind.replace('_', ' ')}, first {names[0]}; "
                 f"the files do not belong to this config.json"
             )
+    use_portable_products(model)
     return model.eval()
 
 
 def _too_big(path: Path, num_weight_bytes: int) -> EngineConfigError:
     return EngineConfigError(
         f"{path}: {num_weight_bytes / 1e9:.1f} GB of weights do not fit the device; "
-        f"use a larger one or model.quantization"
+        f"use a larger one, model.quantization or engine.offload cpu"
     )
 
 
@@ -174,6 +183,22 @@ def _num_weight_bytes(files: Arriving) -> int:
     if size := indexed_bytes(folder):
         return size
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def empty_model(folder: ModelFolder, config: EngineConfig) -> Any:
+    """Return the model without its weights, on the meta device, to be measured.
+
+    Raises:
+        ModelError: transformers has no class for it.
+    """
+    library = _transformers()
+    try:
+        with torch.device("meta"):
+            settings = library.AutoConfig.from_pretrained(str(folder.path), local_files_only=True)
+            dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+            return library.AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    except _UNLOADABLE as error:
+        raise ModelError(f"{folder.path}: cannot be loaded: {_one_line(error)}") from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -194,40 +219,6 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
-
-
-def _default_device_map(folder: ModelFolder) -> dict[str, Any] | str | None:
-    if not torch.cuda.is_available():
-        return None
-    free_bytes, _ = torch.cuda.mem_get_info(0)
-    return {"": 0} if folder.num_weight_bytes < _MAX_WEIGHT_SHARE * free_bytes else "auto"
-
-
-def _quantization_config(folder: ModelFolder, config: EngineConfig) -> Any:
-    """Return the bitsandbytes config for int8 or nf4, or None."""
-    kind = config.quantization
-    if kind == "none":
-        return None
-    if kind == "fp8":
-        raise EngineConfigError(
-            "model.quantization is fp8: needs engine.backend paged on a CUDA device"
-        )
-    if folder.config.get("quantization_config"):
-        raise EngineConfigError(
-            f"model.quantization is {kind}, but {folder.path} is quantised already; use none"
-        )
-    if kind == "nf4" and not torch.cuda.is_available():
-        raise EngineConfigError("model.quantization is nf4: needs a CUDA device; use int8 or none")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EngineConfigError(
-            f"model.quantization is {kind}: needs bitsandbytes; pip install 'nightjar[gpu]'"
-        )
-    import transformers
-
-    make: Any = transformers.BitsAndBytesConfig
-    if kind == "int8":
-        return make(load_in_8bit=True)
-    return make(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def _one_line(error: Exception) -> str:

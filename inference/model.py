@@ -19,6 +19,7 @@ from inference.errors import EngineConfigError
 from inference.kernels import plain
 from inference.kv_cache import KVCache, KVShape
 from inference.layers import FusedLayer, Linear, quantised
+from inference.quantization import is_bitsandbytes
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import PartitionedVocabulary, WholeVocabulary, columns_of
 
@@ -39,6 +40,9 @@ class PagedModel:
         _refuse_what_is_unknown(self.config)
         self._model = model
         self._ops = ops
+        self.can_be_captured = not is_bitsandbytes(model)
+        """Whether a step may be replayed as a CUDA graph; bitsandbytes looks at values on the host."""
+
         self.num_weight_bytes = sum(p.nbytes for p in model.parameters())
         """Of the model as it was loaded."""
 
@@ -222,7 +226,8 @@ def make_paged_model(
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     is_known = (
-        config.model_type in FUSED_MODEL_TYPES
+        not is_bitsandbytes(model)  # whose linears are more than their weights
+        and config.model_type in FUSED_MODEL_TYPES
         and getattr(config, "hidden_act", "") == "silu"
         and rope.get("rope_type", "") in ("default", "linear", "llama3", "yarn")
         and rope.get("partial_rotary_factor", 1.0) in (None, 1.0)

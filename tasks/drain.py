@@ -200,6 +200,8 @@ def engine_config(run: Run) -> EngineConfig:
         tensor_parallel_size=num_ranks(run),
         distributed=distributed_of(run.job),
         enforce_eager=knobs.enforce_eager,
+        offload=knobs.offload,
+        nvme_path=knobs.nvme_path,
         seed=run.job.sampling.seed,
     )
 

@@ -8,7 +8,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_type_hints
 
-from inference.config import Auto, Backend, DistributedConfig, Dtype, Quantization
+from inference.config import (
+    Auto,
+    Backend,
+    DistributedConfig,
+    Dtype,
+    Offload,
+    Quantization,
+)
 from inference.sampling import SamplingParams
 from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
@@ -133,6 +140,13 @@ class EngineKnobs:
 
     enforce_eager: bool = False
     """Launch kernels one by one instead of replaying captured CUDA graphs: slower, for finding faults."""
+
+    offload: Offload = "auto"
+    """Where weights live that the GPU does not hold: none, cpu or nvme; auto: cpu, then for the zero
+    backend nvme. Changes no token; the paged backend takes auto and none."""
+
+    nvme_path: str | None = None
+    """Folder on the worker's NVMe disk, for `offload: nvme`."""
 
     @property
     def num_ranks(self) -> int:

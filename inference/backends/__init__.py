@@ -39,7 +39,7 @@ def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) ->
         return PagedBackend(config, arriving=arriving)
     if arriving is not None:
         arriving.wait_for_all()
-    if name == "paged":
+    if name == "paged" or (name == "zero" and config.tensor_parallel_size > 1):
         from inference.backends.ranked import RankedBackend
 
         return RankedBackend(config)
@@ -47,4 +47,10 @@ def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) ->
         from inference.backends.transformers import TransformersBackend
 
         return TransformersBackend(config)
-    raise EngineConfigError(f"engine.backend is {name!r}: not available; use transformers or paged")
+    if name == "zero":
+        from inference.backends.zero import ZeroBackend
+
+        return ZeroBackend(config)
+    raise EngineConfigError(
+        f"engine.backend is {name!r}: use auto, paged, zero, transformers or dummy"
+    )

@@ -26,6 +26,7 @@ from inference.rank_messages import (
 )
 from inference.sequence import Completion, Sequence
 from inference.weights import check_model_folder
+from inference.zero import check_zero
 
 _STEP_S = 0.05
 _LOAD_POLL_S = 0.5
@@ -167,9 +168,14 @@ def check_ranks(config: EngineConfig) -> None:
     import torch  # heavy, and only to count devices
 
     folder = check_model_folder(config.model)
-    shape = read_model_shape(folder.path)
     size = config.tensor_parallel_size
-    check_heads(size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads)
+    if config.backend == "zero":
+        check_zero(folder, config)
+    else:
+        shape = read_model_shape(folder.path)
+        check_heads(
+            size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads
+        )
     here = size // config.distributed.num_hosts
     if torch.cuda.is_available() and torch.cuda.device_count() < here:
         raise EngineConfigError(
