@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -131,7 +131,7 @@ def make_client(
             # As AWS_EC2_METADATA_DISABLED: another store would not know this machine's role, and asking costs seconds.
             core.get_component("credential_provider").remove("iam-role")
         region = config.region or core.get_config_variable("region") or "us-east-1"
-        return boto3.session.Session(botocore_session=core, region_name=region).client(
+        client = boto3.session.Session(botocore_session=core, region_name=region).client(
             "s3",
             endpoint_url=endpoint,
             config=Config(
@@ -143,8 +143,23 @@ def make_client(
                 tcp_keepalive=True,
             ),
         )
+        client.meta.events.register("before-parse.s3", _refuse_cut_reply)
+        return client
     except (BotoCoreError, ValueError) as error:
         raise StorageError(f"no S3 client: {error}; check the storage settings") from error
+
+
+def _refuse_cut_reply(operation_model: Any, response_dict: Any, **_: Any) -> None:
+    """Refuse a reply whose body is shorter than announced: botocore takes an empty one for an empty listing.
+
+    Bodies that are streamed are counted by whoever reads them.
+    """
+    body, announced = response_dict["body"], response_dict["headers"].get("content-length")
+    if announced is None or not isinstance(body, bytes) or operation_model.name.startswith("Head"):
+        return
+    if len(body) != int(announced):
+        fault = f"{operation_model.name}: {len(body)} of {announced} bytes of the reply came"
+        raise HTTPClientError(error=fault)
 
 
 def as_storage_error(error: Exception, what: str) -> StorageError:
