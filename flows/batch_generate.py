@@ -10,6 +10,7 @@ from prefect import flow
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 
+from flows.artifacts import RunArtifacts
 from flows.config import load_job
 from flows.fleet import stop_replicas_of
 from flows.provisioning import drain_elsewhere
@@ -19,6 +20,7 @@ from flows.task_runs import as_state, as_task_run, ended_state, shard_as_task_ru
 from tasks.orchestrate import Ended, generate
 from tasks.progress import Progress
 from tasks.stop import Stopped, StopSignal
+from tasks.watch import OnLook
 
 
 def stop_replicas(flow: Any, flow_run: Any, state: Any) -> None:
@@ -43,8 +45,10 @@ def batch_generate(job: str, overrides: list[str] | None = None) -> Any:
         A state whose message says in one line how the run ended; Failed when it is not published.
     """
     with stop_on_sigterm() as stop:
+        progress = Progress()
         return as_state(
-            lambda: _generate(job, overrides or [], Progress(), stop, is_served=True), ended_state
+            lambda: _generate(job, overrides or [], progress, stop, notes=progress, is_served=True),
+            ended_state,
         )
 
 
@@ -87,18 +91,36 @@ def generate_here(
 
 
 def _generate(
-    job: str, overrides: list[str], progress: Progress, should_stop: StopSignal, *, is_served: bool
+    job: str,
+    overrides: list[str],
+    progress: Progress,
+    should_stop: StopSignal,
+    *,
+    notes: Progress | None = None,
+    is_served: bool,
 ) -> Ended:
     # The day that `{date}` means is the night's own, also when the flow run starts late.
     config = load_job(job, overrides=overrides, now=flow_run.scheduled_start_time)
     if is_served:
         check_paths(config)
     is_here = config.hardware.provider == "local"
-    return generate(
+    artifacts: list[RunArtifacts] = []
+
+    def watched(run_id: str) -> OnLook:
+        artifacts.append(RunArtifacts(run_id, notes))
+        return artifacts[0].show
+
+    ended = generate(
         config,
         progress=progress,
         should_stop=should_stop,
         step=as_task_run,
-        drainer=None if is_here else partial(drain_elsewhere, should_stop=should_stop),
+        drainer=None
+        if is_here
+        else partial(drain_elsewhere, should_stop=should_stop, progress=progress),
         run_shard=shard_as_task_run(progress),
+        watched=watched,
     )
+    for shown in artifacts:
+        shown.finish(ended.store)
+    return ended

@@ -15,26 +15,38 @@ from tasks.cancel import exempt
 from tasks.deadline import deadline_at
 from tasks.drain import new_invocation
 from tasks.launch import device_env, num_replicas
+from tasks.progress import Progress
 from tasks.provision import Provider, ReplicaLaunch, launch_of, unsized_launch_of
 from tasks.run import Run
 from tasks.sizing import choose
 from tasks.stop import StopSignal
+from tasks.try_canary import CanaryVerdict
 from tasks.waves import Limits, drain_by_waves, exhausted, one_wave
 
 _DEFAULT_MAX_REPLICAS = 8
 
 
-def drain_elsewhere(run: Run, *, should_stop: StopSignal) -> Mapping[int, str]:
+def drain_elsewhere(run: Run, *, should_stop: StopSignal, progress: Progress) -> Mapping[int, str]:
     """Drain a run by replicas on its provider's work pool; return the shards given up, with why.
+
+    Where the job has a canary, one replica runs it before there is another.
 
     Raises:
         ProvisionError, EngineConfigError: before anything is started.
+        CanaryFailed, BadInput: the canary broke a limit, or shows that the run is over its budget.
         Stopped: `should_stop` was set; the replicas are stopped.
     """
     invocation = new_invocation()
     exempt(run.store, invocation)
     fleet, limits = _fleet(run, invocation, failed_rows=False)
-    return drain_by_waves(run, fleet, invocation=invocation, limits=limits, should_stop=should_stop)
+    return drain_by_waves(
+        run,
+        fleet,
+        invocation=invocation,
+        limits=limits,
+        should_stop=should_stop,
+        may_grow=CanaryVerdict(run, progress).is_good,
+    )
 
 
 def redo_elsewhere(run: Run, *, should_stop: StopSignal) -> Mapping[int, str]:
@@ -108,13 +120,12 @@ def _sized(run: Run, seconds_left: float) -> tuple[ReplicaLaunch, int]:
     deadline_s = None if seconds_left == float("inf") else max(60.0, seconds_left)
     tier, gpu = choose(run, deadline_s=deadline_s)
     get_run_logger().info("%s: %s", tier.label, tier.reason)
-    weight_bytes = sum(path.stat().st_size for path in run.model.path.glob("*.safetensors"))
     stage_to = run.job.hardware.stage_to
     launch = launch_of(
         tier,
         gpu,
         provider=provider,
-        weight_file_bytes=weight_bytes,
+        weight_file_bytes=run.model.num_weight_bytes,
         stage_to="shm" if stage_to == "/dev/shm" else "auto",
         placement=placement,
     )

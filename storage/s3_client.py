@@ -6,12 +6,12 @@ timeouts, resets, damaged replies. boto3's transfer manager is not used at all: 
 switches to CRT by itself, which ignores the endpoint, and it does not check what it downloads.
 """
 
+import logging
 import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
 import botocore.session
@@ -30,6 +30,7 @@ from botocore.exceptions import (
 from urllib3.exceptions import HTTPError
 
 from storage.clock import Clock, SystemClock
+from storage.endpoints import check_endpoint, is_aws
 from storage.errors import (
     AccessDenied,
     CorruptObject,
@@ -121,17 +122,22 @@ def make_client(
     """Return a client for the configured endpoint; it never retries by itself (see `Caller`).
 
     Raises:
+        BadInput: the endpoint is not one that a job may name on this machine.
         StorageError: the profile does not exist or the endpoint is no URL.
     """
+    _hush()
     try:
         core = botocore.session.Session(profile=config.profile)
-        endpoint = config.endpoint_url or _ambient_endpoint(core)
-        foreign = endpoint is not None and not _is_aws(endpoint)
+        ambient = _ambient_endpoint(core)
+        endpoint = config.endpoint_url or ambient
+        if config.endpoint_url is not None and config.endpoint_url != ambient:
+            check_endpoint(config.endpoint_url)
+        foreign = endpoint is not None and not is_aws(endpoint)
         if foreign:
             # As AWS_EC2_METADATA_DISABLED: another store would not know this machine's role, and asking costs seconds.
             core.get_component("credential_provider").remove("iam-role")
         region = config.region or core.get_config_variable("region") or "us-east-1"
-        return boto3.session.Session(botocore_session=core, region_name=region).client(
+        client = boto3.session.Session(botocore_session=core, region_name=region).client(
             "s3",
             endpoint_url=endpoint,
             config=Config(
@@ -143,8 +149,33 @@ def make_client(
                 tcp_keepalive=True,
             ),
         )
+        if foreign:
+            client.meta.events.register("before-call.s3.HeadBucket", _ask_once)
+        client.meta.events.register("before-parse.s3", _refuse_cut_reply)
+        return client
     except (BotoCoreError, ValueError) as error:
         raise StorageError(f"no S3 client: {error}; check the storage settings") from error
+
+
+def _ask_once(params: dict[str, Any], **_: object) -> None:
+    """Mark botocore's question for a bucket's region, asked when a store redirects a request.
+
+    Otherwise a store that redirects that one too is asked until the stack is full.
+    """
+    params["context"].setdefault("s3_redirect", {})["redirected"] = True
+
+
+def _refuse_cut_reply(operation_model: Any, response_dict: Any, **_: Any) -> None:
+    """Refuse a reply whose body is shorter than announced: botocore takes an empty one for an empty listing.
+
+    Bodies that are streamed are counted by whoever reads them.
+    """
+    body, announced = response_dict["body"], response_dict["headers"].get("content-length")
+    if announced is None or not isinstance(body, bytes) or operation_model.name.startswith("Head"):
+        return
+    if len(body) != int(announced):
+        fault = f"{operation_model.name}: {len(body)} of {announced} bytes of the reply came"
+        raise HTTPClientError(error=fault)
 
 
 def as_storage_error(error: Exception, what: str) -> StorageError:
@@ -197,6 +228,7 @@ def _ambient_endpoint(core: botocore.session.Session) -> str | None:
     return str(found) if found else None
 
 
-def _is_aws(endpoint: str) -> bool:
-    host = urlsplit(endpoint).hostname or ""
-    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+def _hush() -> None:
+    """Keep botocore's debug messages off, whatever the root logger's level: they hold bodies and tokens."""
+    logger = logging.getLogger("botocore")
+    logger.setLevel(max(logger.level, logging.WARNING))

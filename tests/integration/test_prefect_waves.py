@@ -17,6 +17,7 @@ from tests.listener import listening
 from tests.prefect_server import PrefectLab, children_of, wait_for
 from tests.waves_case import (
     MARKER,
+    NUM_ROWS,
     NUM_SHARDS,
     SLOW,
     Case,
@@ -25,6 +26,8 @@ from tests.waves_case import (
 )
 
 pytestmark = pytest.mark.slow
+
+PROCESS = {"provider": "process", "replicas": 2}
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +170,7 @@ def test_a_dropped_file_is_published_by_the_inbox_and_noted_as_done(
     first = lab.run_deployment("scan-inbox/inbox", look)
     assert lab.wait_for_state(first)["state"]["message"] == "1 accepted, 1 in work"
     (letter,) = box.glob("accepted/*/preflight.json")
-    assert MARKER in json.loads(letter.read_text())["first_prompt"]
+    assert MARKER in json.loads(letter.read_text())["preflight"]["first_prompt"]
     run = Path(json.loads(letter.read_text())["run_uri"])
     wait_for((run / "manifest.json").exists, "the run is published", 60)
     again = lab.run_deployment("scan-inbox/inbox", look)
@@ -199,3 +202,66 @@ def test_losing_the_server_and_its_database_in_the_middle_loses_no_work(
     lab.start_worker("gpu-process")
     run_id = case.start(lab)
     case.wait_until_published(lab, run_id, timeout_s=120)
+
+
+def test_a_canary_is_one_replica_and_a_bad_one_ends_the_night_before_there_is_another(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    case = Case(tmp_path)
+    limit = {"rows": 8, "max_truncated_rate": 0.01}
+    values = {**case.values, "hardware": PROCESS, "canary": limit}
+    case.job.write_text(yaml.safe_dump(values))
+    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
+    done = lab.wait_for_state(run_id, timeout_s=120)
+    assert done["state_type"] == "FAILED"
+    assert "truncated_rate is" in done["state"]["message"], done["state"]["message"]
+    found = wait_for(partial(ended_replicas, lab, run_id), "the replica has ended", 60)
+    assert len(found) == 1
+    assert pq.read_table(case.run / "_canary.parquet").num_rows == 8
+    assert case.num_commits() == 0
+    told = (case.run / "_canary.json").read_bytes()
+
+    # The limit was wrong, not the prompt: the sample is not run again, and its answers are kept. The budget
+    # then ends the run after some shards, and a larger one finishes it.
+    dollars = {"hardware": {**PROCESS, "price_per_hour": 3600.0}}
+    slow = {"placement": {"env": SLOW}}
+    poor = {"hardware": {**dollars["hardware"], **slow}, "budget": {"usd": 3.0}}
+    case.job.write_text(yaml.safe_dump({**values, "canary": {"rows": 8}, **poor}))
+    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
+    done = lab.wait_for_state(run_id, timeout_s=120)
+    assert done["state_type"] == "FAILED"
+    assert "budget.usd is 3.00" in done["state"]["message"], done["state"]["message"]
+    committed = {path: path.read_bytes() for path in case.run.glob("commits/*.json")}
+    assert 0 < len(committed) < NUM_SHARDS
+    assert (case.run / "_canary.json").read_bytes() == told
+
+    rich = {**dollars, "budget": {"usd": 10_000.0}, "deadline": "2026-01-01T00:00+00:00"}
+    case.job.write_text(yaml.safe_dump({**values, "canary": {"rows": 8}, **rich}))
+    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
+    done = lab.wait_for_state(run_id, timeout_s=120)
+    assert done["state_type"] == "COMPLETED", done["state"]["message"]
+    assert {path: path.read_bytes() for path in committed} == committed
+    assert case.is_whole()
+    assert_artifacts(lab, run_id)
+    where = {"logs": {"flow_run_id": {"any_": [run_id]}}}
+    said = wait_for(
+        lambda: [
+            log["message"] for log in lab.api("/logs/filter", where) if "late" in log["message"]
+        ],
+        "the flow's log says that it is late",
+        30,
+    )
+    assert "past the deadline 2026-01-01T00:00+00:00" in said[0]
+    assert MARKER.encode() not in lab.everything_stored()
+
+
+def assert_artifacts(lab: PrefectLab, run_id: str) -> None:
+    """A progress bar and a table, one of each, that say how the run ended."""
+    where = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}
+    artifacts = {found["type"]: found for found in lab.api("/artifacts/filter", where)}
+    assert set(artifacts) == {"progress", "table"}
+    assert artifacts["progress"]["data"] == 100.0
+    table = {row["what"]: row["value"] for row in json.loads(artifacts["table"]["data"])}
+    assert table["rows"] == f"{NUM_ROWS} of {NUM_ROWS}"
+    assert table["shards"] == f"{NUM_SHARDS} of {NUM_SHARDS}"
+    assert float(table["spent, $"]) > 0
