@@ -9,7 +9,7 @@ from typing import Any
 from inference.backends import resolve_backend
 from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR
 from inference.errors import EngineConfigError
-from inference.heads import check_heads
+from inference.heads import check_heads, check_quantization
 from inference.model_config import read_model_shape
 from inference.weights import ModelFolder, check_model_folder
 from tasks.job import RunConfig
@@ -86,6 +86,9 @@ def _check_ranks(job: RunConfig, folder: ModelFolder) -> None:
         )
     shape = read_model_shape(folder.path)
     check_heads(size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads)
+    check_quantization(
+        size, job.model.quantization, is_stored=bool(folder.config.get("quantization_config"))
+    )
 
 
 def _max_model_len(job: RunConfig, config: dict[str, Any]) -> int:
