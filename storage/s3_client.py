@@ -217,4 +217,4 @@ def _ambient_endpoint(core: botocore.session.Session) -> str | None:
 def _hush() -> None:
     """Keep botocore's debug messages off, whatever the root logger's level: they hold bodies and tokens."""
     logger = logging.getLogger("botocore")
-    logger.setLevel(max(logger.level, logging.INFO))
+    logger.setLevel(max(logger.level, logging.WARNING))

@@ -26,7 +26,7 @@ from tasks.fingerprint import fingerprint_fields
 from tasks.forecast import Forecast, Lengths, Work, forecast, lengths_of, speed_of
 from tasks.history import History, read_history
 from tasks.job import RunConfig
-from tasks.model import RunModel, open_model
+from tasks.model import RunModel, peek_model
 from tasks.plan import make_plan
 from tasks.progress import Progress
 
@@ -122,7 +122,7 @@ def preflight(
     progress = progress or Progress()
     starts_at = now()
     deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
-    model = open_model(job, progress=progress)
+    model = peek_model(job, work_dir=work_dir, progress=progress)
     try:
         progress.phase = "planning"
         started = time.monotonic()
@@ -224,7 +224,7 @@ def forecast_run(
     """Forecast a planned run on the hardware chosen for it."""
     past = history.last
     same = past is not None and past.backend == choice.backend and _is_device(past.device, choice)
-    speed = speed_of(past) if past is not None and same else None
+    speed = speed_of(past, history) if past is not None and same else None
     num_sequences = num_to_generate(plan)
     num_prompt_tokens = float(num_tokens_to_prefill(plan))
     # An earlier run says what its cache saved in fact; a plan only what could be saved.
@@ -259,6 +259,7 @@ def _is_device(device: str, choice: Choice) -> bool:
 
 
 def _record(job: RunConfig, model: RunModel) -> RunRecord:
+    assert model.content_id is not None, "a look tells which model it is"
     fields = fingerprint_fields(
         job,
         model_content_id=model.content_id,
