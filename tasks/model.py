@@ -17,7 +17,7 @@ from inference.backends import resolve_backend
 from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR
 from inference.content_id import WeightSample, sample_spans
 from inference.errors import EngineConfigError, ModelError
-from inference.heads import check_heads
+from inference.heads import check_heads, check_quantization
 from inference.model_config import read_model_shape
 from inference.weights import check_model_folder, check_sampled_folder, check_small_files
 from tasks.job import RunConfig
@@ -222,6 +222,9 @@ def _check_ranks(job: RunConfig, folder: Path) -> None:
         )
     shape = read_model_shape(folder)
     check_heads(size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads)
+    check_quantization(
+        size, job.model.quantization, is_stored=shape.stored_quantization is not None
+    )
 
 
 def _max_model_len(job: RunConfig, config: dict[str, Any]) -> int:
