@@ -56,13 +56,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     gc.add_argument("run", nargs="?", help=f"{_RUN_HELP}; without it, this machine's staged models")
     gc.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
+    gc.add_argument("--to", default="auto", help="the folder that models were staged to, if named")
     stage = _command(
         commands, "stage", "bring model weights to this machine's fastest disk, verified"
     )
     stage.add_argument(
         "model", nargs="?", help="folder, s3:// prefix, hf://repo@revision or GGUF file"
     )
-    stage.add_argument("--to", default="auto", help="auto, shm, nvme, none or a folder")
+    stage.add_argument(
+        "--to",
+        default="auto",
+        help="auto, shm, nvme, none or a folder; also where --list, --pin and --evict look",
+    )
     stage.add_argument("--list", action="store_true", help="list what is staged")
     stage.add_argument("--pin", action="store_true", help="stage, and never evict")
     stage.add_argument("--unpin", action="store_true", help="let a pinned model be evicted again")

@@ -249,7 +249,7 @@ def _gc_models(args: argparse.Namespace) -> int:
         raise JobError(
             "gc --dry-run: give a run folder; `nightjar stage --list` shows staged models"
         )
-    removed = model_caches.gc()
+    removed = model_caches.gc(roots=model_caches.roots_of(args.to))
     document = {"evicted": [eviction._asdict() for eviction in removed]}
     print_document(args, document, describe_evictions(removed))
     return EXIT_OK
@@ -261,24 +261,25 @@ def stage(args: argparse.Namespace) -> int:
     from tasks.stage import as_json, describe, describe_entries, describe_evictions
     from tasks.stage import stage as stage_model
 
+    roots = model_caches.roots_of(args.to)
     if args.list:
-        entries = model_caches.list_staged()
+        entries = model_caches.list_staged(roots)
         document = {"models": [_plain(entry._asdict()) for entry in entries]}
         print_document(args, document, describe_entries(entries))
         return EXIT_OK
     if args.model is None:
         raise JobError("stage: name a model, or give --list")
     if args.evict:
-        evictions = model_caches.evict(args.model)
+        evictions = model_caches.evict(args.model, roots=roots)
         document = {"evicted": [eviction._asdict() for eviction in evictions]}
         print_document(args, document, describe_evictions(evictions))
         return EXIT_OK if all(not e.kept_because for e in evictions) else EXIT_REFUSED
     if args.unpin:
-        model_caches.pin(args.model, pinned=False)
+        model_caches.pin(args.model, pinned=False, roots=roots)
         return EXIT_OK
     with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
         if args.pin:
-            model_caches.pin(staged.content_id)
+            model_caches.pin(staged.content_id, roots=roots)
         print_document(args, _plain(as_json(staged.report)), describe(staged.report))
     return EXIT_OK
 

@@ -125,13 +125,12 @@ def _sized(run: Run, seconds_left: float) -> tuple[ReplicaLaunch, int]:
     deadline_s = None if seconds_left == float("inf") else max(60.0, seconds_left)
     tier, gpu = choose(run, deadline_s=deadline_s)
     get_run_logger().info("%s: %s", tier.label, tier.reason)
-    weight_bytes = sum(path.stat().st_size for path in run.model.path.glob("*.safetensors"))
     stage_to = run.job.hardware.stage_to
     launch = launch_of(
         tier,
         gpu,
         provider=provider,
-        weight_file_bytes=weight_bytes,
+        weight_file_bytes=run.model.num_weight_bytes,
         stage_to="shm" if stage_to == "/dev/shm" else "auto",
         placement=placement,
     )

@@ -1,6 +1,6 @@
 """A model folder that somebody is still filling: loading may begin with the files that are whole.
 
-    filler:  begin(folder) -> add(path), add(path), ... -> finish()        or finish(error) at any time
+    filler:  begin(folder) -> add(path), add(path), ... -> finish(folder)      or fail(error) at any time
     loader:  folder() -> weight_files() -> wait_for_all()
 
 The filler tells only of files whose bytes are verified and final, so the loader never reads others.
@@ -28,8 +28,7 @@ class Arriving:
     def whole(cls, folder: Path) -> "Arriving":
         """A folder that nobody fills any more."""
         arriving = cls()
-        arriving.begin(folder)
-        arriving.finish()
+        arriving.finish(folder)
         return arriving
 
     def begin(self, folder: Path) -> None:
@@ -50,12 +49,23 @@ class Arriving:
             self._names.add(path.name)
             self._changed.notify_all()
 
-    def finish(self, error: BaseException | None = None) -> None:
-        """All files are whole; or, with an error, no more will come. The first call counts."""
+    def finish(self, folder: Path) -> None:
+        """All files are whole, in this folder. Raises ModelError as `begin` does."""
         with self._changed:
-            if not self._is_done:
-                self._is_done, self._error = True, error
-                self._changed.notify_all()
+            self.begin(folder)
+            self._is_done = True
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """No more will come, for this reason."""
+        with self._changed:
+            self._is_done, self._error = True, error
+            self._changed.notify_all()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether everything but the weights is there."""
+        return self._folder is not None
 
     @property
     def is_done(self) -> bool:

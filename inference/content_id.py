@@ -2,8 +2,8 @@
 
 SHA-256 over, in order of file name, with each part's length before it:
 
-- name and bytes of every small file (.json, .jinja, .txt, .model) at the top of the folder, but for the
-  MANIFEST.json of a staged copy;
+- name and bytes of every small file (.json, .jinja, .txt, .model) at the top of the folder, but for
+  hidden ones and the MANIFEST.json of a staged copy;
 - name, size, header bytes, and 64 blocks of 64 KiB spread evenly over the tensors' bytes (all of them
   when there are no more) of every weight file.
 
@@ -44,8 +44,9 @@ class Span(NamedTuple):
 
 
 def counts(name: str) -> bool:
-    """Whether a small file of that name, at the top of the folder, goes into the id."""
-    return PurePath(name).suffix in _SMALL_FILE_SUFFIXES and name != _STAGING_RECORD
+    """Whether a small file of that name, at the top of the folder, goes into the id; hidden ones do not."""
+    is_ours = name == _STAGING_RECORD or name.startswith(".")
+    return PurePath(name).suffix in _SMALL_FILE_SUFFIXES and not is_ours
 
 
 def sample_spans(num_bytes: int, num_header_bytes: int) -> list[Span]:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from inference.autotp import partition_linears
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
+from inference.heads import check_heads
 from inference.load_weights import load_weights
-from inference.tensor_parallel import TensorParallel, check_heads
+from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import columns_of
 from inference.weight_reader import Slice
 from inference.weights import ModelFolder

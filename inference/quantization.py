@@ -130,7 +130,7 @@ def use_portable_products(model: Any) -> None:
 
 def _compute_dtype(folder: SmallFiles, config: EngineConfig) -> torch.dtype:
     text = folder.config.get("text_config") or {}
-    name = config.dtype
+    name: Any = config.dtype
     if name == "auto":
         name = folder.config.get("dtype") or folder.config.get("torch_dtype") or text.get("dtype")
     dtype: torch.dtype = getattr(torch, str(name or "bfloat16").removeprefix("torch."))

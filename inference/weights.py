@@ -8,29 +8,21 @@ each at the `data_offsets` its header entry gives, without gaps.
 """
 
 import json
-import math
 import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from inference.content_id import WeightSample, content_id, counts, sample_spans
 from inference.errors import ModelError
+from inference.weight_header import check_header
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 _MAX_SMALL_FILE_BYTES = 100_000_000
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")  # fmt: skip
-_ELEMENT_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +43,14 @@ class SmallFiles:
 
     path: Path
     config: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledFolder(SmallFiles):
+    """A folder of small files whose model is known, though its weights are elsewhere."""
+
+    content_id: str
+    num_weight_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,21 +151,41 @@ def check_weight_file(path: Path) -> WeightFile:
         raise ModelError(f"{path}: weight file is missing; fetch the whole model again") from error
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    tensor_names, num_data_bytes = _check_header(path, header)
-    expected = 8 + num_header_bytes + num_data_bytes
+    return _weight_file(path, num_bytes, header)
+
+
+def check_sampled_folder(path: str | Path, samples: Sequence[WeightSample]) -> SampledFolder:
+    """Return what a model is whose small files are in a folder and whose weights were only sampled.
+
+    Raises:
+        ModelError: as `check_model_folder`.
+    """
+    small = check_small_files(path)
+    files = [_weight_file(small.path / s.name, s.num_bytes, s.header) for s in samples]
+    _check_index(small.path, files)
+    model_id = content_id(_small_files(small.path), samples)
+    return SampledFolder(small.path, small.config, model_id, sum(s.num_bytes for s in samples))
+
+
+def content_id_of(folder: Path, weight_files: tuple[WeightFile, ...]) -> str:
+    """Return the id of a whole model folder; see `inference.content_id`."""
+    return content_id(_small_files(folder), map(_sample, weight_files))
+
+
+def _small_files(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(folder.iterdir()):
+        if counts(path.name) and path.is_file():
+            yield path.name, _read_small_file(path)
+
+
+def _weight_file(path: Path, num_bytes: int, header: bytes) -> WeightFile:
+    tensor_names, num_data_bytes = check_header(path, header)
+    expected = 8 + len(header) + num_data_bytes
     if num_bytes != expected:
         raise ModelError(
             f"{path}: {num_bytes} bytes, its header says {expected}: truncated or changed; fetch it again"
         )
     return WeightFile(path, num_bytes, header, tensor_names)
-
-
-def content_id_of(folder: Path, weight_files: tuple[WeightFile, ...]) -> str:
-    """Return the id of a whole model folder; see `inference.content_id`."""
-    small = [path for path in sorted(folder.iterdir()) if counts(path.name) and path.is_file()]
-    return content_id(
-        ((path.name, _read_small_file(path)) for path in small), map(_sample, weight_files)
-    )
 
 
 def _sample(weight_file: WeightFile) -> WeightSample:
@@ -205,7 +225,7 @@ def _weight_file_names(folder: Path) -> list[str]:
     raise ModelError(f"{folder}: no .safetensors files; give a folder that holds the weights")
 
 
-def _check_index(folder: Path, weight_files: tuple[WeightFile, ...]) -> None:
+def _check_index(folder: Path, weight_files: Iterable[WeightFile]) -> None:
     """Every tensor the index places in a file must be in it."""
     names_of = {file.path.name: set(file.tensor_names) for file in weight_files}
     for tensor_name, file_name in (indexed_tensors(folder) or {}).items():
@@ -214,33 +234,6 @@ def _check_index(folder: Path, weight_files: tuple[WeightFile, ...]) -> None:
                 f"{folder / file_name}: tensor {tensor_name} named by {INDEX_NAME} is not in it; "
                 f"fetch the whole model again"
             )
-
-
-def _check_header(path: Path, header: bytes) -> tuple[tuple[str, ...], int]:
-    """Return (tensor names, bytes of all tensors); tensors must lie one after the other."""
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        spans = sorted(
-            (*(int(offset) for offset in entry["data_offsets"]), _num_tensor_bytes(entry), name)
-            for name, entry in entries.items()
-        )
-        position = 0
-        for begin, end, num_tensor_bytes, name in spans:
-            if begin != position or end - begin != num_tensor_bytes:
-                raise ModelError(
-                    f"{path}: tensor {name} lies at {begin} to {end}, expected {position} to "
-                    f"{position + num_tensor_bytes}: not a whole safetensors file; fetch it again"
-                )
-            position = end
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path}: unreadable safetensors header; fetch it again") from error
-    return tuple(entries), position
-
-
-def _num_tensor_bytes(entry: dict[str, Any]) -> int:
-    num_elements = math.prod(int(size) for size in entry["shape"])
-    return math.ceil(num_elements * _ELEMENT_BITS[entry["dtype"]] / 8)
 
 
 def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_type_hints
 
-from inference.config import Auto, Backend, Dtype, Offload, Quantization
+from inference.config import Auto, Backend, DistributedConfig, Dtype, Offload, Quantization
 from inference.sampling import SamplingParams
 from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
@@ -125,6 +125,15 @@ class EngineKnobs:
     max_model_len: int | Auto = "auto"
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
     tensor_parallel_size: int | Auto = "auto"
+    """Devices that hold one replica's model between them; auto: what the sizing says. Part of the fingerprint as
+    it is written: in fp32 it changes no token, in bf16 sums of another order may."""
+
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How the ranks of one replica are started and reach each other."""
+
+    enforce_eager: bool = False
+    """Launch kernels one by one instead of replaying captured CUDA graphs: slower, for finding faults."""
+
     offload: Offload = "auto"
     """Where weights live that the GPU does not hold: none, cpu or nvme; auto: cpu, then for the zero
     backend nvme. Changes no token; the paged backend takes auto and none."""

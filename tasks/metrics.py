@@ -57,7 +57,7 @@ class ReplicaCollector:
         progress: Progress,
         *,
         labels: dict[str, str],
-        staging_gb_per_s: float | None = None,
+        staging_gb_per_s: Callable[[], float | None] = lambda: None,
         gpu: Any | None = None,
     ) -> None:
         self._source = source
@@ -97,9 +97,10 @@ class ReplicaCollector:
             if moment is not None:
                 at = datetime.fromisoformat(moment).timestamp()
                 yield self._gauge(f"{name}_timestamp_seconds", "Seconds since the epoch.", at)
-        if self._staging_gb_per_s is not None:
+        staging_gb_per_s = self._staging_gb_per_s()
+        if staging_gb_per_s is not None:
             yield self._gauge(
-                "staging_gigabytes_per_second", "Speed of the last staging.", self._staging_gb_per_s
+                "staging_gigabytes_per_second", "Speed of the last staging.", staging_gb_per_s
             )
         yield from self._gpu_families()
 

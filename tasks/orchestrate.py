@@ -190,7 +190,14 @@ def redo(
     Parameters and errors are those of `generate`.
     """
     with scratch_folder() as work_dir:
-        run = attach(job, read_record(store), store, work_dir=work_dir, progress=progress)
+        run = attach(
+            job,
+            read_record(store),
+            store,
+            work_dir=work_dir,
+            progress=progress,
+            is_replica=drainer is None,
+        )
         try:
             with _breakable(run):
                 report = DrainReport()

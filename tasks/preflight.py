@@ -26,7 +26,7 @@ from tasks.fingerprint import fingerprint_fields
 from tasks.forecast import Forecast, Lengths, Work, forecast, lengths_of, speed_of
 from tasks.history import History, read_history
 from tasks.job import RunConfig
-from tasks.model import RunModel, open_model
+from tasks.model import RunModel, peek_model
 from tasks.plan import make_plan
 from tasks.progress import Progress
 
@@ -122,7 +122,7 @@ def preflight(
     progress = progress or Progress()
     starts_at = now()
     deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
-    model = open_model(job, progress=progress)
+    model = peek_model(job, work_dir=work_dir, progress=progress)
     try:
         progress.phase = "planning"
         started = time.monotonic()
@@ -259,6 +259,7 @@ def _is_device(device: str, choice: Choice) -> bool:
 
 
 def _record(job: RunConfig, model: RunModel) -> RunRecord:
+    assert model.content_id is not None, "a look tells which model it is"
     fields = fingerprint_fields(
         job,
         model_content_id=model.content_id,

@@ -189,6 +189,7 @@ def shard_receipt(
         "engine": {
             "backend": info.backend,
             "device": info.device,
+            "num_ranks": info.num_ranks,
             "dtype": info.dtype,
             "max_num_seqs": info.max_num_seqs,
             "max_model_len": info.max_model_len,

@@ -19,7 +19,7 @@ from inference.backends import Backend, resolve_backend
 from inference.errors import ModelError
 from storage import keys
 from storage.commits import CommitCache, current_commits
-from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
+from storage.errors import AlreadyExists, BadInput, CorruptObject, InputChanged, NotFound
 from storage.failpoints import failpoint
 from storage.inputs import InputFiles
 from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, digest, to_json
@@ -35,7 +35,7 @@ from tasks.fingerprint import (
     versions,
 )
 from tasks.job import RunConfig
-from tasks.model import RunModel, open_model
+from tasks.model import RunModel, begin_model, peek_model
 from tasks.plan import load_plan, load_shards, make_plan
 from tasks.preflight import refuse_over_budget
 from tasks.progress import Progress
@@ -143,7 +143,9 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
     root = open_store(job.output.uri, job.storage)
     probe_store(root, allow_single_writer=job.storage.allow_single_writer)
     progress.phase = "checking the model"
-    model = open_model(job, progress=progress)
+    model = peek_model(job, work_dir=work_dir, progress=progress)
+    assert model.content_id is not None, "a look tells which model it is"
+    job = _pinned(job, model)
     process = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
     try:
         progress.phase = "listing inputs"
@@ -187,23 +189,39 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
 
 
 def attach(
-    job: RunConfig, record: RunRecord, store: ObjectStore, *, work_dir: Path, progress: Progress
+    job: RunConfig,
+    record: RunRecord,
+    store: ObjectStore,
+    *,
+    work_dir: Path,
+    progress: Progress,
+    is_replica: bool = True,
 ) -> Run:
-    """Join a planned run as another replica.
+    """Join a planned run.
+
+    Args:
+        job: The job.
+        record: Of the run.
+        store: The run folder.
+        work_dir: A scratch folder of the caller's.
+        progress: Counters to keep.
+        is_replica: Whether an engine will run here, so that the weights can be on their way already.
 
     Raises:
         BadInput: the folder has no plan.
-        ModelError: the model found here is not the one the run was planned with.
+        ModelError: the model found here is not the one the run was planned with; where weights are
+            still on their way, the engine that loads them raises it.
     """
     plan = planned(store)
-    model = open_model(job, progress=progress)
-    wanted = record.fingerprint_fields["model.content_id"]
-    if model.content_id != wanted:
+    if is_replica:
+        model = begin_model(job, progress=progress)
+    else:
+        model = peek_model(job, work_dir=work_dir, progress=progress)
+    try:
+        model.expect(record.fingerprint_fields["model.content_id"])
+    except ModelError:
         model.close()
-        raise ModelError(
-            f"model {job.model.source}: content {model.content_id[:12]}, this run was planned with "
-            f"{wanted[:12]}; restore the weights or start a new run"
-        )
+        raise
     return _run(job, record, store, plan, model, work_dir)
 
 
@@ -222,9 +240,15 @@ def read_record(store: ObjectStore) -> RunRecord:
             f"{store.uri}: no run.json; give a run folder, such as OUTPUT_URI/RUN_ID"
         ) from None
     try:
-        return dataclasses.replace(record, job=json.loads(store.get(keys.JOB)))
+        latest = store.get(keys.JOB)
     except NotFound:
         return record
+    try:
+        return dataclasses.replace(record, job=json.loads(latest))
+    except ValueError:
+        raise CorruptObject(
+            f"{store.uri}/{keys.JOB}: not JSON; delete it, and the job of the first start holds"
+        ) from None
 
 
 def planned(store: ObjectStore) -> PlanManifest:
@@ -263,6 +287,13 @@ def _run(
         work_dir=work_dir,
         max_model_len=record.fingerprint_fields["engine.max_model_len"],
     )
+
+
+def _pinned(job: RunConfig, model: RunModel) -> RunConfig:
+    """The job as replicas elsewhere are given it: a branch of the Hub may move before they ask."""
+    if not job.model.source.startswith("hf://"):
+        return job
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, source=model.uri))
 
 
 def _write_record(

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from inference.backends import create_backend
 from tasks.budget import check_budget
 from tasks.canary import CanaryResult, read_canary, refuse_bad_canary, run_canary, wants_canary
 from tasks.choose_tier import choose_hardware
 from tasks.content import prompt_digest, row_digest
-from tasks.drain import engine_config
+from tasks.drain import build_engine
 from tasks.feed import PreparedRow
 from tasks.forecast import lengths_of_canary
 from tasks.history import read_history
@@ -31,7 +30,7 @@ def try_canary(run: Run, *, progress: Progress) -> None:
     progress.phase = f"canary of {config.rows} rows"
     result = read_canary(run.store)
     if result is None:
-        run.warm_backend = backend = create_backend(engine_config(run))
+        run.warm_backend = backend = build_engine(run)
         with run.open_feed() as feed:
             result = run_canary(
                 run.store,

@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 
 from inference.build_engine import build_engine
-from inference.config import EngineConfig
+from inference.config import DistributedConfig, EngineConfig
+from inference.errors import EngineConfigError
 from inference.load_weights import load_weights
 from inference.model import PagedModel, make_paged_model
 from inference.partition import load_partition
+from inference.preflight_collective import check_fabric
 from inference.sampler import SamplerRow, sample
 from inference.sampling import SamplingParams
 from inference.tensor_parallel import TensorParallel
@@ -98,6 +100,20 @@ def least_blocks(folder: str, ranks: TensorParallel) -> str:
     return "" if found == 39 else f"{found} usable blocks"
 
 
+def fabric(ranks: TensorParallel) -> str:
+    """The preflight measures, knows all ranks, and refuses what is slower than asked for."""
+    device = torch.device("cpu")
+    found = check_fabric(ranks, device, DistributedConfig())
+    if not (found.bandwidth > 0 and found.latency_us > 0 and len(found.facts) == ranks.size):
+        return f"{found}"
+    try:
+        check_fabric(ranks, device, DistributedConfig(min_bandwidth=1e6))
+    except EngineConfigError as error:
+        is_right = f"all-reduce over {ranks.size} ranks reaches" in str(error)
+        return "" if is_right else str(error)
+    return "accepted a fabric that is too slow"
+
+
 def weight_bytes(folder: str, ranks: TensorParallel) -> str:
     """A rank holds its part of everything that is partitioned, and nothing twice."""
     whole = sum(t.nbytes for _, t in load_weights(sorted(Path(folder).glob("*.safetensors"))))
@@ -124,6 +140,7 @@ def main(document: dict[str, Any]) -> None:
         "four-moe": lambda: compare(folders["moe"], four, seed=7),
         "four-dense": lambda: compare(folders["dense"], four, seed=7),
         "four-broken-rows": lambda: broken_rows(four),
+        "four-fabric": lambda: fabric(four),
     }
     if place.rank < 3:
         cases["three-dense"] = lambda: compare(folders["three"], TensorParallel.of(three), seed=5)

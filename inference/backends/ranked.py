@@ -13,6 +13,7 @@ from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequence
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, EngineFault
+from inference.heads import check_heads
 from inference.launch import Launch
 from inference.model_config import read_model_shape
 from inference.rank_group import RankGroup
@@ -24,7 +25,6 @@ from inference.rank_messages import (
     update_stats,
 )
 from inference.sequence import Completion, Sequence
-from inference.tensor_parallel import check_heads
 from inference.weights import check_model_folder
 from inference.zero import check_zero
 
@@ -63,7 +63,7 @@ class RankedBackend:
         elapsed_s = time.perf_counter() - started_at
         self._info = dataclasses.replace(
             info,
-            device=f"{config.tensor_parallel_size}x {info.device}",
+            num_ranks=config.tensor_parallel_size,
             load_s=max(info.load_s, elapsed_s - info.warmup_s),
         )
 

@@ -7,21 +7,21 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from inference.backends.paged import PagedBackend
 from inference.backends.ranked import RankedBackend
-from inference.config import EngineConfig
+from inference.config import DistributedConfig, EngineConfig
 from inference.errors import EngineFault
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
+from tests.processes import REPOSITORY, is_alive
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: tensor parallel needs it")
 
-REPOSITORY = Path(__file__).parents[2]
 MODEL = str(REPOSITORY / "tests" / "data" / "models" / "tiny-a")
 PATIENCE_S = 30.0
 
@@ -49,14 +49,6 @@ def drain(backend: Any) -> dict[int, Completion]:
     return found
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
 def wait_until_gone(pids: list[int]) -> list[int]:
     """Wait for processes to end; return those that are left, having ended them."""
     deadline = time.monotonic() + PATIENCE_S
@@ -75,7 +67,7 @@ def test_a_ranked_backend_serves_as_one_rank_does_and_a_killed_rank_ends_it():
     try:
         pids = [backend.ranks.launcher_pid, *backend.ranks.pids.values()]
         assert len(set(pids)) == 3
-        assert backend.info.device == "2x cpu"
+        assert (backend.info.device, backend.info.num_ranks) == ("cpu", 2)
         backend.submit(sequences(9))
         assert backend.num_waiting == 9
         found = drain(backend)
@@ -98,10 +90,14 @@ def test_a_ranked_backend_serves_as_one_rank_does_and_a_killed_rank_ends_it():
     assert wait_until_gone(pids) == []
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_ranks_do_not_outlive_their_owner(launcher):
+@pytest.mark.parametrize(
+    ("launcher", "signum"), [("torchrun", signal.SIGKILL), ("deepspeed", signal.SIGTERM)]
+)
+def test_ranks_do_not_outlive_their_owner(launcher, signum):
+    settings = replace(config_of(2), distributed=DistributedConfig(launcher=launcher))
+    document = json.dumps(asdict(settings))
     owner = subprocess.Popen(
-        [sys.executable, "-m", "tests.ranked_owner", MODEL, launcher],
+        [sys.executable, "-m", "tests.ranked_owner", document],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
@@ -110,6 +106,8 @@ def test_ranks_do_not_outlive_their_owner(launcher):
     try:
         pids = json.loads(owner.stdout.readline())
         assert [is_alive(pid) for pid in pids] == [True, True, True]
+        owner.send_signal(signum)
+        owner.wait(PATIENCE_S)
     finally:
         owner.kill()
         owner.wait()

@@ -42,7 +42,7 @@ PAIRS = [
     "pair-least-blocks",
 ]
 CASES = {
-    **dict.fromkeys([*PAIRS, "four-moe", "four-dense", "four-broken-rows"], 4),
+    **dict.fromkeys([*PAIRS, "four-moe", "four-dense", "four-broken-rows", "four-fabric"], 4),
     "three-dense": 3,
 }
 

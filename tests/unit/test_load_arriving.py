@@ -152,7 +152,7 @@ def test_the_error_of_who_fills_the_folder_ends_the_loading(after: int) -> None:
     if after:
         filler.begin()
         filler.add(min(file.name for file in path.glob("*.safetensors")))
-    filler.files.finish(Spoiled("a file is damaged"))
+    filler.files.fail(Spoiled("a file is damaged"))
     thread.join(30)
     assert isinstance(found[0], Spoiled)
 
