@@ -70,6 +70,8 @@ def _unusable(shape: ModelShape, gpu: GpuType, dtype: str, quantization: str) ->
     dtype = shape.dtype if dtype == "auto" else dtype
     if gpu.compute_dtype(dtype) not in gpu.flops:
         return f"has no {dtype} arithmetic; use another GPU type or model.dtype"
+    if shape.stored_quantization == "fp8" and quantization == "fp8" and "fp8" in gpu.flops:
+        return ""
     if quantization != "none" and shape.stored_quantization:
         return (
             f"the checkpoint is stored as {shape.stored_quantization} already; "
@@ -116,6 +118,11 @@ def _blocked(shape: ModelShape, size: int) -> str:
     return heads_refusal(
         size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads
     )
+
+
+def _is_shareable(replica: Replica) -> bool:
+    """Whether ranks can hold parts of the weights: of those that somebody else quantised they cannot."""
+    return replica.quantization in ("none", "fp8") and replica.shape.stored_quantization is None
 
 
 def _layouts(replica: Replica, count: int, workload: Workload, options: Options) -> Iterator[Tier]:
@@ -182,7 +189,7 @@ def _priced(
         quantization=replica.quantization,
         dtype=replica.dtype,
         kv_cache_dtype=replica.kv_cache_dtype,
-        backend="paged" if offload == "none" else "zero",
+        backend=_backend(replica, offload),
         offload=offload,
         num_hosts=-(-num_gpus // gpu.gpus_per_host),
         weight_bytes_per_gpu=weight_bytes_per_gpu,
@@ -195,6 +202,12 @@ def _priced(
         usd_per_million_tokens=per_million,
         notes=notes,
     )
+
+
+def _backend(replica: Replica, offload: str) -> str:
+    if offload != "none":
+        return "zero"
+    return "transformers" if replica.shape.stored_quantization in ("gptq", "awq") else "paged"
 
 
 def _refusal(replica: Replica, count: int, workload: Workload, options: Options) -> Refusal:
@@ -211,6 +224,10 @@ def _refusal(replica: Replica, count: int, workload: Workload, options: Options)
     if blocked:
         heads = _blocked(shape, min(blocked))
         reason = f"{reason}, and {heads}" if reason else heads
+    elif not can_share and max(sizes, default=1) > 1:
+        method = shape.stored_quantization or replica.quantization
+        shared = f"ranks cannot share weights quantised as {method}"
+        reason = f"{reason}, and {shared}" if reason else shared
     if not sizes:
         reason = (
             f"{count} GPUs do not divide into tensor parallel "
