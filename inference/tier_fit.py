@@ -127,7 +127,7 @@ def _is_shareable(replica: Replica) -> bool:
 
 def _layouts(replica: Replica, count: int, workload: Workload, options: Options) -> Iterator[Tier]:
     for size in _sizes(replica, count, options):
-        if _blocked(replica.shape, size):
+        if _blocked(replica.shape, size) or (size > 1 and not _is_shareable(replica)):
             continue
         candidate = replace(replica, tensor_parallel_size=size)
         if candidate.kv_tokens >= workload.max_sequence_tokens:
@@ -214,7 +214,8 @@ def _refusal(replica: Replica, count: int, workload: Workload, options: Options)
     """Say why no layout of `count` GPUs works, by the one that comes closest."""
     shape = replica.shape
     sizes = _sizes(replica, count, options)
-    possible = [size for size in sizes if not _blocked(shape, size)]
+    can_share = _is_shareable(replica)
+    possible = [size for size in sizes if not _blocked(shape, size) and (size == 1 or can_share)]
     blocked = [size for size in sizes if _blocked(shape, size)]
     reason = (
         _too_small(replace(replica, tensor_parallel_size=max(possible)), workload)

@@ -142,7 +142,7 @@ def peek_model(job: RunConfig, *, work_dir: Path, progress: Progress) -> RunMode
     if seen is None:
         log.info("%s: is staged whole, for nothing less tells which model it is", job.model.source)
         return open_model(job, progress=progress)
-    found = check_sampled_folder(folder, [WeightSample(*file) for file in seen.files])
+    found = check_sampled_folder(folder, (WeightSample(*file) for file in seen.files))
     _check_ranks(job, folder)
     return RunModel(
         path=folder,
