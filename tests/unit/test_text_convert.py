@@ -1,4 +1,5 @@
 import json
+import struct
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -214,3 +215,16 @@ def test_any_json_survives_conversion_but_for_nulls_in_structs(tmp_path, values)
     if JSON_PREFIX + "v" in table.schema.names:
         raw = [None if t is None else json.loads(t) for t in column(table, JSON_PREFIX + "v")]
         assert raw == values
+
+
+def test_arrow_offsets_that_lead_nowhere_are_refused(tmp_path):
+    sink = pa.BufferOutputStream()
+    table = pa.table({"prompt": ["a", "b"]})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data, offsets = sink.getvalue().to_pybytes(), struct.pack("<iii", 0, 1, 2)
+    assert data.count(offsets) == 1
+    path = tmp_path / "rows.arrow"
+    path.write_bytes(data.replace(offsets, struct.pack("<iii", 0, 2**31 - 1, 2)))
+    with pytest.raises(BadInput, match=r"rows\.arrow: not a readable Arrow file"):
+        convert_arrow(path, tmp_path / "out.parquet", name="rows.arrow")
