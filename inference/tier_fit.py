@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from inference.hardware import GB, GpuType
+from inference.heads import heads_refusal
 from inference.model_shape import ModelShape
 from inference.prediction import predict, predict_offloaded
 from inference.roofline import Replica, Workload
@@ -110,13 +111,16 @@ def _sizes(replica: Replica, count: int, options: Options) -> list[int]:
     ]
 
 
-def _divides(shape: ModelShape, size: int) -> bool:
-    return shape.num_key_value_heads % size == 0 and shape.num_attention_heads % size == 0
+def _blocked(shape: ModelShape, size: int) -> str:
+    """Why heads cannot be spread over `size` ranks; empty when they can."""
+    return heads_refusal(
+        size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads
+    )
 
 
 def _layouts(replica: Replica, count: int, workload: Workload, options: Options) -> Iterator[Tier]:
     for size in _sizes(replica, count, options):
-        if not _divides(replica.shape, size):
+        if _blocked(replica.shape, size):
             continue
         candidate = replace(replica, tensor_parallel_size=size)
         if candidate.kv_tokens >= workload.max_sequence_tokens:
@@ -197,18 +201,15 @@ def _refusal(replica: Replica, count: int, workload: Workload, options: Options)
     """Say why no layout of `count` GPUs works, by the one that comes closest."""
     shape = replica.shape
     sizes = _sizes(replica, count, options)
-    possible = [size for size in sizes if _divides(shape, size)]
-    blocked = [size for size in sizes if not _divides(shape, size)]
+    possible = [size for size in sizes if not _blocked(shape, size)]
+    blocked = [size for size in sizes if _blocked(shape, size)]
     reason = (
         _too_small(replace(replica, tensor_parallel_size=max(possible)), workload)
         if possible
         else ""
     )
     if blocked:
-        heads = (
-            f"tensor parallel {min(blocked)} does not divide {shape.num_key_value_heads} KV heads "
-            f"and {shape.num_attention_heads} attention heads"
-        )
+        heads = _blocked(shape, min(blocked))
         reason = f"{reason}, and {heads}" if reason else heads
     if not sizes:
         reason = (

@@ -51,7 +51,7 @@ def remember_run(
     if any(commit.revision > 1 for commit in commits.values()):
         return  # the receipts of redone shards cover their redone rows only
     try:
-        remember(job_of(record), past_run(record, manifest, commits))
+        remember(job_of(record), past_run(record, manifest, commits, store.uri))
     except StorageError as error:
         log.warning("history not written: %s", error)
 

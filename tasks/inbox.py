@@ -210,7 +210,7 @@ def _letter(
         starts = None if after is None else next_time(after, timezone=job.timezone, now=now)
     except (ValueError, BadInput) as error:
         return dataclasses.replace(refused, reason=f"{drop.name}{SIDECAR}: {error}"), None
-    letter = letter_for(job, file=drop.name, etag=drop.etag, work_dir=work_dir)
+    letter = letter_for(job, file=drop.name, etag=drop.etag, work_dir=work_dir, now=starts or now)
     if not letter.is_accepted:
         return letter, None
     final = jobs.job(

@@ -1,35 +1,42 @@
-"""Open a run folder the way its own job asks: encrypted as it was begun, one writer if it was promised.
+"""A run folder, opened the way its own record says.
 
-Whoever names a run says only where the store is; how its objects are written is in run.json.
+What is given, on the command line or by the environment, reaches `run.json`; from there on the
+storage section of the run's job holds, so that a retry uses the profile of the run and keeps its
+promise of a single writer.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
-from storage import keys
-from storage.errors import NotFound
 from storage.manifest import RunRecord
-from storage.object_store import ObjectStore, StorageConfig, open_store
-from tasks.job import job_of
+from storage.object_store import DEFAULT_STORAGE, ObjectStore, StorageConfig, open_store
+from tasks.run import read_record
 
 
-def open_run_folder(uri: str, storage: StorageConfig) -> ObjectStore:
-    """Open a run's store; endpoint, region and profile are the caller's, the rest is the run's.
+class RunFolder(NamedTuple):
+    """A run that was begun."""
 
-    A folder without run.json is opened as it is: whoever needs the run says that it is none.
+    store: ObjectStore
+    record: RunRecord
+
+
+def open_run(uri: str, given: StorageConfig = DEFAULT_STORAGE) -> RunFolder:
+    """Open a run folder by its record's storage settings; what is given goes over them.
 
     Raises:
-        StorageError: the store cannot be reached, or run.json cannot be read.
+        BadInput: the folder is not a run's.
+        StorageError: the profile that the record names is not known here, among others.
     """
-    store = open_store(uri, storage)
-    try:
-        record = RunRecord.from_json(store.get(keys.RUN), source=f"{store.uri}/{keys.RUN}")
-    except NotFound:
-        return store
-    asked = job_of(record).storage
-    mine = dataclasses.replace(
-        asked,
-        endpoint_url=storage.endpoint_url,
-        region=storage.region,
-        profile=storage.profile,
-    )
-    return store if mine == storage else open_store(uri, mine)
+    store = open_store(uri, given)
+    record = read_record(store)
+    storage = recorded_storage(record, given)
+    return RunFolder(store if storage == given else open_store(uri, storage), record)
+
+
+def recorded_storage(record: RunRecord, given: StorageConfig = DEFAULT_STORAGE) -> StorageConfig:
+    """Return the storage settings of a run's job, with those that are given over them."""
+    known = {field.name for field in dataclasses.fields(StorageConfig)}
+    section: dict[str, Any] = record.job.get("storage") or {}
+    recorded = {name: value for name, value in section.items() if name in known}
+    over = {name: value for name, value in dataclasses.asdict(given).items() if value}
+    return StorageConfig(**{**recorded, **over})

@@ -30,7 +30,7 @@ def size(model: str, *, hardware: str | None = None, run: ObjectStore | None = N
         EngineConfigError: the hardware file is wrong.
         BadInput: `run` is not a planned run.
     """
-    workload = DEFAULT_WORKLOAD if run is None else _workload(run)
+    workload = DEFAULT_WORKLOAD if run is None else planned_workload(run)
     return size_model(read_model_shape(model), load_hardware(hardware), workload)
 
 
@@ -47,7 +47,7 @@ def choose(run: Run, hardware: str | None = None, *, deadline_s: float | None = 
     tier = choose_tier(
         read_model_shape(str(run.model.path)),
         gpus,
-        _workload(run.store),
+        planned_workload(run.store),
         options=sizing_options(job, num_gpus),
         deadline_s=deadline_s,
         budget_usd=job.budget.usd,
@@ -55,7 +55,8 @@ def choose(run: Run, hardware: str | None = None, *, deadline_s: float | None = 
     return Choice(tier, next(gpu for gpu in gpus if gpu.name == tier.gpu))
 
 
-def _workload(run: ObjectStore) -> Workload:
+def planned_workload(run: ObjectStore) -> Workload:
+    """Return what a planned run asks of an engine. Raises BadInput if it is not planned."""
     plan = load_plan(run)
     if plan is None:
         raise BadInput(f"{run.uri}: no plan.json; give a planned run's folder")

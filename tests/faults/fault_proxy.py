@@ -7,14 +7,17 @@ status       answer with `status` and an S3 error `code`; the upstream never see
 drop_before  close the connection; the upstream never sees the request
 drop_after   let the upstream do it, then close: the reply is lost
 flip         one bit of the reply's body is wrong
-truncate     half of the body, then close
+truncate     `kept` of the body, half by default, then close
 stall        half of the body, then silence for `seconds`, then close
 unless       take If-None-Match out and sign anew: a store that ignores the condition
 """
 
 import asyncio
+import random
 import re
 import threading
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, Self
@@ -27,6 +30,15 @@ from tests.seaweed import ACCESS_KEY, SECRET_KEY
 
 Kind = Literal["status", "drop_before", "drop_after", "flip", "truncate", "stall", "unless"]
 _LIMIT = 1 << 20
+_CHANCES: tuple[Kind, ...] = (
+    *("status", "status", "status", "drop_before", "drop_after", "drop_after", "drop_after"),
+    *("flip", "truncate", "stall"),
+)
+_STATUSES = (
+    (503, "SlowDown"),
+    (500, "InternalError"),
+    (409, "ConditionalRequestConflict"),
+)
 FOREVER = 1 << 60
 
 
@@ -42,10 +54,32 @@ class Rule:
     status: int = 503
     code: str = "SlowDown"
     seconds: float = 5.0
+    kept: float = 0.5
     once_each: bool = False
     """Hit each request line only the first time it comes."""
 
     seen: set[str] = field(default_factory=set)
+
+
+class Dice:
+    """A random fault for one request in so many, without end: `FaultProxy(port, dice=Dice(0.05, 7))`."""
+
+    def __init__(self, share: float, seed: int, *, stall_s: float = 2.0) -> None:
+        self.share = share
+        self._stall_s = stall_s
+        self._random = random.Random(seed)
+
+    def __call__(self, line: str) -> Rule | None:
+        """Return the fault for this request line, most often none."""
+        if self._random.random() >= self.share:
+            return None
+        kind: Kind = self._random.choice(_CHANCES)
+        if kind == "flip" and (not line.startswith("GET") or "?" in line):
+            kind = (
+                "truncate"  # only an object's own bytes have a checksum; TLS is there for the rest
+            )
+        status, code = self._random.choice(_STATUSES)
+        return Rule(kind, "", status=status, code=code, seconds=self._stall_s)
 
 
 @dataclass
@@ -61,6 +95,16 @@ class FaultProxy:
     port: int = 0
     requests: list[str] = field(default_factory=list)
     """Request lines, as they came."""
+
+    keeps_lines: bool = True
+    """False where they would become too many."""
+
+    num_requests: int = 0
+    dice: Callable[[str], Rule | None] | None = None
+    """Asked for a fault when no rule has one."""
+
+    injected: Counter[str] = field(default_factory=Counter)
+    """Faults that took effect so far, by kind: a flip needs a body."""
 
     _rules: list[Rule] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -117,9 +161,10 @@ class FaultProxy:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        for writer in self._writers:
+        for writer in list(self._writers):
             with suppress(ConnectionError):
                 await writer.wait_closed()
+        await asyncio.sleep(0.01)  # those closed a moment ago are let go by the loop
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -130,6 +175,7 @@ class FaultProxy:
             return
         finally:
             writer.close()
+            self._writers.discard(writer)
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Pass one request and its reply; False when the connection is to be closed."""
@@ -139,26 +185,33 @@ class FaultProxy:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             await writer.drain()
         request.body = await _read_body(reader, request.headers)
-        self.requests.append(line)
+        self.num_requests += 1
+        if self.keeps_lines:
+            self.requests.append(line)
         rule = self._take(line)
         kind = rule.kind if rule else None
         if rule and kind == "status":
+            self.injected[f"{rule.status}"] += 1
             writer.write(_refusal(rule))
             await writer.drain()
             return True
         if kind == "drop_before":
+            self.injected[kind] += 1
             return False
         if kind == "unless" and "if-none-match" in request.headers:
             request.head = _signed_anew(request)
         reply = await self._forward(request, line)
         if kind == "drop_after":
+            self.injected[kind] += 1
             return False
+        if kind == "unless" or (kind and reply.body):
+            self.injected[kind] += 1
         if kind == "flip" and reply.body:
             middle = len(reply.body) // 2
             flipped = bytes([reply.body[middle] ^ 1])
             reply.body = reply.body[:middle] + flipped + reply.body[middle + 1 :]
-        if rule and kind in ("truncate", "stall"):
-            writer.write(reply.head + reply.body[: len(reply.body) // 2])
+        if rule and kind in ("truncate", "stall") and reply.body:
+            writer.write(reply.head + reply.body[: int(len(reply.body) * rule.kept)])
             await writer.drain()
             await asyncio.sleep(rule.seconds if kind == "stall" else 0)
             return False
@@ -176,7 +229,7 @@ class FaultProxy:
                 rule.seen.add(line)
                 rule.count -= 1
                 return rule
-        return None
+        return self.dice(line) if self.dice else None
 
     async def _forward(self, request: _Message, line: str) -> _Message:
         reader, writer = await asyncio.open_connection(
@@ -195,6 +248,7 @@ class FaultProxy:
             return reply
         finally:
             writer.close()
+            self._writers.discard(writer)
 
 
 def _signed_anew(request: _Message) -> bytes:

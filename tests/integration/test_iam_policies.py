@@ -34,7 +34,7 @@ from tasks.orchestrate import Ended, generate
 from tasks.progress import Progress
 from tasks.publish import reveal_all
 from tasks.run import Run, attach, read_record
-from tasks.run_folder import open_run_folder
+from tasks.run_folder import open_run
 from tasks.stop import StopSignal
 from tasks.try_canary import try_canary
 from tests.pipeline import MODELS
@@ -169,7 +169,7 @@ def whole_run(cloud: Cloud, folder: Path) -> Ended:
 
     def drainer(run: Run) -> dict[int, str]:
         with cloud.acting_as("worker"):
-            store = open_run_folder(run.uri, StorageConfig())
+            store = open_run(run.uri, StorageConfig()).store
             replica = attach(
                 job, read_record(store), store, work_dir=folder / "worker", progress=Progress()
             )

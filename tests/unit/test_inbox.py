@@ -70,18 +70,21 @@ def test_a_good_file_gets_a_letter_and_a_job_that_publishes_and_is_then_done(inb
     found = inbox.scan()
     assert found.accepted == ["night.parquet"]
     letter = inbox.letter("accepted")
-    assert letter["num_rows"] == 4
-    assert letter["bad_rows"] == {"invalid_input": 1}
-    assert [row["row_index"] for row in letter["bad_row_examples"]] == [2]
-    assert letter["num_repeated_prompts"] == 1
-    assert letter["first_prompt"] == "<|user|>Say: one\n<|assistant|>"
+    told = letter["preflight"]
+    assert told["num_rows"] == 4
+    assert told["bad_rows_by_state"] == {"invalid_input": 1}
+    assert [row["row_index"] for row in told["bad_row_examples"]] == [2]
+    assert told["num_repeated_prompts"] == 1
+    assert told["first_prompt"] == "<|user|>Say: one\n<|assistant|>"
+    assert told["forecast"]["starts_at"].startswith("2026-11-25T18:00:00")
     (submission,) = found.queued
     assert submission.after is None
     folder = f"accepted/{submission.submission_id}/"
     names = ["job.yaml", "night.parquet", "preflight.json", "preflight.md"]
     assert inbox.names() == [folder + name for name in names]
     text = inbox.store.get(f"{folder}preflight.md").decode()
-    assert "| 2 | invalid_input |" in text
+    assert "      row 2: invalid_input: " in text
+    assert "    forecast   finish: not known" in text
     assert "accepted" in text.splitlines()[0]
 
     assert main(["run", submission.job_uri, "--json"]) == 0
@@ -149,11 +152,25 @@ def test_settings_beside_a_file_go_over_the_inbox_s_own_and_may_say_when(inbox, 
     submit(inbox.store, source, settings=settings, after="20:00 Europe/Berlin")
     inbox.age(tmp_path / "box" / "inbox" / "mine.parquet", 60)
     (submission,) = inbox.scan().queued
-    assert "Shout: one" in inbox.letter("accepted")["first_prompt"]
+    assert "Shout: one" in inbox.letter("accepted")["preflight"]["first_prompt"]
     assert submission.after == NOW.replace(hour=19)
     job = yaml.safe_load(inbox.store.get(f"accepted/{submission.submission_id}/job.yaml"))
     assert job["sampling"]["max_tokens"] == 3
     assert job["input"]["id_column"] == "id"
+
+
+def test_the_letter_is_the_plan_of_the_job_and_keeps_a_private_jobs_text_to_itself(inbox, tmp_path):
+    inbox.drop("open.parquet", ["zanzibar", "two"])
+    sidecar = inbox.drop("shut.parquet", ["zanzibar", "two"]).with_name("shut.parquet.yaml")
+    sidecar.write_text("output: {private: true}\n")
+    assert inbox.scan().accepted == ["open.parquet", "shut.parquet"]
+    texts = {}
+    for key in inbox.names():
+        if key.startswith("accepted/") and "/preflight." in key:
+            texts.setdefault(key.split("/")[1].split("-")[0], []).append(inbox.store.get(key))
+    assert all(b"zanzibar" in text for text in texts["open"])
+    assert not any(b"zanzibar" in text for text in texts["shut"])
+    assert all(b"2 of 2 rows" in text for text in texts["shut"])
 
 
 def test_wrong_settings_beside_a_file_reject_it_by_name_until_they_are_right(inbox):
