@@ -14,6 +14,7 @@ from flows.artifacts import RunArtifacts
 from flows.config import load_job
 from flows.fleet import stop_replicas_of
 from flows.provisioning import drain_elsewhere
+from flows.served import check_paths
 from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state, as_task_run, ended_state, shard_as_task_run
 from tasks.orchestrate import Ended, generate
@@ -46,7 +47,8 @@ def batch_generate(job: str, overrides: list[str] | None = None) -> Any:
     with stop_on_sigterm() as stop:
         progress = Progress()
         return as_state(
-            lambda: _generate(job, overrides or [], progress, stop, notes=progress), ended_state
+            lambda: _generate(job, overrides or [], progress, stop, notes=progress, is_served=True),
+            ended_state,
         )
 
 
@@ -63,7 +65,7 @@ def generate_here(
 
     def body(stop: StopSignal) -> Ended:
         try:
-            ended.append(_generate(job, overrides, progress, stop))
+            ended.append(_generate(job, overrides, progress, stop, is_served=False))
         except BaseException as error:
             errors.append(error)
             raise
@@ -93,10 +95,14 @@ def _generate(
     overrides: list[str],
     progress: Progress,
     should_stop: StopSignal,
+    *,
     notes: Progress | None = None,
+    is_served: bool,
 ) -> Ended:
     # The day that `{date}` means is the night's own, also when the flow run starts late.
     config = load_job(job, overrides=overrides, now=flow_run.scheduled_start_time)
+    if is_served:
+        check_paths(config)
     is_here = config.hardware.provider == "local"
     artifacts: list[RunArtifacts] = []
 

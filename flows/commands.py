@@ -181,7 +181,11 @@ def _watch_status(args: argparse.Namespace, store: ObjectStore) -> int:
         while True:
             found = run_status(store, cache=cache)
             text = json.dumps(found.as_document()) if args.json else console.status_line(found)
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # whoever read has seen enough, as `head` does
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return EXIT_OK if found.is_published else EXIT_PARTIAL
             if found.is_published:
                 return EXIT_OK
             if _stop.wait(max(0.2, args.every)):

@@ -27,6 +27,9 @@ _PAUSES_S = (1, 2, 5, 10, 20)
 """Between tries of a call to the server: a loaded one answers 503, one that restarts not at all."""
 
 
+_MAX_CHARS = 500
+"""Of what a platform says: an API server quotes whole manifests."""
+
 _STORAGE = ("endpoint_url", "region", "profile")
 """Parameters of a replica that say how to reach its run's store."""
 
@@ -90,6 +93,18 @@ class PrefectFleet:
         """Replicas that Prefect takes for running."""
         return sum(run.state is not None and run.state.is_running() for run in self._unfinished())
 
+    def last_words(self) -> str | None:
+        """What Prefect has of the replica that failed last, such as a platform's refusal."""
+        runs = read_flow_runs(FlowRunFilter(id=FlowRunFilterId(any_=self._ids)))
+        ended = [(run.state, run.name) for run in runs if run.state is not None]
+        failed = [
+            (s.timestamp, name, s.message) for s, name in ended if s.is_failed() or s.is_crashed()
+        ]
+        if not failed:
+            return None
+        _, name, message = max(failed, key=lambda found: found[0])
+        return f"flow run {name}: {' '.join((message or 'no reason given').split())[:_MAX_CHARS]}"
+
     def dismiss(self) -> None:
         """Cancel every replica that has not started."""
         runs = self._unfinished()
@@ -126,6 +141,11 @@ def stop_replicas_of(parent_id: str) -> None:
 
 def read_unfinished(which: FlowRunFilter) -> list[FlowRun]:
     """Return the flow runs that are not over."""
+    return [run for run in read_flow_runs(which) if run.state is None or not run.state.is_final()]
+
+
+def read_flow_runs(which: FlowRunFilter) -> list[FlowRun]:
+    """Return all flow runs that a filter finds, page by page."""
 
     def read() -> list[FlowRun]:
         found: list[FlowRun] = []
@@ -136,7 +156,7 @@ def read_unfinished(which: FlowRunFilter) -> list[FlowRun]:
                 if len(page) < 200:
                     return found
 
-    return [run for run in patiently(read) if run.state is None or not run.state.is_final()]
+    return patiently(read)
 
 
 def cancel_flow_runs(runs: Iterable[FlowRun]) -> None:

@@ -18,6 +18,7 @@ _OURS = (
     "metrics",
     "input.uri",
     "run_id",
+    "reuse_from",
     "hardware.provider",
     "hardware.placement",
     "hardware.stage_to",
@@ -36,9 +37,14 @@ class InboxJobs:
         return cls(read_values(source))
 
     @property
+    def any_job(self) -> RunConfig:
+        """The inbox's job for some file. Raises JobError."""
+        return self.job({"input": {"uri": "s3://inbox/any"}})
+
+    @property
     def storage(self) -> StorageConfig:
         """How the inbox's job reaches object storage."""
-        return self.job({"input": {"uri": "unknown"}}).storage
+        return self.any_job.storage
 
     def settings(self, data: bytes) -> dict[str, Any]:
         """Read the settings beside a file.

@@ -16,7 +16,7 @@ from tasks.deadline import deadline_at
 from tasks.drain import new_invocation
 from tasks.launch import device_env, num_replicas
 from tasks.progress import Progress
-from tasks.provision import DEPLOYMENTS, Provider, ReplicaLaunch, launch_of
+from tasks.provision import Provider, ReplicaLaunch, launch_of, unsized_launch_of
 from tasks.run import Run
 from tasks.sizing import choose
 from tasks.stop import StopSignal
@@ -116,12 +116,7 @@ def _sized(run: Run, seconds_left: float) -> tuple[ReplicaLaunch, int]:
     placement = run.job.hardware.placement
     if provider == "process" or run.record.fingerprint_fields["engine.backend"] == "dummy":
         # Processes on this machine take what it has; without a model there is nothing to size.
-        variables = dict(placement.job_variables)
-        if placement.env:
-            variables["env"] = {**variables.get("env", {}), **placement.env}
-        return ReplicaLaunch(
-            deployment=DEPLOYMENTS[provider], job_variables=variables
-        ), num_replicas(run)
+        return unsized_launch_of(provider, placement), num_replicas(run)
     deadline_s = None if seconds_left == float("inf") else max(60.0, seconds_left)
     tier, gpu = choose(run, deadline_s=deadline_s)
     get_run_logger().info("%s: %s", tier.label, tier.reason)

@@ -16,6 +16,7 @@ from prefect.states import Completed, Scheduled
 
 from flows.fleet import patiently
 from flows.inbox_jobs import InboxJobs
+from flows.served import check_paths
 from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state
 from storage.object_store import open_store
@@ -48,6 +49,7 @@ def scan_inbox(
 
 def _scan(uri: str, job: str, endpoint_url: str | None, settle_s: float) -> Scan:
     jobs = InboxJobs.read(job)
+    check_paths(jobs.any_job)
     storage = jobs.storage
     if endpoint_url is not None:
         storage = dataclasses.replace(storage, endpoint_url=endpoint_url)

@@ -8,7 +8,7 @@ import string
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from inference.errors import EngineConfigError, PromptError
+from inference.errors import EngineConfigError, PromptError, printable
 
 MAX_FORMAT_WIDTH = 9999
 _DIGITS = re.compile(r"\d+")
@@ -71,11 +71,6 @@ def _check_field(name: str, spec: str, conversion: str | None) -> None:
         raise EngineConfigError(
             f"input.prompt: the width of {{{shown}:{spec_shown}}} must be at most {MAX_FORMAT_WIDTH}"
         )
-
-
-def printable(text: str) -> str:
-    """Return text that fits in one line of a message: line breaks and the like are escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _format(name: str, value: object, spec: str) -> str:

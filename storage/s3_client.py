@@ -151,6 +151,7 @@ def make_client(
         )
         if foreign:
             client.meta.events.register("before-call.s3.HeadBucket", _ask_once)
+        client.meta.events.register("before-parse.s3", _refuse_cut_reply)
         return client
     except (BotoCoreError, ValueError) as error:
         raise StorageError(f"no S3 client: {error}; check the storage settings") from error
@@ -162,6 +163,19 @@ def _ask_once(params: dict[str, Any], **_: object) -> None:
     Otherwise a store that redirects that one too is asked until the stack is full.
     """
     params["context"].setdefault("s3_redirect", {})["redirected"] = True
+
+
+def _refuse_cut_reply(operation_model: Any, response_dict: Any, **_: Any) -> None:
+    """Refuse a reply whose body is shorter than announced: botocore takes an empty one for an empty listing.
+
+    Bodies that are streamed are counted by whoever reads them.
+    """
+    body, announced = response_dict["body"], response_dict["headers"].get("content-length")
+    if announced is None or not isinstance(body, bytes) or operation_model.name.startswith("Head"):
+        return
+    if len(body) != int(announced):
+        fault = f"{operation_model.name}: {len(body)} of {announced} bytes of the reply came"
+        raise HTTPClientError(error=fault)
 
 
 def as_storage_error(error: Exception, what: str) -> StorageError:
@@ -217,4 +231,4 @@ def _ambient_endpoint(core: botocore.session.Session) -> str | None:
 def _hush() -> None:
     """Keep botocore's debug messages off, whatever the root logger's level: they hold bodies and tokens."""
     logger = logging.getLogger("botocore")
-    logger.setLevel(max(logger.level, logging.INFO))
+    logger.setLevel(max(logger.level, logging.WARNING))

@@ -14,7 +14,8 @@ from tasks.lengths import quantile
 
 Basis = Literal["history", "canary", "max_tokens"]
 
-_SPREAD_HISTORY = 0.15
+_SPREAD_ONE_RUN = 0.25  # of the speed, when only one earlier run tells
+_SPREAD_LEAST = 0.10
 _SPREAD_ROOFLINE = 0.30
 _HALF_OF_BOUND = 0.5  # what is assumed of max_tokens when nothing else is known
 
@@ -140,8 +141,8 @@ def lengths_of_canary(num_sequences: int, num_tokens: int, max_tokens: int) -> L
     )
 
 
-def speed_of(past: PastRun) -> Speed:
-    """Return the speed of an earlier run."""
+def speed_of(past: PastRun, history: History | None = None) -> Speed:
+    """Return the speed of an earlier run; how far it can be trusted, the others like it tell."""
     seconds = past.replica_seconds
     started = sum(seconds.get(name, 0.0) for name in START_PHASES)
     known = {*START_PHASES, "tail", "prefill", "decode"}
@@ -158,9 +159,22 @@ def speed_of(past: PastRun) -> Speed:
         prefill_s_per_token=seconds.get("prefill", 0.0) / max(1, past.num_prompt_tokens),
         decode_s_per_token=decode_s / max(1, num_full),
         other_s_per_sequence=other / max(1, past.num_rows),
-        spread=_SPREAD_HISTORY,
+        spread=_spread(past, history or History()),
         sentence=f"speed: as in run {past.run_id} on {past.device}",
     )
+
+
+def _spread(past: PastRun, history: History) -> float:
+    """Return how much slower one run in ten is, as a share: by the scatter of runs on such a device."""
+    speeds = [
+        sum(run.replica_seconds.get(name, 0.0) for name in ("decode", "tail")) / tokens
+        for run in history.runs
+        if (run.backend, run.device) == (past.backend, past.device)
+        and (tokens := run.num_completion_tokens)
+    ]
+    if len(speeds) < 2 or not statistics.fmean(speeds):
+        return _SPREAD_ONE_RUN
+    return max(_SPREAD_LEAST, 1.28 * statistics.stdev(speeds) / statistics.fmean(speeds))
 
 
 def forecast(

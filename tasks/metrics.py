@@ -106,12 +106,15 @@ class ReplicaCollector:
 
     def _gpu_families(self) -> Iterator[Any]:
         told = None if self._gpu is None else sample(self._gpu)
-        if told is not None:
-            yield self._gauge(
-                "gpu_utilisation_ratio", "Time with a kernel at work.", told.utilisation
-            )
-            yield self._gauge("gpu_memory_bytes", "Device memory in use.", told.memory_bytes)
-            yield self._gauge("gpu_power_watts", "Power drawn.", told.power_w)
+        if told is None:
+            return
+        for name, text, value in (
+            ("gpu_utilisation_ratio", "Time with a kernel at work.", told.utilisation),
+            ("gpu_memory_bytes", "Device memory in use.", told.memory_bytes),
+            ("gpu_power_watts", "Power drawn.", told.power_w),
+        ):
+            if value is not None:
+                yield self._gauge(name, text, value)
 
     def _gauge(self, name: str, text: str, value: float) -> Any:
         from prometheus_client.core import GaugeMetricFamily

@@ -220,7 +220,10 @@ def _check_ranks(job: RunConfig, folder: Path) -> None:
     size = job.engine.num_ranks
     if size == 1:
         return
-    if resolve_backend(job.engine.backend) == "transformers":
+    backend = resolve_backend(job.engine.backend)
+    if backend == "zero":
+        return  # its ranks share the weights, and each runs whole heads
+    if backend == "transformers":
         raise EngineConfigError(
             f"engine.tensor_parallel_size is {size}: the transformers backend runs in one process; "
             f"use 1, or engine.backend paged"

@@ -224,7 +224,7 @@ def forecast_run(
     """Forecast a planned run on the hardware chosen for it."""
     past = history.last
     same = past is not None and past.backend == choice.backend and _is_device(past.device, choice)
-    speed = speed_of(past) if past is not None and same else None
+    speed = speed_of(past, history) if past is not None and same else None
     num_sequences = num_to_generate(plan)
     num_prompt_tokens = float(num_tokens_to_prefill(plan))
     # An earlier run says what its cache saved in fact; a plan only what could be saved.

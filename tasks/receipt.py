@@ -175,7 +175,7 @@ def shard_receipt(
             "tokenise": _rounded(facts.tokenise_s),
             "write": _rounded(facts.write_s),
         },
-        "completion_tokens_per_s": _rate(num_generated, wall),
+        "completion_tokens_per_s": _rate(num_generated, wall) if num_steps else None,
         "roofline": {
             "gpu": yardstick.gpu.name if yardstick.gpu else None,
             "prefill_share_of_flops": _share(prefill_share),
@@ -194,7 +194,7 @@ def shard_receipt(
             "max_num_seqs": info.max_num_seqs,
             "max_model_len": info.max_model_len,
         },
-        "summary": _sentence(seconds, wall, num_generated, prefill_share, decode_share),
+        "summary": _sentence(seconds, num_steps, num_generated, prefill_share, decode_share),
     }
 
 
@@ -225,23 +225,45 @@ def _seconds(before: Mark, after: Mark, wall: float) -> dict[str, float]:
 
 def _sentence(
     seconds: dict[str, float],
-    wall: float,
+    num_steps: int,
     num_tokens: int,
     prefill_share: float | None,
     decode_share: float | None,
 ) -> str:
+    wall = sum(seconds.values())
     if wall <= 0 or not num_tokens:
         return "No tokens were generated."
-    rate = f"{num_tokens / wall:,.0f} tokens/s over {wall:,.1f} s"
+    if not num_steps:
+        return "It ended in the same step as the shard before it, whose receipt has the time."
+    rate = f"{rate_text(num_tokens / wall)} tokens/s over {wall:,.1f} s"
+    return f"{rate}; {largest_loss(seconds, prefill_share, decode_share)}."
+
+
+def largest_loss(
+    seconds: Mapping[str, float], prefill_share: float | None, decode_share: float | None
+) -> str:
+    """Say what most of the time was lost to; the end of a sentence.
+
+    Args:
+        seconds: All of the time, by phase.
+        prefill_share: Of the arithmetic peak, in prefill; None if it is not known.
+        decode_share: Of the memory's bandwidth, in decoding; likewise.
+    """
     name, lost = max(losses(seconds, prefill_share, decode_share).items(), key=lambda i: i[1])
-    share = round(100 * lost / wall)
+    share = round(100 * lost / sum(seconds.values()))
     if share < 1:
-        return f"{rate}; nothing was lost that is worth a per cent."
+        return "nothing was lost that is worth a per cent"
+    what = _WORDS[name]
     if name == "decode" and decode_share is not None:
-        return f"{rate}; the largest loss, {share} %, was decoding at {100 * decode_share:.0f} % of the memory's bandwidth."
+        what = f"decoding at {100 * decode_share:.0f} % of the memory's bandwidth"
     if name == "prefill" and prefill_share is not None:
-        return f"{rate}; the largest loss, {share} %, was prefill at {100 * prefill_share:.0f} % of the arithmetic peak."
-    return f"{rate}; the largest loss, {share} %, was {_WORDS[name]}."
+        what = f"prefill at {100 * prefill_share:.0f} % of the arithmetic peak"
+    return f"the largest loss, {share} %, was {what}"
+
+
+def rate_text(value: float) -> str:
+    """Return a rate as people read it."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:,.1f}"
 
 
 def _rate(count: int, seconds: float) -> float | None:

@@ -19,6 +19,7 @@ from storage.reveal import read_manifest
 from tasks.history import num_generated_tokens
 from tasks.job import job_of
 from tasks.lengths import merged
+from tasks.run_receipt import run_rate, run_roofline, run_seconds, run_summary
 
 NUM_SLOWEST = 8
 NUM_COMPLETIONS = 10
@@ -79,6 +80,10 @@ class ReportFacts:
     """Rows copied from earlier runs."""
 
     roofline: dict[str, float | None]
+    rate: float | None
+    """Completion tokens per second of a replica."""
+
+    summary: str
 
 
 def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> ReportFacts:
@@ -110,7 +115,7 @@ def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> Rep
         is_private=job.output.private,
         num_committed=len(commits),
         rows_by_state={state: counts[state] for state in records.STATES if counts[state]},
-        seconds=_seconds(receipts),
+        seconds=run_seconds(receipts),
         num_completion_tokens=sum(map(num_generated_tokens, receipts)),
         wall_s=(end - start).total_seconds() if start and end else 0.0,
         usd=sum(p for p in prices if p is not None) if prices and None not in prices else None,
@@ -128,7 +133,9 @@ def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> Rep
         completions=[] if job.output.private else _completions(store, ordered),
         num_repetitive=sum(r.get("num_repetitive") or 0 for r in receipts),
         num_reused=sum(r.get("num_reused_rows") or 0 for r in receipts),
-        roofline=_roofline(receipts),
+        roofline=run_roofline(receipts),
+        rate=run_rate(receipts),
+        summary=run_summary(receipts),
     )
 
 
@@ -145,14 +152,6 @@ def _span(ordered: list[CommitRecord]) -> tuple[datetime | None, datetime | None
         for c in ordered
     ]
     return min(starts), datetime.fromisoformat(ordered[-1].committed_at)
-
-
-def _seconds(receipts: list[dict[str, Any]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for receipt in receipts:
-        for name, value in (receipt.get("seconds") or {}).items():
-            total[name] = total.get(name, 0.0) + value
-    return total
 
 
 def _rates(
@@ -186,8 +185,9 @@ def _slowest(ordered: list[CommitRecord]) -> list[dict[str, Any]]:
         }
         for commit in ordered
         if commit.receipt.get("num_sequences")
+        and commit.receipt.get("completion_tokens_per_s") is not None
     ]
-    rows.sort(key=lambda row: (row["tokens_per_s"] or 0.0, -row["wall_s"]))
+    rows.sort(key=lambda row: (row["tokens_per_s"], -row["wall_s"]))
     return rows[:NUM_SLOWEST]
 
 
@@ -207,22 +207,6 @@ def _device(ordered: list[CommitRecord], start: datetime | None) -> list[dict[st
         if told.get("mean_utilisation") is not None:
             row["utilisation"] = told["mean_utilisation"]
         found.append(row)
-    return found
-
-
-def _roofline(receipts: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Shares weighted by the time they hold for."""
-    found: dict[str, float | None] = {}
-    for name, phases in (
-        ("prefill_share_of_flops", ("prefill",)),
-        ("decode_share_of_bandwidth", ("decode", "tail")),
-    ):
-        weighted = seconds = 0.0
-        for receipt in receipts:
-            share = (receipt.get("roofline") or {}).get(name)
-            took = sum(receipt["seconds"].get(p, 0.0) for p in phases) if share is not None else 0.0
-            weighted, seconds = weighted + (share or 0.0) * took, seconds + took
-        found[name] = weighted / seconds if seconds > 0 else None
     return found
 
 

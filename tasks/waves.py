@@ -42,6 +42,9 @@ class Fleet(Protocol):
     def num_running(self) -> int:
         """How many of those are known to have started."""
 
+    def last_words(self) -> str | None:
+        """What the replica that failed last said, in one line without any text of the rows."""
+
     def dismiss(self) -> None:
         """Call off those that have not started: nothing is left for them."""
 
@@ -175,8 +178,11 @@ def _turn(
     if count <= 0 or time.monotonic() < seen.not_before:
         return None
     if not _may_launch(seen, limits, len(run.shards) - len(missing)):
-        why = f"{MAX_IDLE_WAVES} waves of replicas committed nothing; see their flow runs"
-        return None if num_live else {**dict.fromkeys(todo, why), **given_up}
+        if num_live:
+            return None
+        said = fleet.last_words() or "see their flow runs"
+        why = f"{MAX_IDLE_WAVES} waves of replicas committed nothing; {said}"
+        return {**dict.fromkeys(todo, why), **given_up}
     log.info(
         "wave=%d replicas=%d missing_shards=%d live=%d", seen.wave, count, len(missing), num_live
     )

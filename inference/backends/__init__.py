@@ -6,7 +6,14 @@ from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.weights import SmallFiles
 
-__all__ = ["Backend", "BackendInfo", "EngineStats", "check_engine", "create_backend", "resolve_backend"]
+__all__ = [
+    "Backend",
+    "BackendInfo",
+    "EngineStats",
+    "check_engine",
+    "create_backend",
+    "resolve_backend",
+]
 
 
 def resolve_backend(name: str) -> str:

@@ -7,7 +7,7 @@ status       answer with `status` and an S3 error `code`; the upstream never see
 drop_before  close the connection; the upstream never sees the request
 drop_after   let the upstream do it, then close: the reply is lost
 flip         one bit of the reply's body is wrong
-truncate     half of the body, then close
+truncate     `kept` of the body, half by default, then close
 stall        half of the body, then silence for `seconds`, then close
 unless       take If-None-Match out and sign anew: a store that ignores the condition
 """
@@ -21,7 +21,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, Self
-from weakref import WeakSet
 
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
@@ -55,6 +54,7 @@ class Rule:
     status: int = 503
     code: str = "SlowDown"
     seconds: float = 5.0
+    kept: float = 0.5
     once_each: bool = False
     """Hit each request line only the first time it comes."""
 
@@ -130,7 +130,7 @@ class FaultProxy:
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
-        self._writers: WeakSet[asyncio.StreamWriter] = WeakSet()
+        self._writers: set[asyncio.StreamWriter] = set()
         ready = threading.Event()
 
         async def listen() -> None:
@@ -164,6 +164,7 @@ class FaultProxy:
         for writer in list(self._writers):
             with suppress(ConnectionError):
                 await writer.wait_closed()
+        await asyncio.sleep(0.01)  # those closed a moment ago are let go by the loop
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -174,6 +175,7 @@ class FaultProxy:
             return
         finally:
             writer.close()
+            self._writers.discard(writer)
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Pass one request and its reply; False when the connection is to be closed."""
@@ -209,7 +211,7 @@ class FaultProxy:
             flipped = bytes([reply.body[middle] ^ 1])
             reply.body = reply.body[:middle] + flipped + reply.body[middle + 1 :]
         if rule and kind in ("truncate", "stall") and reply.body:
-            writer.write(reply.head + reply.body[: len(reply.body) // 2])
+            writer.write(reply.head + reply.body[: int(len(reply.body) * rule.kept)])
             await writer.drain()
             await asyncio.sleep(rule.seconds if kind == "stall" else 0)
             return False
@@ -246,6 +248,7 @@ class FaultProxy:
             return reply
         finally:
             writer.close()
+            self._writers.discard(writer)
 
 
 def _signed_anew(request: _Message) -> bytes:

@@ -14,6 +14,7 @@ from storage.errors import (
     AccessDenied,
     AlreadyExists,
     CorruptObject,
+    NotFound,
     PreconditionFailed,
     StoreUnavailable,
 )
@@ -143,6 +144,22 @@ def test_cut_and_stalled_replies_are_asked_for_again(
     assert proxy.pending() == 0
     proxy.add("truncate", match="^GET .*/k", count=1)
     assert store.get_range("k", 5, 4 * MiB) == data[5 : 4 * MiB]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_a_listing_or_a_copy_whose_reply_is_cut_short_is_asked_for_again(
+    store: S3Store, proxy: FaultProxy, kept: float
+) -> None:
+    store.put("a/1", b"x")
+    proxy.add("truncate", match="^GET .*list-type", kept=kept, count=2)
+    assert [info.key for info in store.list("a/")] == ["a/1"], "cut is not empty"
+    proxy.add("truncate", match="^PUT .*a/2", kept=kept, count=2)
+    store.copy("a/1", "a/2")
+    assert store.get("a/2") == b"x"
+    proxy.add("truncate", match="^GET .*a/none", kept=kept, count=2)
+    with pytest.raises(NotFound):
+        store.get("a/none")
+    assert proxy.pending() == 0
 
 
 def test_an_object_replaced_in_the_middle_of_a_download_is_refused(

@@ -131,6 +131,15 @@ def test_a_tail_is_paid_for_once_with_the_tokens_it_makes_however_many_rows_ther
     assert nearly_nothing == pytest.approx(3.0 + tail_s * 16 / 1_600)
 
 
+def test_p90_follows_the_scatter_of_earlier_runs_on_such_a_device():
+    slower = dataclasses.replace(PAST, replica_seconds={"decode": 140.0, "tail": 10.0})
+    elsewhere = dataclasses.replace(slower, device="cpu")
+    alone = speed_of(PAST, History((elsewhere, PAST))).spread
+    assert alone == speed_of(PAST).spread == 0.25
+    assert speed_of(PAST, History((PAST, PAST, PAST))).spread == 0.10
+    assert speed_of(PAST, History((slower, PAST))).spread > 0.3
+
+
 def test_without_history_max_tokens_bounds_the_lengths_and_the_sentence_says_so():
     made = forecast(
         work=Work(num_sequences=10, num_prefill_tokens=100),

@@ -177,7 +177,9 @@ def test_weights_stored_quantised_are_sized_as_they_are_loaded():
     )
     # Blocks of fp8 become full precision again, or what the engine quantises itself.
     assert fp8.weight_bytes() == model_shape(config).weight_bytes()
-    assert fp8.weight_bytes(quantization="fp8") == model_shape(config).weight_bytes(quantization="fp8")
+    assert fp8.weight_bytes(quantization="fp8") == model_shape(config).weight_bytes(
+        quantization="fp8"
+    )
     assert gptq.stored_bits == pytest.approx(4.156, abs=0.001)
     assert gptq.weight_bytes() < fp8.weight_bytes()
 
