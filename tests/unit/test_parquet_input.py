@@ -214,3 +214,10 @@ def test_a_row_that_is_too_large_alone_is_refused_by_number(tmp_path, monkeypatc
     monkeypatch.setattr(ParquetInput, "_decode", never)
     with pytest.raises(BadInput, match=r"row 0 \(row group 0\) needs more memory"):
         read(path)
+
+
+def test_a_column_name_that_is_not_utf8_is_refused(tmp_path):
+    path = write(tmp_path, pa.table({"prompt": ["x"]}), store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"prompt", b"pr\xeempt"))
+    with pytest.raises(BadInput, match=r"rows\.parquet: not a readable Parquet file"):
+        read(path)
