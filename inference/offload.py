@@ -29,8 +29,8 @@ class Room(NamedTuple):
     disk: int
 
 
-def check_offload(config: EngineConfig, backend: str) -> None:
-    """Refuse what the backend cannot do, before anything is loaded.
+def check_offload(config: EngineConfig, backend: str, *, is_here: bool = True) -> None:
+    """Refuse what the backend cannot do, before anything is loaded; `is_here`: on this machine.
 
     Raises:
         EngineConfigError: with the remedy.
@@ -40,12 +40,12 @@ def check_offload(config: EngineConfig, backend: str) -> None:
             f"engine.offload is {config.offload}: the paged backend keeps its weights on the device; "
             f"use auto, or engine.backend zero"
         )
-    if config.offload == "nvme" and backend != "dummy":
+    if config.offload == "nvme":
         if config.nvme_path is None:
             raise EngineConfigError(
                 "engine.offload is nvme: engine.nvme_path is not set; name a folder on a local NVMe disk"
             )
-        if not Path(config.nvme_path).is_dir():
+        if is_here and not Path(config.nvme_path).is_dir():
             raise EngineConfigError(
                 f"engine.nvme_path is {config.nvme_path}: no such folder; make it, or name another"
             )

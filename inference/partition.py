@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from inference.autotp import partition_linears
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
-from inference.heads import check_heads
+from inference.heads import check_heads, check_quantization
 from inference.load_weights import load_weights
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import columns_of
@@ -39,16 +39,9 @@ def load_partition(
         EngineConfigError: the model cannot be partitioned so.
         ModelError: weights are missing or of another shape than config.json says.
     """
-    if config.quantization in ("int8", "nf4"):
-        raise EngineConfigError(
-            f"engine.tensor_parallel_size is {ranks.size}, model.quantization {config.quantization}: "
-            f"do not go together; use none or fp8"
-        )
-    if folder.config.get("quantization_config"):
-        raise EngineConfigError(
-            f"engine.tensor_parallel_size is {ranks.size}: {folder.path} is quantised already; "
-            f"use the unquantised checkpoint"
-        )
+    check_quantization(
+        ranks.size, config.quantization, is_stored=bool(folder.config.get("quantization_config"))
+    )
     model = _empty_model(folder, config)
     text = model.config.get_text_config()
     check_heads(

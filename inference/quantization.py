@@ -31,8 +31,10 @@ def stored_method(model_config: Mapping[str, Any]) -> str | None:
     return str(stored.get("quant_method", "unknown")) if isinstance(stored, Mapping) else None
 
 
-def check_quantization(folder: SmallFiles, config: EngineConfig, backend: str) -> None:
-    """Refuse what cannot run here, before anything is loaded.
+def check_quantization(
+    folder: SmallFiles, config: EngineConfig, backend: str, *, is_here: bool = True
+) -> None:
+    """Refuse what cannot run, before anything is loaded; `is_here`: on this machine.
 
     Raises:
         EngineConfigError: with the remedy.
@@ -49,6 +51,20 @@ def check_quantization(folder: SmallFiles, config: EngineConfig, backend: str) -
         raise EngineConfigError(
             "model.quantization is fp8: needs engine.backend paged on a CUDA device"
         )
+    if config.tensor_parallel_size > 1 and (kind in BITSANDBYTES or stored is not None):
+        raise EngineConfigError(
+            f"engine.tensor_parallel_size is {config.tensor_parallel_size}: ranks cannot share weights "
+            f"quantised as {stored or kind}; use 1, or an unquantised model with none or fp8"
+        )
+    if is_here:
+        _check_packages(folder, kind, stored)
+
+
+def _check_packages(folder: SmallFiles, kind: str, stored: str | None) -> None:
+    if stored in _PACKAGES:
+        packages = _PACKAGES[stored]
+        remedy = f"pip install {' '.join(packages)}, or use the unquantised model"
+        _require(f"{folder.path} is stored as {stored}", packages, remedy)
     if kind in BITSANDBYTES or stored == "bitsandbytes":
         what = (
             f"model.quantization is {kind}"
@@ -66,16 +82,12 @@ def _check_stored(folder: SmallFiles, stored: str, backend: str) -> None:
                 f"{folder.path}: weights are stored as fp8 without weight_block_size, which is not known "
                 f"here; use a checkpoint in blocks of 128x128, or the unquantised one with fp8"
             )
-    elif stored in _PACKAGES:
-        if backend != "transformers":
-            raise EngineConfigError(
-                f"{folder.path}: weights are stored as {stored}, which the {backend} backend cannot read; "
-                f"use engine.backend transformers, or the unquantised model with model.quantization fp8"
-            )
-        packages = _PACKAGES[stored]
-        remedy = f"pip install {' '.join(packages)}, or use the unquantised model"
-        _require(f"{folder.path} is stored as {stored}", packages, remedy)
-    elif stored != "bitsandbytes":
+    elif stored in _PACKAGES and backend != "transformers":
+        raise EngineConfigError(
+            f"{folder.path}: weights are stored as {stored}, which the {backend} backend cannot read; "
+            f"use engine.backend transformers, or the unquantised model with model.quantization fp8"
+        )
+    elif stored not in (*_PACKAGES, "bitsandbytes"):
         raise EngineConfigError(
             f"{folder.path}: weights are stored as {stored}, which no backend reads; use the unquantised "
             f"checkpoint, or one stored as fp8 in blocks, gptq, awq or bitsandbytes"

@@ -70,6 +70,8 @@ def _unusable(shape: ModelShape, gpu: GpuType, dtype: str, quantization: str) ->
     dtype = shape.dtype if dtype == "auto" else dtype
     if gpu.compute_dtype(dtype) not in gpu.flops:
         return f"has no {dtype} arithmetic; use another GPU type or model.dtype"
+    if shape.stored_quantization == "fp8" and quantization == "fp8" and "fp8" in gpu.flops:
+        return ""
     if quantization != "none" and shape.stored_quantization:
         return (
             f"the checkpoint is stored as {shape.stored_quantization} already; "
@@ -118,9 +120,14 @@ def _blocked(shape: ModelShape, size: int) -> str:
     )
 
 
+def _is_shareable(replica: Replica) -> bool:
+    """Whether ranks can hold parts of the weights: of those that somebody else quantised they cannot."""
+    return replica.quantization in ("none", "fp8") and replica.shape.stored_quantization is None
+
+
 def _layouts(replica: Replica, count: int, workload: Workload, options: Options) -> Iterator[Tier]:
     for size in _sizes(replica, count, options):
-        if _blocked(replica.shape, size):
+        if _blocked(replica.shape, size) or (size > 1 and not _is_shareable(replica)):
             continue
         candidate = replace(replica, tensor_parallel_size=size)
         if candidate.kv_tokens >= workload.max_sequence_tokens:
@@ -182,7 +189,7 @@ def _priced(
         quantization=replica.quantization,
         dtype=replica.dtype,
         kv_cache_dtype=replica.kv_cache_dtype,
-        backend="paged" if offload == "none" else "zero",
+        backend=_backend(replica, offload),
         offload=offload,
         num_hosts=-(-num_gpus // gpu.gpus_per_host),
         weight_bytes_per_gpu=weight_bytes_per_gpu,
@@ -197,11 +204,18 @@ def _priced(
     )
 
 
+def _backend(replica: Replica, offload: str) -> str:
+    if offload != "none":
+        return "zero"
+    return "transformers" if replica.shape.stored_quantization in ("gptq", "awq") else "paged"
+
+
 def _refusal(replica: Replica, count: int, workload: Workload, options: Options) -> Refusal:
     """Say why no layout of `count` GPUs works, by the one that comes closest."""
     shape = replica.shape
     sizes = _sizes(replica, count, options)
-    possible = [size for size in sizes if not _blocked(shape, size)]
+    can_share = _is_shareable(replica)
+    possible = [size for size in sizes if not _blocked(shape, size) and (size == 1 or can_share)]
     blocked = [size for size in sizes if _blocked(shape, size)]
     reason = (
         _too_small(replace(replica, tensor_parallel_size=max(possible)), workload)
@@ -211,6 +225,10 @@ def _refusal(replica: Replica, count: int, workload: Workload, options: Options)
     if blocked:
         heads = _blocked(shape, min(blocked))
         reason = f"{reason}, and {heads}" if reason else heads
+    elif not can_share and max(sizes, default=1) > 1:
+        method = shape.stored_quantization or replica.quantization
+        shared = f"ranks cannot share weights quantised as {method}"
+        reason = f"{reason}, and {shared}" if reason else shared
     if not sizes:
         reason = (
             f"{count} GPUs do not divide into tensor parallel "

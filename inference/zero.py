@@ -29,7 +29,7 @@ from inference.errors import EngineConfigError
 from inference.loading import empty_model, load_model
 from inference.offload import Place, check_offload, resolve_place
 from inference.quantization import stored_method
-from inference.weights import ModelFolder
+from inference.weights import ModelFolder, SmallFiles
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -187,14 +187,15 @@ def _zero3_loading(settings: dict[str, Any]) -> Iterator[None]:
         unset()
 
 
-def check_zero(folder: ModelFolder, config: EngineConfig) -> None:
-    """Refuse what ZeRO cannot do, before anything is loaded.
+def check_zero(folder: SmallFiles, config: EngineConfig, *, is_here: bool = True) -> None:
+    """Refuse what ZeRO cannot do, before anything is loaded; `is_here`: on this machine.
 
     Raises:
         EngineConfigError: with the remedy.
     """
-    require_deepspeed()
-    check_offload(config, "zero")
+    if is_here:
+        require_deepspeed()
+    check_offload(config, "zero", is_here=is_here)
     if config.quantization != "none":
         raise EngineConfigError(
             f"model.quantization is {config.quantization}: the zero backend moves weights as they are "

@@ -8,14 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_type_hints
 
-from inference.config import (
-    Auto,
-    Backend,
-    DistributedConfig,
-    Dtype,
-    Offload,
-    Quantization,
-)
+from inference.config import Auto, Backend, DistributedConfig, Dtype, Offload, Quantization
 from inference.sampling import SamplingParams
 from storage.manifest import RunRecord
 from storage.object_store import StorageConfig

@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from inference.arriving import Arriving
-from inference.backends import resolve_backend
+from inference.backends import check_engine, resolve_backend
 from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR
+from inference.config import EngineConfig
 from inference.content_id import WeightSample, sample_spans
 from inference.errors import EngineConfigError, ModelError
-from inference.heads import check_heads
+from inference.heads import check_heads, check_quantization
 from inference.model_config import read_model_shape
-from inference.weights import check_model_folder, check_sampled_folder, check_small_files
+from inference.weights import (
+    SmallFiles,
+    check_model_folder,
+    check_sampled_folder,
+    check_small_files,
+)
 from tasks.job import RunConfig
 from tasks.progress import Progress
 from tasks.stage_thread import StageThread
@@ -136,7 +142,7 @@ def peek_model(job: RunConfig, *, work_dir: Path, progress: Progress) -> RunMode
     if seen is None:
         log.info("%s: is staged whole, for nothing less tells which model it is", job.model.source)
         return open_model(job, progress=progress)
-    found = check_sampled_folder(folder, [WeightSample(*file) for file in seen.files])
+    found = check_sampled_folder(folder, (WeightSample(*file) for file in seen.files))
     _check_ranks(job, folder)
     return RunModel(
         path=folder,
@@ -164,6 +170,7 @@ def begin_model(job: RunConfig, *, progress: Progress) -> RunModel:
             return _whole(job, staging.result(), time.monotonic() - started)
         small = check_small_files(path)
         _check_ranks(job, path)
+        _check_engine(job, small)
         return RunModel(
             path=path,
             max_model_len=_max_model_len(job, small.config),
@@ -193,6 +200,7 @@ def _whole(job: RunConfig, staged: Any, stage_s: float) -> RunModel:
         folder = check_model_folder(staged.path)
         max_model_len = _max_model_len(job, folder.config)
         _check_ranks(job, folder.path)
+        _check_engine(job, folder)
     except BaseException:
         staged.close()
         raise
@@ -220,8 +228,29 @@ def _check_ranks(job: RunConfig, folder: Path) -> None:
             f"engine.tensor_parallel_size is {size}: the transformers backend runs in one process; "
             f"use 1, or engine.backend paged"
         )
+    if resolve_backend(job.engine.backend) == "zero":
+        return  # its ranks share weights of any shape
     shape = read_model_shape(folder)
     check_heads(size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads)
+    check_quantization(
+        size, job.model.quantization, is_stored=shape.stored_quantization is not None
+    )
+
+
+def _check_engine(job: RunConfig, folder: SmallFiles) -> None:
+    """Refuse quantisation and offload that cannot work, before anything is planned."""
+    knobs = job.engine
+    config = EngineConfig(
+        model=str(folder.path),
+        backend=knobs.backend,
+        dtype=job.model.dtype,
+        quantization=job.model.quantization,
+        kv_cache_dtype=knobs.kv_cache_dtype,
+        tensor_parallel_size=knobs.num_ranks,
+        offload=knobs.offload,
+        nvme_path=knobs.nvme_path,
+    )
+    check_engine(folder, config, is_here=job.hardware.provider in ("local", "process"))
 
 
 def _max_model_len(job: RunConfig, config: dict[str, Any]) -> int:

@@ -26,7 +26,8 @@ def num_ranks(run: Run) -> int:
     given = os.environ.get(RANKS_VARIABLE)
     if given:
         return int(given)
-    if run.record.fingerprint_fields["engine.backend"] != "paged" or num_devices() < 2:
+    can_share = run.record.fingerprint_fields["engine.backend"] in ("paged", "zero")
+    if not can_share or num_devices() < 2:
         return 1
     if job.hardware.provider not in ("local", "process"):
         # Whoever provided this place has sized it: all its devices are one replica's.

@@ -11,9 +11,9 @@ from tasks.drain import build_engine
 from tasks.feed import PreparedRow
 from tasks.forecast import lengths_of_canary
 from tasks.history import read_history
-from tasks.preflight import forecast_run, workload_of
 from tasks.progress import Progress
 from tasks.run import Run
+from tasks.run_forecast import forecast_run, workload_of
 
 
 def try_canary(run: Run, *, progress: Progress) -> None:

@@ -4,8 +4,16 @@ from inference.arriving import Arriving
 from inference.backends.base import Backend, BackendInfo, EngineStats
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
+from inference.weights import SmallFiles
 
-__all__ = ["Backend", "BackendInfo", "EngineStats", "create_backend", "resolve_backend"]
+__all__ = [
+    "Backend",
+    "BackendInfo",
+    "EngineStats",
+    "check_engine",
+    "create_backend",
+    "resolve_backend",
+]
 
 
 def resolve_backend(name: str) -> str:
@@ -15,6 +23,27 @@ def resolve_backend(name: str) -> str:
     import torch  # heavy; only to ask for a device
 
     return "paged" if torch.cuda.is_available() else "transformers"
+
+
+def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = True) -> None:
+    """Refuse settings that no machine, or with `is_here` not this one, can run on this model.
+
+    Costs no device and reads no weights, so it can be asked before anything is planned or bought.
+
+    Raises:
+        EngineConfigError: with the remedy.
+    """
+    name = resolve_backend(config.backend)
+    if name == "zero":
+        from inference.zero import check_zero
+
+        check_zero(folder, config, is_here=is_here)
+    elif name != "dummy":
+        from inference.offload import check_offload
+        from inference.quantization import check_quantization
+
+        check_offload(config, name, is_here=is_here)
+        check_quantization(folder, config, name, is_here=is_here)
 
 
 def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) -> Backend:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from inference.arriving import Arriving
+from inference.backends import check_engine
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequence
 from inference.backends.row import RowMaker
@@ -22,8 +23,6 @@ from inference.kernels import plain
 from inference.loading import dtype_name, load_arriving, load_tokenizer
 from inference.memory import MemoryPlan
 from inference.model import PagedModel, make_paged_model
-from inference.offload import check_offload
-from inference.quantization import check_quantization
 from inference.sequence import Completion, Sequence
 from inference.tensor_parallel import TensorParallel
 from inference.weights import check_model_folder, check_small_files
@@ -59,13 +58,12 @@ class PagedBackend:
                 f"engine.tensor_parallel_size is {config.tensor_parallel_size}: a paged backend in one "
                 f"process is one rank of {ranks.size}; use create_backend, which starts them"
             )
-        check_offload(config, "paged")
         is_fp8 = config.quantization == "fp8"
         if is_fp8:
             _check_fp8()
         files = arriving or Arriving.whole(check_model_folder(config.model).path)
         folder = check_small_files(files.folder())
-        check_quantization(folder, config, "paged")
+        check_engine(folder, replace(config, backend="paged"))
         self.tokenizer = load_tokenizer(folder)
         loaded = _load(files, _without_fp8(config), ranks)
         model = make_paged_model(loaded, _ops(), is_fp8=is_fp8, ranks=ranks)

@@ -1,9 +1,11 @@
 """TransformersBackend: the reference. Right before fast: see `inference.backends.static_backend`."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from inference.backends import check_engine
 from inference.backends.static_backend import (
     StaticBackend,
     StaticLimits,
@@ -12,8 +14,6 @@ from inference.backends.static_backend import (
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.loading import load_model
-from inference.offload import check_offload
-from inference.quantization import check_quantization
 from inference.weights import ModelFolder
 
 _DEFAULT_MAX_NUM_SEQS = {"cpu": 32, "cuda": 128}
@@ -36,8 +36,7 @@ class TransformersBackend(StaticBackend):
                 f"engine.kv_cache_dtype is {config.kv_cache_dtype}: the transformers backend keeps the "
                 f"model's own; use auto, or engine.backend paged"
             )
-        check_offload(config, self.name)
-        check_quantization(folder, config, self.name)
+        check_engine(folder, replace(config, backend=self.name))
 
     def _load(self, folder: ModelFolder, config: EngineConfig) -> tuple[Any, torch.device]:
         model = load_model(folder, config)

@@ -153,7 +153,7 @@ def test_the_same_flow_run_started_twice_gives_every_row_once(
 def test_a_late_run_gets_replicas_up_to_the_pool_s_limit_and_none_are_left_at_the_end(
     prefect_lab: PrefectLab, tmp_path: Path
 ) -> None:
-    case = Case(tmp_path, replicas=1)
+    case = Case(tmp_path, num_rows=800, replicas=1)  # 400 shards: minutes for one replica
     case.values["deadline"] = "2026-01-01T06:00"
     case.write()
     limit = [*PREFECT, "work-pool", "set-concurrency-limit", POOL, "3"]

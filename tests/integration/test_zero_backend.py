@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3MoeConfig
 
+from inference.backends import create_backend
 from inference.backends.transformers import TransformersBackend
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
@@ -115,6 +117,22 @@ def test_out_of_memory_halves_the_batch_and_changes_no_token(caplog):
         found = run(backend, sequences(16))
     assert found == expected(MODELS / "tiny-a", sequences(16))
     assert "going on with at most 2 at once" in caplog.text
+
+
+def test_ranks_that_run_out_of_rows_leave_no_other_waiting():
+    ranks = create_backend(config(MODELS / "tiny-a", tensor_parallel_size=2))
+    one = sequences(1, max_tokens=8)
+    ranks.submit(one)
+    found = {}
+    while ranks.num_unfinished:
+        found |= {completion.seq_id: completion for completion in ranks.step()}
+    assert found == expected(MODELS / "tiny-a", one)
+    # Six of one rank end while the other's long one runs on; then there is more.
+    lengths = [40, 1, 2, 3, 2, 1, 3]
+    uneven = [replace(s, sampling=replace(s.sampling, max_tokens=n, ignore_eos=True))
+              for s, n in zip(sequences(8)[1:], lengths, strict=True)]  # fmt: skip
+    assert run(ranks, uneven) == expected(MODELS / "tiny-a", uneven)
+    assert ranks.stats.num_prompt_tokens == sum(len(s.prompt_token_ids) for s in [*one, *uneven])
 
 
 @pytest.fixture(scope="module")
