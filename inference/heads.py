@@ -1,4 +1,4 @@
-"""Over how many ranks attention heads can be spread: every rank holds whole KV heads, and as many as the others.
+"""Over how many ranks a model can be spread: every rank holds whole KV heads, and as many as the others.
 
 Sizing, preflight and the engine ask here.
 """
@@ -17,6 +17,24 @@ def check_heads(size: int, *, num_heads: int, num_kv_heads: int) -> None:
         raise EngineConfigError(
             f"engine.tensor_parallel_size is {size}: {refusal}; "
             f"use {_either(possible_sizes(num_heads, num_kv_heads))}"
+        )
+
+
+def check_quantization(size: int, quantization: str, *, is_stored: bool) -> None:
+    """Refuse weights that cannot be cut.
+
+    Raises:
+        EngineConfigError: with what to use instead.
+    """
+    if quantization in ("int8", "nf4"):
+        raise EngineConfigError(
+            f"engine.tensor_parallel_size is {size} and model.quantization {quantization}, which do not "
+            f"go together; use quantization none or fp8, or one rank"
+        )
+    if is_stored:
+        raise EngineConfigError(
+            f"engine.tensor_parallel_size is {size}, and the checkpoint is quantised already, which "
+            f"cannot be partitioned; use the unquantised one, or one rank"
         )
 
 

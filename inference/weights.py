@@ -9,7 +9,7 @@ each at the `data_offsets` its header entry gives, without gaps.
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,17 +154,26 @@ def check_weight_file(path: Path) -> WeightFile:
     return _weight_file(path, num_bytes, header)
 
 
-def check_sampled_folder(path: str | Path, samples: Sequence[WeightSample]) -> SampledFolder:
+def check_sampled_folder(path: str | Path, samples: Iterable[WeightSample]) -> SampledFolder:
     """Return what a model is whose small files are in a folder and whose weights were only sampled.
+
+    Samples are taken one by one, in the order of their names, and not kept.
 
     Raises:
         ModelError: as `check_model_folder`.
     """
     small = check_small_files(path)
-    files = [_weight_file(small.path / s.name, s.num_bytes, s.header) for s in samples]
+    files: list[WeightFile] = []
+
+    def seen() -> Iterator[WeightSample]:
+        for sample in samples:
+            path = small.path / sample.name
+            files.append(_weight_file(path, sample.num_bytes, sample.header))
+            yield sample
+
+    model_id = content_id(_small_files(small.path), seen())
     _check_index(small.path, files)
-    model_id = content_id(_small_files(small.path), samples)
-    return SampledFolder(small.path, small.config, model_id, sum(s.num_bytes for s in samples))
+    return SampledFolder(small.path, small.config, model_id, sum(f.num_bytes for f in files))
 
 
 def content_id_of(folder: Path, weight_files: tuple[WeightFile, ...]) -> str:

@@ -5,7 +5,7 @@ What is seen belongs to one moment: every read is pinned by the ETag or commit o
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -37,8 +37,8 @@ class Peeked(NamedTuple):
     uri: str
     """As it can be given to every replica: a Hub revision is pinned to its commit."""
 
-    files: list["PeekedFile"]
-    """Weight files in the order of their names."""
+    files: Iterator["PeekedFile"]
+    """Weight files in the order of their names, each read when it is asked for: together they may be large."""
 
 
 class PeekedFile(NamedTuple):
@@ -82,9 +82,7 @@ def peek_model(
         allowed_code=allowed_code,
     )
     weights = sorted((f for f in listing.files if f.name in needed), key=lambda file: file.name)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        peek = _Peek(listing.source, retry, pool, spans)
-        return Peeked(listing.source.uri, [peek.file(file) for file in weights])
+    return Peeked(listing.source.uri, _peek(listing.source, weights, retry, spans))
 
 
 def _copy_small_files(listing: Listing, folder: Path, retry: RetryPolicy) -> None:
@@ -103,6 +101,15 @@ def _copy_small_files(listing: Listing, folder: Path, retry: RetryPolicy) -> Non
         copy.close()
     for journal in folder.rglob("*.journal"):
         journal.unlink()
+
+
+def _peek(
+    source: Source, files: list[SourceFile], retry: RetryPolicy, spans: Spans
+) -> Iterator[PeekedFile]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        peek = _Peek(source, retry, pool, spans)
+        for file in files:
+            yield peek.file(file)
 
 
 class _Peek:

@@ -8,14 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_type_hints
 
-from inference.config import (
-    Auto,
-    Backend,
-    DistributedConfig,
-    Dtype,
-    Offload,
-    Quantization,
-)
+from inference.config import Auto, Backend, DistributedConfig, Dtype, Offload, Quantization
 from inference.sampling import SamplingParams
 from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
@@ -204,6 +197,9 @@ class CanaryConfig:
 
     max_length_factor: float | None = 4.0
     """How many times longer or shorter than in the last good run completions may be on average."""
+
+    max_slowdown: float | None = None
+    """How many times slower than the last good run's canary, on the same device, it may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR
 from inference.config import EngineConfig
 from inference.content_id import WeightSample, sample_spans
 from inference.errors import EngineConfigError, ModelError
-from inference.heads import check_heads
+from inference.heads import check_heads, check_quantization
 from inference.model_config import read_model_shape
 from inference.weights import (
     SmallFiles,
@@ -142,7 +142,7 @@ def peek_model(job: RunConfig, *, work_dir: Path, progress: Progress) -> RunMode
     if seen is None:
         log.info("%s: is staged whole, for nothing less tells which model it is", job.model.source)
         return open_model(job, progress=progress)
-    found = check_sampled_folder(folder, [WeightSample(*file) for file in seen.files])
+    found = check_sampled_folder(folder, (WeightSample(*file) for file in seen.files))
     _check_ranks(job, folder)
     return RunModel(
         path=folder,
@@ -232,6 +232,9 @@ def _check_ranks(job: RunConfig, folder: Path) -> None:
         return  # its ranks share weights of any shape
     shape = read_model_shape(folder)
     check_heads(size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads)
+    check_quantization(
+        size, job.model.quantization, is_stored=shape.stored_quantization is not None
+    )
 
 
 def _check_engine(job: RunConfig, folder: SmallFiles) -> None:

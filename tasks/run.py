@@ -37,10 +37,10 @@ from tasks.fingerprint import (
 from tasks.job import RunConfig
 from tasks.model import RunModel, begin_model, peek_model
 from tasks.plan import load_plan, load_shards, make_plan
-from tasks.preflight import refuse_over_budget
 from tasks.progress import Progress
 from tasks.results import ResultColumns
 from tasks.reuse import ReuseIndex, open_reuse
+from tasks.run_forecast import refuse_over_budget
 
 log = logging.getLogger("nightjar.run")
 

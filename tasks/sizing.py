@@ -11,8 +11,10 @@ from storage.errors import BadInput
 from storage.object_store import ObjectStore
 from tasks.choose_tier import named_gpus, sizing_options
 from tasks.hardware import load_hardware
+from tasks.job import job_of
 from tasks.plan import load_plan
 from tasks.run import Run, read_record
+from tasks.run_forecast import expected_workload
 
 
 class Choice(NamedTuple):
@@ -56,15 +58,12 @@ def choose(run: Run, hardware: str | None = None, *, deadline_s: float | None = 
 
 
 def planned_workload(run: ObjectStore) -> Workload:
-    """Return what a planned run asks of an engine. Raises BadInput if it is not planned."""
+    """Return what a planned run asks of an engine, as `nightjar plan` reckons it.
+
+    Raises:
+        BadInput: it is not planned.
+    """
     plan = load_plan(run)
     if plan is None:
         raise BadInput(f"{run.uri}: no plan.json; give a planned run's folder")
-    max_tokens = read_record(run).fingerprint_fields["sampling.max_tokens"]
-    num_sequences = max(1, (plan.num_rows - plan.num_bad_rows) * plan.num_samples)
-    return Workload.from_totals(
-        num_sequences,
-        plan.num_prompt_tokens * plan.num_samples,
-        num_sequences * max_tokens,
-        max_completion_tokens=max_tokens,
-    )
+    return expected_workload(job_of(read_record(run)), plan)

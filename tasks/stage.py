@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.config import Dtype
+from storage.errors import AccessDenied, NoSpace
 from storage.model_cache import CacheEntry, Eviction
 from storage.object_store import DEFAULT_STORAGE, StorageConfig
 from storage.peek import Peeked, Spans, peek_model
@@ -96,10 +97,13 @@ def stage_for(
 
 
 def find_for(job: RunConfig) -> StagedModel | None:
-    """The model of a job if no byte must be moved for it; else None. Raises as `stage` does."""
-    return find_model(
-        _unpacked(job.model.source), config=job.storage, stage_to=job.hardware.stage_to
-    )
+    """The model of a job if no byte must be moved for it here; else None. Raises as `stage` does."""
+    try:
+        return find_model(
+            _unpacked(job.model.source), config=job.storage, stage_to=job.hardware.stage_to
+        )
+    except (AccessDenied, NoSpace):  # `stage_to` may be a folder that only replicas' machines have
+        return None
 
 
 def look_at(job: RunConfig, folder: Path, spans: Spans) -> Peeked | None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("nightjar.model")
 
 
+_CANCEL_WAIT_S = 5.0
+
+
 class _GivenUp(StorageError):
     """Nobody wants the model any more."""
 
@@ -39,9 +42,12 @@ class StageThread:
         return self._staged
 
     def cancel(self) -> None:
-        """End the staging, or let go of its result; what was copied is resumed next time."""
+        """End the staging, or let go of its result; what was copied is resumed next time.
+
+        A store that does not answer is not waited for: the thread ends when it does.
+        """
         self._is_given_up = True
-        self._thread.join()
+        self._thread.join(_CANCEL_WAIT_S)
         if self._staged is not None:
             self._staged.close()
 
@@ -57,6 +63,8 @@ class StageThread:
             )
             log.info("%s", describe(self._staged.report))
             self.files.finish(self._staged.path)
+            if self._is_given_up:
+                self._staged.close()
         except BaseException as error:  # raised where the files are waited for
             self.files.fail(error)
 

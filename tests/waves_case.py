@@ -25,10 +25,10 @@ SLOW = {"NIGHTJAR_FAILPOINT": ",".join(f"{name}:sleep:1:1" for name in STEPS)}
 class Case:
     """One job of 80 rows in 40 shards, by default for two process replicas, in a folder of its own."""
 
-    def __init__(self, folder: Path, **hardware: Any) -> None:
+    def __init__(self, folder: Path, *, num_rows: int = NUM_ROWS, **hardware: Any) -> None:
         self.folder = folder
-        texts = [f"{MARKER} tell me {row} things" for row in range(NUM_ROWS)]
-        pq.write_table(pa.table({"id": range(NUM_ROWS), "prompt": texts}), folder / "in.parquet")
+        texts = [f"{MARKER} tell me {row} things" for row in range(num_rows)]
+        pq.write_table(pa.table({"id": range(num_rows), "prompt": texts}), folder / "in.parquet")
         defaults = {"provider": "process", "replicas": 2, "placement": {"env": SLOW}}
         self.values: dict[str, Any] = {
             "name": "case",

@@ -13,7 +13,7 @@ from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequence
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, EngineFault
-from inference.heads import check_heads
+from inference.heads import check_heads, check_quantization
 from inference.launch import Launch
 from inference.model_config import read_model_shape
 from inference.rank_group import RankGroup
@@ -175,6 +175,9 @@ def check_ranks(config: EngineConfig) -> None:
         shape = read_model_shape(folder.path)
         check_heads(
             size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads
+        )
+        check_quantization(
+            size, config.quantization, is_stored=bool(folder.config.get("quantization_config"))
         )
     here = size // config.distributed.num_hosts
     if torch.cuda.is_available() and torch.cuda.device_count() < here:

@@ -26,6 +26,7 @@ from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequence
 from inference.backends.row import Row, RowMaker
 from inference.backends.static_batch import StaticBatch
+from inference.config import Backend as BackendName
 from inference.config import EngineConfig
 from inference.end_tokens import end_token_ids
 from inference.errors import EngineConfigError, EngineFault
@@ -54,7 +55,7 @@ class StaticLimits:
 class StaticBackend:
     """See `inference.backends.base.Backend` for the protocol. A subclass loads the model and sizes batches."""
 
-    name: ClassVar[str]
+    name: ClassVar[BackendName]
 
     def __init__(self, config: EngineConfig) -> None:
         """Check the folder, then load the model.

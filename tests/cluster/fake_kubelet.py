@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.control_plane import ApiError, ControlPlane
+from tests.processes import children
 
 ROOT = Path(__file__).parents[2]
 _POLL_S = 0.3
@@ -64,8 +65,11 @@ class FakeKubelet:
         self._closed.set()
         for thread in self._threads:
             thread.join()
-        for process in self.processes.values():
-            _kill_group(process, signal.SIGKILL)
+        for process in self.running().values():
+            process.send_signal(signal.SIGSTOP)
+            for pid in (*children(process.pid, ""), process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
 
     def running(self) -> dict[str, subprocess.Popen[bytes]]:

@@ -37,6 +37,12 @@ def case_in(folder: Path, *, replicas: int = 1, **job_variables: Any) -> Case:
     )
 
 
+def unschedulable(plane: ControlPlane) -> list[dict[str, Any]]:
+    """The pods that the scheduler has found no node for."""
+    pending = [pod for pod in plane.pods() if pod["status"]["phase"] == "Pending"]
+    return [pod for pod in pending if pod["status"].get("conditions")]
+
+
 def told(lab: PrefectLab, flow_run_id: str) -> str:
     """Everything that is logged of a flow run, the worker's lines included."""
     where = {"logs": {"flow_run_id": {"any_": [flow_run_id]}}}
@@ -56,13 +62,8 @@ def test_a_third_replica_waits_for_gpus_and_no_node_is_overbooked(
     case = case_in(folder, replicas=3, gpu_count=4)
     run_id = case.start(lab)
     wait_for(lambda: len(node.running()) == 2, "two pods of four GPUs run", START_S)
-    (waiting,) = wait_for(
-        lambda: [pod for pod in plane.pods() if pod["status"]["phase"] == "Pending"],
-        "one waits",
-        60,
-    )
-    reason = waiting["status"]["conditions"][0]["message"]
-    assert "Insufficient nvidia.com/gpu" in reason
+    (waiting,) = wait_for(lambda: unschedulable(plane), "one waits", 60)
+    assert "Insufficient nvidia.com/gpu" in waiting["status"]["conditions"][0]["message"]
     flow_run_id = waiting["metadata"]["labels"]["prefect.io/flow-run-id"]
     wait_for(
         lambda: "Insufficient nvidia.com/gpu" in told(lab, flow_run_id), "Prefect says why", 60

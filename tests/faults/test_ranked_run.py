@@ -73,7 +73,7 @@ def test_a_job_on_two_ranks_survives_its_own_and_a_ranks_death_and_gives_the_tex
         os.kill(max(ranks), signal.SIGKILL)
         out, err = second.communicate(timeout=PATIENCE_S)
         assert second.returncode == 0, err
-        assert "died without a word" in err
+        assert "all ranks were stopped" in err
         assert json.loads(out.splitlines()[-1])["num_rows"] == NUM_ROWS
         assert not any(map(is_alive, ranks))
         receipts = [json.loads(store.get(info.key)) for info in store.list(keys.METRICS)]

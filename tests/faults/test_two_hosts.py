@@ -26,7 +26,7 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: tensor para
 
 MODEL = str(REPOSITORY / "tests" / "data" / "models" / "tiny-a")
 CABLE = "fabric0"
-TIMEOUT_S = 30.0
+TIMEOUT_S = 20.0
 PATIENCE_S = 240.0
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import uuid
 from functools import cache
@@ -19,6 +20,10 @@ import yaml
 from prefect.client.schemas.objects import Flow, FlowRun
 from prefect.utilities.templating import apply_values
 
+from flows.cli import build_parser
+from flows.config import load_job
+from flows.inbox_jobs import InboxJobs
+from flows.served import check_paths
 from inference.model_config import model_shape
 from inference.roofline import Workload
 from inference.tier import Options
@@ -302,11 +307,16 @@ def test_what_the_real_ecs_worker_sends_passes_botocore():
     assert request["placementConstraints"][0]["expression"].endswith("p4de.*")
 
 
-def test_compose_starts_server_database_store_and_workers_from_one_image():
-    compose = yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())
+@pytest.fixture
+def compose():
+    return yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())
+
+
+def test_compose_starts_server_database_store_and_workers_from_one_image(compose):
     services = compose["services"]
-    assert set(services) == {"postgres", "prefect", "store", "worker", "replicas"}
-    assert services["prefect"]["image"] == services["worker"]["image"] == "nightjar"
+    assert set(services) == {"postgres", "prefect", "store", "setup", "worker", "replicas"}
+    ours = ("prefect", "setup", "worker", "replicas")
+    assert {services[name]["image"] for name in ours} == {"nightjar"}
     pools = [services[name]["command"][6] for name in ("worker", "replicas")]
     assert pools == ["nightjar", "gpu-process"]
     assert services["replicas"]["environment"] == services["worker"]["environment"]
@@ -317,6 +327,38 @@ def test_compose_starts_server_database_store_and_workers_from_one_image():
     keys = json.loads(compose["configs"]["s3"]["content"])["identities"][0]["credentials"][0]
     assert keys["accessKey"] == services["worker"]["environment"]["AWS_ACCESS_KEY_ID"]
     assert keys["secretKey"] == services["worker"]["environment"]["AWS_SECRET_ACCESS_KEY"]
+
+
+def test_compose_sets_up_a_nightly_job_and_an_inbox_whose_jobs_the_workers_can_run(compose):
+    shell, flag, script = compose["services"]["setup"]["command"]
+    assert (shell, flag) == ("sh", "-c")
+    words = shlex.split(script.partition("&& exec ")[2])
+    args = build_parser().parse_args(words[1:])
+    assert args.command == "deploy"
+    assert (args.job, args.inbox_job) == ("/jobs/nightly.yaml", "/jobs/inbox.yaml")
+    for name in ("setup", "worker", "replicas"):
+        assert "./jobs:/jobs:ro" in compose["services"][name]["volumes"]
+    jobs = ROOT / "deployments" / "jobs"
+    nightly = load_job(jobs / "nightly.yaml")
+    check_paths(nightly)
+    check_paths(InboxJobs.read(str(jobs / "inbox.yaml")).any_job)
+    assert nightly.output.uri.startswith(f"{args.inbox}/results/")
+    in_image = Path(str(nightly.input.uri)).relative_to("/opt/nightjar")
+    assert (ROOT / in_image).exists()
+
+
+def test_the_build_context_holds_what_the_image_copies_and_nothing_else_large():
+    ignored, *kept = (ROOT / ".dockerignore").read_text().split()
+    assert ignored == "*"
+    lines = (ROOT / "deployments" / "Dockerfile").read_text().splitlines()
+    copied = {
+        word.split("/")[0]
+        for line in lines
+        if line.startswith("COPY") and "--from" not in line
+        for word in line.split()[1:-1]
+        if not word.startswith("--")
+    }
+    assert copied <= {name.removeprefix("!") for name in kept if name.startswith("!")}
 
 
 def test_the_image_runs_as_nobody_special_and_copies_what_exists():

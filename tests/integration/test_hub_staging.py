@@ -68,7 +68,7 @@ def test_a_look_moves_no_weights_and_tells_the_same_id_as_the_whole_model(
     seen = look(tmp_path / "seen")
     assert seen.uri == f"hf://org/model@{COMMIT}"
     assert not list((tmp_path / "seen").rglob("*.safetensors"))
-    found = check_sampled_folder(tmp_path / "seen", [WeightSample(*file) for file in seen.files])
+    found = check_sampled_folder(tmp_path / "seen", (WeightSample(*file) for file in seen.files))
     with stage_model(seen.uri, config=CONFIG) as staged:
         assert check_model_folder(staged.path).content_id == found.content_id
     assert hub.count("GET /org/model/resolve") < 2 * (NUM_BLOCKS + 1) + 4 + 6

@@ -18,7 +18,7 @@ from inference.errors import ModelError
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
 from inference.weights import check_model_folder
-from storage.errors import CorruptObject
+from storage.errors import AccessDenied, CorruptObject
 from storage.s3_client import make_client
 from tasks.job import RunConfig
 from tasks.model import RunModel, begin_model, peek_model
@@ -194,6 +194,16 @@ def test_a_look_tells_the_id_of_the_whole_model_and_moves_no_weight_file(
     assert proxy.count(r"^GET .*\.safetensors HTTP") == 2 * (1 + NUM_BLOCKS)
     for cache in ("cache", "other", "look"):
         assert not list((tmp_path / cache).rglob("*.safetensors"))
+
+
+def test_a_folder_that_only_the_replicas_have_does_not_stop_planning(
+    nightjar: Nightjar, proxy: FaultProxy, seaweed: Seaweed, tmp_path: Path
+) -> None:
+    job = job_of(nightjar, proxy, put_model(seaweed, SHARDED), hardware__stage_to="/proc/nvme")
+    model = peek_model(job, work_dir=tmp_path, progress=Progress())
+    assert model.content_id == check_model_folder(SHARDED).content_id
+    with pytest.raises(AccessDenied, match="/proc/nvme"):
+        begin_model(job, progress=Progress())
 
 
 def test_a_model_replaced_between_the_look_and_the_engine_is_refused(

@@ -13,7 +13,7 @@ import yaml
 from flows.cli import main
 from flows.inbox_jobs import InboxJobs
 from storage.object_store import open_store
-from tasks.inbox import scan, submit
+from tasks.inbox import KEEP, scan, submit
 
 NOW = datetime(2026, 11, 25, 18, 0, tzinfo=UTC)
 
@@ -53,7 +53,7 @@ class Inbox:
         return scan(self.store, storage=jobs.storage, jobs=jobs, work_dir=work, now=NOW, **changes)
 
     def names(self):
-        return sorted(info.key for info in self.store.list())
+        return sorted(info.key for info in self.store.list() if info.key != KEEP)
 
     def letter(self, state):
         (key,) = [k for k in self.names() if k.startswith(f"{state}/") and k.endswith(".json")]
@@ -100,6 +100,7 @@ def test_the_same_file_twice_is_one_submission_and_another_content_is_another(in
     inbox.drop("night.parquet", ["one"])
     (first,) = inbox.scan().queued
     before = inbox.names()
+    assert (inbox.folder / "box" / "inbox").is_dir(), "the next file can be copied into it"
     inbox.drop("night.parquet", ["one"])
     assert inbox.scan().queued == [first]
     assert inbox.names() == before
