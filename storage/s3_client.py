@@ -95,19 +95,21 @@ class Caller:
         Raises:
             StorageError: typed; StoreUnavailable or CorruptObject once the attempts are used up.
         """
-        attempt = 0
+        attempt = num_damaged = 0
         while True:
             try:
                 return request()
             except (Again, ClientError, BotoCoreError, HTTPError) as error:
                 attempt += 1
                 fault = as_storage_error(error, what)
-                limit = self._retry.max_attempts
-                if isinstance(fault, CorruptObject):
-                    limit = min(limit, _MAX_DAMAGED)
-                elif not fault.retryable:
-                    limit = 0
-                if attempt >= limit:
+                is_damaged = isinstance(fault, CorruptObject)
+                num_damaged += is_damaged
+                is_hopeless = not is_damaged and not fault.retryable
+                if (
+                    is_hopeless
+                    or attempt >= self._retry.max_attempts
+                    or num_damaged >= _MAX_DAMAGED
+                ):
                     raise fault from error
             self._clock.sleep(self._retry.delay_s(attempt - 1))
 

@@ -106,6 +106,17 @@ def test_what_may_pass_is_repeated_and_what_cannot_is_not(frozen_clock: FrozenCl
         assert len(tries) == num_tries
 
 
+def test_damage_is_counted_apart_from_refusals(frozen_clock: FrozenClock) -> None:
+    faults = [*[refusal(503, "SlowDown")] * 6, *[Again(CorruptObject("flipped"))] * 3]
+
+    def request() -> str:
+        if faults:
+            raise faults.pop(0)
+        return "whole"
+
+    assert Caller(RetryPolicy(max_attempts=14), frozen_clock)("GET k", request) == "whole"
+
+
 def test_the_waits_grow_have_jitter_and_last_through_a_restart_of_the_store() -> None:
     policy = RetryPolicy()
     waits = [[policy.delay_s(attempt) for attempt in range(13)] for _ in range(20)]
