@@ -186,6 +186,8 @@ def serve() -> None:
                     become(order)
                 living.add(pid)
                 tell({"number": order["number"], "pid": pid, "log": order["log"]})
+            for pid in () if is_open else living:
+                os.kill(pid, signal.SIGKILL)  # whoever asked for them is gone
         while living:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
