@@ -21,11 +21,14 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch comes first: constraints.txt names its version, and nothing else may pick another build.
+# torch comes first: constraints.txt names its version, and nothing else may pick another build. DeepSpeed is built
+# from source beside it, without its compiled operations: tensor parallel needs none.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt bitsandbytes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,test,lint]'
 	touch $@
 

@@ -10,14 +10,17 @@ from prefect import flow
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 
+from flows.artifacts import RunArtifacts
 from flows.config import load_job
 from flows.fleet import stop_replicas_of
 from flows.provisioning import drain_elsewhere
+from flows.served import check_paths
 from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state, as_task_run, ended_state, shard_as_task_run
 from tasks.orchestrate import Ended, generate
 from tasks.progress import Progress
 from tasks.stop import Stopped, StopSignal
+from tasks.watch import OnLook
 
 
 def stop_replicas(flow: Any, flow_run: Any, state: Any) -> None:
@@ -42,7 +45,11 @@ def batch_generate(job: str, overrides: list[str] | None = None) -> Any:
         A state whose message says in one line how the run ended; Failed when it is not published.
     """
     with stop_on_sigterm() as stop:
-        return as_state(lambda: _generate(job, overrides or [], Progress(), stop), ended_state)
+        progress = Progress()
+        return as_state(
+            lambda: _generate(job, overrides or [], progress, stop, notes=progress, is_served=True),
+            ended_state,
+        )
 
 
 def generate_here(
@@ -58,7 +65,7 @@ def generate_here(
 
     def body(stop: StopSignal) -> Ended:
         try:
-            ended.append(_generate(job, overrides, progress, stop))
+            ended.append(_generate(job, overrides, progress, stop, is_served=False))
         except BaseException as error:
             errors.append(error)
             raise
@@ -83,15 +90,37 @@ def generate_here(
     return ended[0]
 
 
-def _generate(job: str, overrides: list[str], progress: Progress, should_stop: StopSignal) -> Ended:
+def _generate(
+    job: str,
+    overrides: list[str],
+    progress: Progress,
+    should_stop: StopSignal,
+    *,
+    notes: Progress | None = None,
+    is_served: bool,
+) -> Ended:
     # The day that `{date}` means is the night's own, also when the flow run starts late.
     config = load_job(job, overrides=overrides, now=flow_run.scheduled_start_time)
+    if is_served:
+        check_paths(config)
     is_here = config.hardware.provider == "local"
-    return generate(
+    artifacts: list[RunArtifacts] = []
+
+    def watched(run_id: str) -> OnLook:
+        artifacts.append(RunArtifacts(run_id, notes))
+        return artifacts[0].show
+
+    ended = generate(
         config,
         progress=progress,
         should_stop=should_stop,
         step=as_task_run,
-        drainer=None if is_here else partial(drain_elsewhere, should_stop=should_stop),
+        drainer=None
+        if is_here
+        else partial(drain_elsewhere, should_stop=should_stop, progress=progress),
         run_shard=shard_as_task_run(progress),
+        watched=watched,
     )
+    for shown in artifacts:
+        shown.finish(ended.store)
+    return ended

@@ -56,13 +56,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     gc.add_argument("run", nargs="?", help=f"{_RUN_HELP}; without it, this machine's staged models")
     gc.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
+    gc.add_argument("--to", default="auto", help="the folder that models were staged to, if named")
     stage = _command(
         commands, "stage", "bring model weights to this machine's fastest disk, verified"
     )
     stage.add_argument(
         "model", nargs="?", help="folder, s3:// prefix, hf://repo@revision or GGUF file"
     )
-    stage.add_argument("--to", default="auto", help="auto, shm, nvme, none or a folder")
+    stage.add_argument(
+        "--to",
+        default="auto",
+        help="auto, shm, nvme, none or a folder; also where --list, --pin and --evict look",
+    )
     stage.add_argument("--list", action="store_true", help="list what is staged")
     stage.add_argument("--pin", action="store_true", help="stage, and never evict")
     stage.add_argument("--unpin", action="store_true", help="let a pinned model be evicted again")
@@ -82,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (status, retry, verify, report, drain, cancel):
         command.add_argument("run", help=_RUN_HELP)
     for command in (status, retry, verify, report, drain, cancel, gc, stage, tiers):
-        command.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
+        _add_storage(command)
     return parser
 
 
@@ -123,7 +128,7 @@ def _add_submit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     submit.add_argument("--inbox", help="inbox prefix; default: $NIGHTJAR_INBOX")
     submit.add_argument("--job", help="job file whose settings go over the inbox's own")
     submit.add_argument("--after", help="not before this time of day, such as 20:00 Europe/Berlin")
-    submit.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
+    _add_storage(submit)
 
 
 def _add_deploy(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -147,6 +152,11 @@ def _add_deploy(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     deploy.add_argument("--inbox-job", help="job file whose settings dropped files get")
     deploy.add_argument("--notify", help="notification block that hears of failures: TYPE/NAME")
     deploy.add_argument("--webhook", help="URL that hears of failures")
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--endpoint-url", help="S3 endpoint for stores that are not AWS")
+    parser.add_argument("--profile", help="named profile in the AWS configuration files")
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,7 @@ from inference.errors import InferenceError
 from storage import keys
 from storage.commits import CommitCache
 from storage.errors import StorageError
-from storage.object_store import ObjectStore, open_store
+from storage.object_store import ObjectStore
 from tasks.budget import BudgetSpent
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     """Say what a job would do; runs nothing and writes nothing into its output."""
-    from flows.preflight_text import preflight_lines
     from tasks.preflight import preflight
+    from tasks.preflight_text import preflight_lines
 
     job = load_job(args.job, overrides=args.overrides)
     progress = Progress()
@@ -121,10 +121,9 @@ def plan(args: argparse.Namespace) -> int:
 def retry(args: argparse.Namespace) -> int:
     """Finish what is missing, redo failed rows in place, publish again."""
     from tasks.orchestrate import redo
-    from tasks.run import read_record
 
-    store = open_run(args)
-    job = load_job(read_record(store).job)
+    store, record = open_run(args)
+    job = load_job(record.job)
     progress = Progress()
     with _signals(), console.show(progress, as_json=args.json):
         ended = redo(job, store, progress=progress, should_stop=_stop)
@@ -135,10 +134,9 @@ def drain(args: argparse.Namespace) -> int:
     """Join a planned run as one more replica; never publishes."""
     from tasks.drain import drain as drain_run
     from tasks.drain import new_invocation
-    from tasks.run import attach, read_record
+    from tasks.run import attach
 
-    store = open_run(args)
-    record = read_record(store)
+    store, record = open_run(args)
     job = load_job(record.job)
     progress = Progress()
     if args.with_parent:
@@ -163,7 +161,7 @@ def status(args: argparse.Namespace) -> int:
     """Say how far a run is; reads the store, never Prefect."""
     from tasks.status import run_status
 
-    store = open_run(args)
+    store, _ = open_run(args)
     if args.watch:
         return _watch_status(args, store)
     found = run_status(store)
@@ -183,7 +181,11 @@ def _watch_status(args: argparse.Namespace, store: ObjectStore) -> int:
         while True:
             found = run_status(store, cache=cache)
             text = json.dumps(found.as_document()) if args.json else console.status_line(found)
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # whoever read has seen enough, as `head` does
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return EXIT_OK if found.is_published else EXIT_PARTIAL
             if found.is_published:
                 return EXIT_OK
             if _stop.wait(max(0.2, args.every)):
@@ -192,11 +194,9 @@ def _watch_status(args: argparse.Namespace, store: ObjectStore) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Prove what is stored."""
-    from tasks.run import read_record
     from tasks.verify import verify_run
 
-    store = open_run(args)
-    read_record(store)
+    store, _ = open_run(args)
     with scratch_folder() as work_dir:
         found = verify_run(store, work_dir)
     document = {
@@ -222,7 +222,7 @@ def report(args: argparse.Namespace) -> int:
     """Draw a run's report and store it beside the run; any run that is planned has one."""
     from tasks.report import write_report
 
-    store = open_run(args)
+    store, _ = open_run(args)
     page = write_report(store)
     if args.out is not None:
         Path(args.out).write_bytes(page)
@@ -236,10 +236,8 @@ def gc(args: argparse.Namespace) -> int:
     if args.run is None:
         return _gc_models(args)
     from storage.garbage import collect_garbage
-    from tasks.run import read_record
 
-    store = open_run(args)
-    read_record(store)
+    store, _ = open_run(args)
     removed = collect_garbage(store, dry_run=args.dry_run)
     verb = "would delete" if args.dry_run else "deleted"
     text = f"{verb} {len(removed.keys)} objects, {removed.num_bytes:,} bytes"
@@ -255,7 +253,7 @@ def _gc_models(args: argparse.Namespace) -> int:
         raise JobError(
             "gc --dry-run: give a run folder; `nightjar stage --list` shows staged models"
         )
-    removed = model_caches.gc()
+    removed = model_caches.gc(roots=model_caches.roots_of(args.to))
     document = {"evicted": [eviction._asdict() for eviction in removed]}
     print_document(args, document, describe_evictions(removed))
     return EXIT_OK
@@ -267,24 +265,25 @@ def stage(args: argparse.Namespace) -> int:
     from tasks.stage import as_json, describe, describe_entries, describe_evictions
     from tasks.stage import stage as stage_model
 
+    roots = model_caches.roots_of(args.to)
     if args.list:
-        entries = model_caches.list_staged()
+        entries = model_caches.list_staged(roots)
         document = {"models": [_plain(entry._asdict()) for entry in entries]}
         print_document(args, document, describe_entries(entries))
         return EXIT_OK
     if args.model is None:
         raise JobError("stage: name a model, or give --list")
     if args.evict:
-        evictions = model_caches.evict(args.model)
+        evictions = model_caches.evict(args.model, roots=roots)
         document = {"evicted": [eviction._asdict() for eviction in evictions]}
         print_document(args, document, describe_evictions(evictions))
         return EXIT_OK if all(not e.kept_because for e in evictions) else EXIT_REFUSED
     if args.unpin:
-        model_caches.pin(args.model, pinned=False)
+        model_caches.pin(args.model, pinned=False, roots=roots)
         return EXIT_OK
     with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
         if args.pin:
-            model_caches.pin(staged.content_id)
+            model_caches.pin(staged.content_id, roots=roots)
         print_document(args, _plain(as_json(staged.report)), describe(staged.report))
     return EXIT_OK
 
@@ -292,11 +291,12 @@ def stage(args: argparse.Namespace) -> int:
 def tiers(args: argparse.Namespace) -> int:
     """Size a model from its config alone, on every GPU type known."""
     from inference.tiers import tiers_table
+    from tasks.run_folder import open_run as open_recorded
     from tasks.sizing import size
 
     store = None
     if args.job is not None:
-        store = open_store(args.job, storage_of(args))
+        store, _ = open_recorded(args.job, storage_of(args))
     sizing = size(args.model, hardware=args.hardware, run=store)
     rows = tiers_table(sizing, detail="all" if args.all else "smallest")
     if args.json:

@@ -6,6 +6,7 @@ the run's day in the job's timezone.
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import typing
@@ -16,10 +17,12 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from flows.yaml_text import YamlError, parse_yaml
+from inference.errors import printable
 from storage.errors import NotFound
 from storage.object_store import StorageConfig, open_store
 from tasks.job import RunConfig
 
+_SECRET = re.compile(r"(?i)token|secret|passw|credential|(api|access|private)_?key")
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 
 
@@ -44,6 +47,8 @@ def load_job(
     _refuse_unknown_keys(values, RunConfig, path="")
     job = _build(values)
     _check(job)
+    _check_secrets(job)
+    _check_storable(job)
     return _with_dates(job, now or datetime.now(UTC))
 
 
@@ -104,7 +109,7 @@ def _refuse_unknown_keys(values: Any, cls: type, path: str) -> None:
     for key, value in values.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in known:
-            raise JobError(f"{name}: unknown key; {_nearest(str(key), known)}")
+            raise JobError(f"{printable(name)[:200]}: unknown key; {_nearest(str(key), known)}")
         if dataclasses.is_dataclass(hints[key]) and isinstance(hints[key], type):
             if value is None:
                 raise JobError(f"{name}: expected a mapping of settings, found nothing")
@@ -134,7 +139,13 @@ def _first_problem(problems: Sequence[Any]) -> str:
         return f"{path}: missing; add it to the job file or give --set {path}=VALUE"
     expected = [p["msg"] for p in problems if _field_path([str(s) for s in p["loc"]]) == path]
     rule = " or ".join(dict.fromkeys(text[0].lower() + text[1:] for text in expected))
-    return f"{path}: got {problem['input']!r}; {rule}"
+    return f"{path}: got {clipped(problem['input'])}; {rule[:300]}"
+
+
+def clipped(value: Any) -> str:
+    """Return a value as one line of bounded length."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _field_path(steps: list[str]) -> str:
@@ -167,21 +178,53 @@ def _check(job: RunConfig) -> None:
             raise JobError(f"shards.{name}: must be at least 1, got {getattr(job.shards, name)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", job.name):
         raise JobError(
-            f"name: got {job.name!r}; use letters, digits, '.', '_' and '-', at most 100"
+            f"name: got {clipped(job.name)}; use letters, digits, '.', '_' and '-', at most 100"
         )
     if job.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", job.run_id):
-        raise JobError(f"run_id: got {job.run_id!r}; use letters, digits, '.', '_' and '-'")
+        raise JobError(f"run_id: got {clipped(job.run_id)}; use letters, digits, '.', '_' and '-'")
     try:
         job.sampling.params()
     except ValueError as error:
         raise JobError(f"sampling.{error}") from error
     _check_amounts(job)
+    if job.storage.kms_key_id is not None and job.storage.server_side_encryption in (
+        None,
+        "AES256",
+    ):
+        raise JobError(
+            "storage.kms_key_id: needs storage.server_side_encryption: aws:kms; add it, or leave out the key"
+        )
     try:
         ZoneInfo(job.timezone)
-    except (ZoneInfoNotFoundError, ValueError) as error:
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:  # OSError: a folder of zones
         raise JobError(
-            f"timezone: {job.timezone!r} is not known; use a name such as Europe/Berlin"
+            f"timezone: {clipped(job.timezone)} is not known; use a name such as Europe/Berlin"
         ) from error
+
+
+def _check_secrets(job: RunConfig) -> None:
+    """Refuse credentials in the job: it is kept in run.json and, for replicas, by Prefect."""
+    placement = job.hardware.placement
+    more = placement.job_variables.get("env")
+    for name in [*placement.env, *(more if isinstance(more, dict) else ())]:
+        if _SECRET.search(name):
+            raise JobError(
+                f"hardware.placement: {printable(name)[:100]} looks like a credential, which would be "
+                "recorded; set it where the worker runs, or in the pool's own template"
+            )
+
+
+def _check_storable(job: RunConfig) -> None:
+    """Refuse what run.json could not give back unchanged: no number, or no text."""
+    for name, value in dump_job(job).items():
+        try:
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise JobError(
+                f"{name}: has half a surrogate pair; write the whole character"
+            ) from None
+        except (TypeError, ValueError) as error:
+            raise JobError(f"{name}: cannot be kept as JSON: {error}; leave it out") from None
 
 
 def _check_amounts(job: RunConfig) -> None:
@@ -201,7 +244,10 @@ def _with_dates(job: RunConfig, now: datetime) -> RunConfig:
     day = now.astimezone(ZoneInfo(job.timezone))
 
     def expand(uri: str) -> str:
-        return _DATE.sub(lambda match: day.strftime(match[1] or "%Y-%m-%d"), uri)
+        try:
+            return _DATE.sub(lambda match: day.strftime(match[1] or "%Y-%m-%d"), uri)
+        except ValueError as error:
+            raise JobError(f"{clipped(uri)}: no date format: {error}") from error
 
     before, found, _ = job.output.uri.partition("{date")
     history = job.output.history

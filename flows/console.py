@@ -200,6 +200,9 @@ def _summary_table(status: RunStatus) -> Table:
     )
     if rate:
         table.add_row("completion tokens/s per replica", f"{rate:,.1f}")
+    reused = (status.manifest.totals if status.manifest else {}).get("num_reused_rows")
+    if reused:
+        table.add_row("copied from earlier runs", f"{reused:,}")
     return table
 
 

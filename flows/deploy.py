@@ -32,6 +32,8 @@ from pydantic import ValidationError
 from flows.command_worker import CommandWorker
 from flows.config import JobError, load_job
 from flows.fleet import patiently
+from flows.inbox_jobs import InboxJobs
+from flows.served import check_paths, fixed
 from tasks.job_variables import ProvisionError
 
 CONTROL_POOL = "nightjar"
@@ -113,12 +115,13 @@ def planned_deployments(settings: Settings) -> dict[str, Any]:
     document["deployments"] = [d for d in document["deployments"] if d["name"] not in unwanted]
     for deployment in document["deployments"]:
         if deployment["name"] == "nightly" and settings.job is not None:
-            deployment["parameters"] = {"job": settings.job}
+            deployment["parameters"] = {"job": fixed(settings.job)}
             deployment["schedules"] = [
                 {"cron": settings.cron, "timezone": settings.timezone, "active": True}
             ]
         if deployment["name"] == "inbox" and settings.inbox is not None:
-            deployment["parameters"] = {"inbox": settings.inbox, "job": settings.inbox_job}
+            job = fixed(settings.inbox_job or "")
+            deployment["parameters"] = {"inbox": fixed(settings.inbox), "job": job}
             deployment["schedules"] = [{"interval": 60, "active": True}]
     return document
 
@@ -126,9 +129,11 @@ def planned_deployments(settings: Settings) -> dict[str, Any]:
 def _check_schedule(settings: Settings) -> None:
     if settings.inbox is not None and settings.inbox_job is None:
         raise JobError("--inbox: give --inbox-job too, the job whose settings dropped files get")
-    for name in (settings.job, settings.inbox_job):
-        if name is not None and Path(name).exists():
-            load_job(name)  # one that only the workers see is checked by them
+    # A job file that only the workers see is checked by them.
+    if settings.job is not None and Path(settings.job).exists():
+        check_paths(load_job(settings.job))
+    if settings.inbox_job is not None and Path(settings.inbox_job).exists():
+        check_paths(InboxJobs.read(settings.inbox_job).any_job)
     try:
         CronSchedule(cron=settings.cron, timezone=settings.timezone)
     except ValidationError as error:

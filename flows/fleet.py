@@ -14,9 +14,10 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling
 
-from storage.object_store import StorageConfig, open_store
+from storage.object_store import StorageConfig
 from tasks.cancel import cancel
 from tasks.job_variables import ProvisionError, check_job_variables
+from tasks.run_folder import open_run
 
 log = logging.getLogger("nightjar.fleet")
 
@@ -24,6 +25,13 @@ T = TypeVar("T")
 
 _PAUSES_S = (1, 2, 5, 10, 20)
 """Between tries of a call to the server: a loaded one answers 503, one that restarts not at all."""
+
+
+_MAX_CHARS = 500
+"""Of what a platform says: an API server quotes whole manifests."""
+
+_STORAGE = ("endpoint_url", "region", "profile")
+"""Parameters of a replica that say how to reach its run's store."""
 
 
 class PrefectFleet:
@@ -42,7 +50,7 @@ class PrefectFleet:
 
         Args:
             deployment: `generate-shards/...`.
-            parameters: Of each replica; `invocation` among them.
+            parameters: Of each replica: `generate_shards`'s own.
             run_id: Tag of each replica.
             parent_id: The flow run that owns them; a tag, by which its hooks find them.
             job_variables: Of the replica with a running number.
@@ -85,6 +93,18 @@ class PrefectFleet:
         """Replicas that Prefect takes for running."""
         return sum(run.state is not None and run.state.is_running() for run in self._unfinished())
 
+    def last_words(self) -> str | None:
+        """What Prefect has of the replica that failed last, such as a platform's refusal."""
+        runs = read_flow_runs(FlowRunFilter(id=FlowRunFilterId(any_=self._ids)))
+        ended = [(run.state, run.name) for run in runs if run.state is not None]
+        failed = [
+            (s.timestamp, name, s.message) for s, name in ended if s.is_failed() or s.is_crashed()
+        ]
+        if not failed:
+            return None
+        _, name, message = max(failed, key=lambda found: found[0])
+        return f"flow run {name}: {' '.join((message or 'no reason given').split())[:_MAX_CHARS]}"
+
     def dismiss(self) -> None:
         """Cancel every replica that has not started."""
         runs = self._unfinished()
@@ -110,16 +130,22 @@ def stop_replicas_of(parent_id: str) -> None:
     tags = FlowRunFilterTags(all_=[owner_tag(parent_id)])
     found = read_unfinished(FlowRunFilter(tags=tags))
     starts = {
-        (run.parameters["run_uri"], run.parameters["invocation"], run.parameters["endpoint_url"])
+        tuple(run.parameters[name] for name in ("run_uri", "invocation", *_STORAGE))
         for run in found
     }
-    for uri, invocation, endpoint_url in starts:
-        cancel(open_store(uri, StorageConfig(endpoint_url=endpoint_url)), invocation)
+    for uri, invocation, *storage in starts:
+        given = StorageConfig(**dict(zip(_STORAGE, storage, strict=True)))
+        cancel(open_run(uri, given).store, invocation)
     cancel_flow_runs(found)
 
 
 def read_unfinished(which: FlowRunFilter) -> list[FlowRun]:
     """Return the flow runs that are not over."""
+    return [run for run in read_flow_runs(which) if run.state is None or not run.state.is_final()]
+
+
+def read_flow_runs(which: FlowRunFilter) -> list[FlowRun]:
+    """Return all flow runs that a filter finds, page by page."""
 
     def read() -> list[FlowRun]:
         found: list[FlowRun] = []
@@ -130,7 +156,7 @@ def read_unfinished(which: FlowRunFilter) -> list[FlowRun]:
                 if len(page) < 200:
                     return found
 
-    return [run for run in patiently(read) if run.state is None or not run.state.is_final()]
+    return patiently(read)
 
 
 def cancel_flow_runs(runs: Iterable[FlowRun]) -> None:

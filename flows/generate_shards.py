@@ -11,10 +11,11 @@ from prefect import flow
 from flows.config import load_job
 from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state, drained_state, shard_as_task_run
-from storage.object_store import ObjectStore, StorageConfig, open_store
+from storage.object_store import StorageConfig
 from tasks.drain import DrainReport, drain
 from tasks.progress import Progress
-from tasks.run import attach, read_record
+from tasks.run import attach
+from tasks.run_folder import RunFolder, open_run
 from tasks.scratch import scratch_folder
 from tasks.stop import StopSignal
 from tasks.try_canary import try_canary
@@ -25,6 +26,8 @@ def generate_shards(
     run_uri: str,
     invocation: str,
     endpoint_url: str | None = None,
+    region: str | None = None,
+    profile: str | None = None,
     budget_minutes: float | None = None,
     failed_rows: bool = False,
 ) -> Any:
@@ -34,6 +37,8 @@ def generate_shards(
         run_uri: The run folder.
         invocation: Shared by all replicas of one start; attempts are bounded within it.
         endpoint_url: S3 endpoint for stores that are not AWS.
+        region: Of the store.
+        profile: Named profile in this machine's AWS configuration files.
         budget_minutes: No further shard is claimed after this long.
         failed_rows: Also redo rows without an answer, in new revisions of their shards.
 
@@ -41,17 +46,18 @@ def generate_shards(
         A state whose message counts the shards; Failed when this replica gave shards up.
     """
     with stop_on_sigterm() as stop:
-        store = open_store(run_uri, StorageConfig(endpoint_url=endpoint_url))
+        given = StorageConfig(endpoint_url=endpoint_url, region=region, profile=profile)
         budget_s = math.inf if budget_minutes is None else budget_minutes * 60
         return as_state(
-            lambda: _drain(store, invocation, budget_s, failed_rows, stop), drained_state
+            lambda: _drain(open_run(run_uri, given), invocation, budget_s, failed_rows, stop),
+            drained_state,
         )
 
 
 def _drain(
-    store: ObjectStore, invocation: str, budget_s: float, failed_rows: bool, should_stop: StopSignal
+    found: RunFolder, invocation: str, budget_s: float, failed_rows: bool, should_stop: StopSignal
 ) -> DrainReport:
-    record = read_record(store)
+    store, record = found
     progress = Progress()
     with scratch_folder() as work_dir:
         run = attach(load_job(record.job), record, store, work_dir=work_dir, progress=progress)

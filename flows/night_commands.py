@@ -5,21 +5,22 @@ import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.cli import EXIT_OK
 from flows.config import JobError, read_values
-from storage.object_store import ObjectStore, StorageConfig, open_store
+from storage.object_store import StorageConfig, open_store
 from tasks.deadline import next_time
+
+if TYPE_CHECKING:
+    from tasks.run_folder import RunFolder
 
 
 def cancel(args: argparse.Namespace) -> int:
     """Ask every replica there is now to stop; a later start goes on."""
     from tasks.cancel import cancel as cancel_run
-    from tasks.run import read_record
 
-    store = open_run(args)
-    read_record(store)
+    store, _ = open_run(args)
     cancel_run(store)
     print_document(
         args, {"run": store.uri, "is_cancelled": True}, f"{store.uri}: its replicas will stop"
@@ -75,14 +76,16 @@ def deploy(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def open_run(args: argparse.Namespace) -> ObjectStore:
-    """Open the run folder that a command names."""
-    return open_store(args.run, storage_of(args))
+def open_run(args: argparse.Namespace) -> "RunFolder":
+    """Open the run folder that a command names, as its record says."""
+    from tasks.run_folder import open_run as open_recorded
+
+    return open_recorded(args.run, storage_of(args))
 
 
 def storage_of(args: argparse.Namespace) -> StorageConfig:
-    """Return how to reach object storage, by `--endpoint-url` or the usual AWS environment."""
-    return StorageConfig(endpoint_url=args.endpoint_url or os.environ.get("AWS_ENDPOINT_URL"))
+    """Return how to reach object storage; what is not given is the usual AWS environment's."""
+    return StorageConfig(endpoint_url=args.endpoint_url, profile=args.profile)
 
 
 def print_document(args: argparse.Namespace, document: dict[str, Any], text: str) -> None:

@@ -15,26 +15,38 @@ from tasks.cancel import exempt
 from tasks.deadline import deadline_at
 from tasks.drain import new_invocation
 from tasks.launch import device_env, num_replicas
-from tasks.provision import DEPLOYMENTS, Provider, ReplicaLaunch, launch_of
+from tasks.progress import Progress
+from tasks.provision import Provider, ReplicaLaunch, launch_of, unsized_launch_of
 from tasks.run import Run
 from tasks.sizing import choose
 from tasks.stop import StopSignal
+from tasks.try_canary import CanaryVerdict
 from tasks.waves import Limits, drain_by_waves, exhausted, one_wave
 
 _DEFAULT_MAX_REPLICAS = 8
 
 
-def drain_elsewhere(run: Run, *, should_stop: StopSignal) -> Mapping[int, str]:
+def drain_elsewhere(run: Run, *, should_stop: StopSignal, progress: Progress) -> Mapping[int, str]:
     """Drain a run by replicas on its provider's work pool; return the shards given up, with why.
+
+    Where the job has a canary, one replica runs it before there is another.
 
     Raises:
         ProvisionError, EngineConfigError: before anything is started.
+        CanaryFailed, BadInput: the canary broke a limit, or shows that the run is over its budget.
         Stopped: `should_stop` was set; the replicas are stopped.
     """
     invocation = new_invocation()
     exempt(run.store, invocation)
     fleet, limits = _fleet(run, invocation, failed_rows=False)
-    return drain_by_waves(run, fleet, invocation=invocation, limits=limits, should_stop=should_stop)
+    return drain_by_waves(
+        run,
+        fleet,
+        invocation=invocation,
+        limits=limits,
+        should_stop=should_stop,
+        may_grow=CanaryVerdict(run, progress).is_good,
+    )
 
 
 def redo_elsewhere(run: Run, *, should_stop: StopSignal) -> Mapping[int, str]:
@@ -69,6 +81,8 @@ def _fleet(run: Run, invocation: str, *, failed_rows: bool) -> tuple[PrefectFlee
         "run_uri": run.uri,
         "invocation": invocation,
         "endpoint_url": run.job.storage.endpoint_url,
+        "region": run.job.storage.region,
+        "profile": run.job.storage.profile,
         "budget_minutes": run.job.hardware.replica_minutes,
         "failed_rows": failed_rows,
     }
@@ -88,7 +102,7 @@ def _fleet(run: Run, invocation: str, *, failed_rows: bool) -> tuple[PrefectFlee
     )
     limits = Limits(
         replicas=replicas,
-        max_replicas=max(replicas, _max_replicas(run, launch.deployment)),
+        max_replicas=_max_replicas(run, launch.deployment, at_least=replicas),
         max_attempts=run.job.shards.max_attempts,
         seconds_left=seconds_left,
         poll_s=float(os.environ.get("NIGHTJAR_WAVE_POLL_S", "10")),
@@ -102,26 +116,21 @@ def _sized(run: Run, seconds_left: float) -> tuple[ReplicaLaunch, int]:
     placement = run.job.hardware.placement
     if provider == "process" or run.record.fingerprint_fields["engine.backend"] == "dummy":
         # Processes on this machine take what it has; without a model there is nothing to size.
-        variables = dict(placement.job_variables)
-        if placement.env:
-            variables["env"] = {**variables.get("env", {}), **placement.env}
-        return ReplicaLaunch(
-            deployment=DEPLOYMENTS[provider], job_variables=variables
-        ), num_replicas(run)
+        return unsized_launch_of(provider, placement), num_replicas(run)
     deadline_s = None if seconds_left == float("inf") else max(60.0, seconds_left)
     tier, gpu = choose(run, deadline_s=deadline_s)
     get_run_logger().info("%s: %s", tier.label, tier.reason)
-    weight_bytes = sum(path.stat().st_size for path in run.model.path.glob("*.safetensors"))
     stage_to = run.job.hardware.stage_to
     launch = launch_of(
         tier,
         gpu,
         provider=provider,
-        weight_file_bytes=weight_bytes,
+        weight_file_bytes=run.model.num_weight_bytes,
         stage_to="shm" if stage_to == "/dev/shm" else "auto",
         placement=placement,
     )
-    return launch, min(tier.replicas, run.plan.num_shards)
+    replicas = 1 if run.job.storage.allow_single_writer else tier.replicas
+    return launch, min(replicas, run.plan.num_shards)
 
 
 def _seconds_left(run: Run) -> float:
@@ -133,16 +142,18 @@ def _seconds_left(run: Run) -> float:
     return (until - now).total_seconds()
 
 
-def _max_replicas(run: Run, deployment: str) -> int:
+def _max_replicas(run: Run, deployment: str, *, at_least: int) -> int:
+    if run.job.storage.allow_single_writer:
+        return 1
     if run.job.hardware.max_replicas != "auto":
-        return run.job.hardware.max_replicas
+        return max(at_least, run.job.hardware.max_replicas)
 
     def read() -> int | None:
         with get_client(sync_client=True) as client:
             pool_name = client.read_deployment_by_name(deployment).work_pool_name
             return None if pool_name is None else client.read_work_pool(pool_name).concurrency_limit
 
-    return patiently(read) or _DEFAULT_MAX_REPLICAS
+    return max(at_least, patiently(read) or _DEFAULT_MAX_REPLICAS)
 
 
 def _is_process(run: Run) -> bool:

@@ -4,6 +4,7 @@ Queueing is idempotent: the key is the file's name and content, so a scan repeat
 that lost its database is asked again.
 """
 
+import dataclasses
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -15,9 +16,10 @@ from prefect.states import Completed, Scheduled
 
 from flows.fleet import patiently
 from flows.inbox_jobs import InboxJobs
+from flows.served import check_paths
 from flows.stopping import stop_on_sigterm
 from flows.task_runs import as_state
-from storage.object_store import StorageConfig, open_store
+from storage.object_store import open_store
 from tasks.inbox import SETTLE_S, Scan, Submission, scan
 from tasks.scratch import scratch_folder
 
@@ -47,9 +49,10 @@ def scan_inbox(
 
 def _scan(uri: str, job: str, endpoint_url: str | None, settle_s: float) -> Scan:
     jobs = InboxJobs.read(job)
+    check_paths(jobs.any_job)
     storage = jobs.storage
     if endpoint_url is not None:
-        storage = StorageConfig(endpoint_url=endpoint_url, region=storage.region)
+        storage = dataclasses.replace(storage, endpoint_url=endpoint_url)
     with scratch_folder() as work_dir:
         found = scan(
             open_store(uri, storage),

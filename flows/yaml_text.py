@@ -9,6 +9,17 @@ from typing import Any
 
 import yaml
 
+MAX_CHARS = 1 << 20
+MAX_DEPTH = 50
+MAX_VALUES = 100_000
+"""What a job file may come to; beyond it, somebody means harm or has taken the wrong file."""
+
+
+_TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
+}
+
 
 class YamlError(ValueError):
     """Not YAML; the message begins with the place, such as ` line 3: ...`."""
@@ -48,12 +59,63 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _number)
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse one document into plain values. Raises YamlError."""
+    """Parse one document into plain values, no larger than a job can need.
+
+    Raises:
+        YamlError: not YAML, or it is huge, nested deeply, or grows huge by repeating itself.
+    """
+    if len(text) > MAX_CHARS:
+        raise YamlError(f": {len(text)} characters, a job file has at most {MAX_CHARS}")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _load(text)
+    except YamlError:
+        raise
+    except RecursionError as error:
+        raise YamlError(": nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         raise YamlError(f"{place}: {getattr(error, 'problem', None) or 'not YAML'}") from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise YamlError(f": {error}") from error
+
+
+def _load(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _num_nodes(node, 0, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_name(node: yaml.Node) -> None:
+    """Refuse a key that is not text: what is written to JSON would come back as another one."""
+    if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+        line = node.start_mark.line + 1
+        raise YamlError(f" line {line}: a key that is not text; put it in quotes")
+
+
+def _num_nodes(node: yaml.Node, depth: int, known: dict[int, int]) -> int:
+    """Count values as they would be written out, without aliases; refuse before anything is built."""
+    if known.get(id(node)) == 0:
+        raise YamlError(": a value contains itself")
+    if depth > MAX_DEPTH:
+        raise YamlError(f": nested more than {MAX_DEPTH} deep")
+    if node.tag not in _TAGS:
+        raise YamlError(f" line {node.start_mark.line + 1}: {node.tag!a} is not for job files")
+    if id(node) not in known:
+        known[id(node)] = 0
+        below = node.value if isinstance(node, yaml.CollectionNode) else []
+        children: list[yaml.Node] = []
+        for item in below:
+            if isinstance(item, tuple):
+                _check_name(item[0])
+            children += item if isinstance(item, tuple) else (item,)
+        known[id(node)] = 1 + sum(_num_nodes(child, depth + 1, known) for child in children)
+    if known[id(node)] > MAX_VALUES:
+        raise YamlError(f": more than {MAX_VALUES} values, aliases written out")
+    return known[id(node)]

@@ -68,6 +68,7 @@ class PagedSettings:
             min_step_tokens=256 if is_cuda else None,
             kv_dtype=_kv_dtype(config, model),
             may_shorten=config.max_model_len == "auto",
+            use_graphs=not config.enforce_eager and model.can_be_captured,
         )
 
 
@@ -85,9 +86,11 @@ def build_engine(
     cache = allocate(
         model.kv_shape(settings.block_size, settings.kv_dtype), plan.num_blocks, model.device
     )
-    max_model_len = _max_len_in(cache, settings)
+    # Ranks may have different room; they make the same decisions only with the same number of blocks.
+    num_blocks = model.ranks.agree_on_least(cache.num_blocks)
+    max_model_len = _max_len_in(num_blocks, settings)
     model.attach(cache, max_model_len)
-    blocks = BlockManager(num_blocks=cache.num_blocks, block_size=settings.block_size)
+    blocks = BlockManager(num_blocks=num_blocks, block_size=settings.block_size)
 
     def make_scheduler(completion_of: Callable[[Running], list[int]]) -> Scheduler:
         return Scheduler(
@@ -114,9 +117,9 @@ def build_engine(
     return engine, plan, time.perf_counter() - started_at
 
 
-def _max_len_in(cache: KVCache, settings: PagedSettings) -> int:
+def _max_len_in(num_blocks: int, settings: PagedSettings) -> int:
     """Return max_model_len, lowered to what the cache holds where that is allowed."""
-    num_tokens = (cache.num_blocks - 1) * settings.block_size
+    num_tokens = (num_blocks - 1) * settings.block_size
     if settings.max_model_len <= num_tokens:
         return settings.max_model_len
     if not settings.may_shorten:

@@ -1,12 +1,57 @@
 """EngineConfig: what one replica is, independent of any prompt."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 Auto = Literal["auto"]
 Backend = Literal["auto", "paged", "zero", "transformers", "dummy"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["none", "fp8", "int8", "nf4"]
+Offload = Literal["auto", "none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistributedConfig:
+    """How the ranks of one replica find and reach each other; the defaults are right on one host."""
+
+    launcher: Literal["torchrun", "deepspeed"] = "torchrun"
+    """What starts a host's ranks."""
+
+    num_hosts: int = 1
+    """Hosts that one replica is spread over, evenly."""
+
+    rendezvous: str = ""
+    """`host:port` of the first host, reachable from all; needed with several hosts."""
+
+    interface: str = ""
+    """Network interface between hosts, such as `eth0`; default: what NCCL and gloo pick."""
+
+    fabric: Literal["auto", "infiniband", "roce", "tcp"] = "auto"
+    """auto: the fastest that NCCL finds. Naming infiniband or roce makes its absence an error instead of a slow run."""
+
+    timeout_s: float = 300.0
+    """A collective that takes longer ends the replica."""
+
+    min_bandwidth: float = 0.0
+    """GB/s of bus bandwidth that the all-reduce before loading must reach; 0: measured, only reported."""
+
+    def __post_init__(self) -> None:
+        if self.num_hosts < 1:
+            raise ValueError(
+                f"engine.distributed.num_hosts must be at least 1, got {self.num_hosts}"
+            )
+        host, _, port = self.rendezvous.rpartition(":")
+        if self.rendezvous and not (host and port.isdigit()):
+            raise ValueError(
+                f"engine.distributed.rendezvous must be host:port, got {self.rendezvous!r}"
+            )
+        if self.num_hosts > 1 and not self.rendezvous:
+            raise ValueError(
+                f"engine.distributed.num_hosts is {self.num_hosts}: needs engine.distributed.rendezvous, "
+                f"host:port of the first host"
+            )
+        if self.timeout_s <= 0:
+            raise ValueError(f"engine.distributed.timeout_s must be above 0, got {self.timeout_s}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +83,19 @@ class EngineConfig:
     """Element type of the KV cache; auto: the model's dtype."""
 
     tensor_parallel_size: int = 1
-    """Ranks one replica is spread over."""
+    """Ranks one replica is spread over; of the zero backend, each with rows of its own."""
+
+    offload: Offload = "auto"
+    """Where weights live that the device does not hold: see `inference.offload`. Changes no token."""
+
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk, for `offload: nvme`."""
+
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How ranks are started and reach each other."""
+
+    enforce_eager: bool = False
+    """Launch every step kernel by kernel instead of replaying captured CUDA graphs: slower, for finding faults."""
 
     seed: int = 0
     """The run's seed; a sequence's own draw comes from `Sequence.draw_seed`."""
@@ -52,3 +109,14 @@ class EngineConfig:
             raise ValueError(
                 f"engine.tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}"
             )
+        if self.tensor_parallel_size % self.distributed.num_hosts:
+            raise ValueError(
+                f"engine.tensor_parallel_size is {self.tensor_parallel_size}: does not divide over "
+                f"{self.distributed.num_hosts} hosts"
+            )
+
+
+def config_from_json(values: dict[str, Any]) -> EngineConfig:
+    """The config whose `dataclasses.asdict` went through JSON."""
+    distributed = DistributedConfig(**values["distributed"])
+    return EngineConfig(**{**values, "distributed": distributed})

@@ -118,6 +118,11 @@ class PagedEngine:
         try:
             self._in_flight.append(self.runner.launch(step))
         except torch.OutOfMemoryError as error:
+            if self.runner.has_peers:  # they are in the middle of this step and cannot take it back
+                raise OutOfMemory(
+                    f"out of memory in a step of at most {self.scheduler.max_num_batched_tokens} tokens; "
+                    f"lower engine.max_num_batched_tokens or engine.max_num_seqs, or use more ranks"
+                ) from error
             self._drain(finished)
             self._shrink(step, error)
             return

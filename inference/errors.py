@@ -11,6 +11,11 @@ InferenceError
 from typing import ClassVar
 
 
+def printable(text: str) -> str:
+    """Return text that fits in one line of a message: line breaks and the like are escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class InferenceError(Exception):
     """Anything the inference room raises on purpose."""
 
@@ -26,10 +31,13 @@ class EngineConfigError(InferenceError):
 
 
 class PromptError(InferenceError):
-    """One prompt cannot be run; the row gets `state` and this message, the others go on."""
+    """One prompt cannot be run; the row gets `state` and this message, the others go on.
+
+    The message becomes a cell of the results, so whatever names it holds are made printable.
+    """
 
     def __init__(self, state: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.state = state
 
 

@@ -13,8 +13,10 @@ logger = logging.getLogger(__name__)
 class GraphPool:
     """Runs a launch sequence as it is, or as a graph captured under its key."""
 
-    def __init__(self, *, is_on: bool) -> None:
+    def __init__(self, *, is_on: bool, has_collectives: bool = False) -> None:
+        """`has_collectives`: launches speak to other ranks, whose library polls events in a thread of its own."""
         self.is_on = is_on
+        self._error_mode = "thread_local" if has_collectives else "global"
         self._graphs: dict[Hashable, Any] = {}
         self._uncapturable: set[Hashable] = set()
         self._pool: Any = None
@@ -42,7 +44,7 @@ class GraphPool:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=self._error_mode):
                 launch()
         except torch.OutOfMemoryError:
             raise

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inference.batch import Batch
 from inference.kernels.plain import FP8_MAX
+from inference.tensor_parallel import TensorParallel
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """Rows as they are, or in e4m3 with their fp32 scales."""
@@ -59,6 +60,21 @@ class Linear8(Linear):
         return out if self._bias is None else out + self._bias
 
 
+class RowLinear:
+    """A linear whose inputs are partitioned: each rank's product is a term of a sum, and the bias comes after."""
+
+    def __init__(self, module: Any, is_fp8: bool, ranks: TensorParallel) -> None:
+        weight = module.weight.data
+        self._product = quantised(weight) if is_fp8 else Linear(weight)
+        self._bias: Tensor | None = None if module.bias is None else module.bias.data
+        self._ranks = ranks
+
+    def __call__(self, x: Rows) -> Tensor:
+        """[T, in here] -> [T, out], the same on every rank."""
+        out = self._ranks.all_reduce(self._product(x))
+        return out if self._bias is None else out.add_(self._bias)
+
+
 def quantised(weight: Tensor, bias: Tensor | None = None) -> Linear8:
     """Quantise a weight [out, in] to e4m3 by output."""
     scale = (weight.abs().amax(dim=1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
@@ -74,17 +90,29 @@ def _fuse(modules: list[Any], is_fp8: bool) -> Linear:
     return quantised(weight, bias) if is_fp8 else Linear(weight, bias)
 
 
+def _reduced(module: Any, is_fp8: bool, ranks: TensorParallel) -> Linear | RowLinear:
+    return _fuse([module], is_fp8) if ranks.size == 1 else RowLinear(module, is_fp8, ranks)
+
+
 class FusedLayer:
     """Attention and MLP of one layer; norms are fused with the residual additions around them."""
 
-    def __init__(self, layer: Any, index: int, config: Any, ops: ModuleType, is_fp8: bool) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        index: int,
+        config: Any,
+        ops: ModuleType,
+        is_fp8: bool,
+        ranks: TensorParallel,
+    ) -> None:
         self.index = index
         self._ops = ops
         self._is_fp8 = is_fp8
         self._options: dict[str, bool] = {"is_fp8": True} if is_fp8 else {}
         attention, mlp = layer.self_attn, layer.mlp
         self._qkv = _fuse([attention.q_proj, attention.k_proj, attention.v_proj], is_fp8)
-        self._o = _fuse([attention.o_proj], is_fp8)
+        self._o = _reduced(attention.o_proj, is_fp8, ranks)
         self._q_norm = getattr(attention, "q_norm", None)
         self._k_norm = getattr(attention, "k_norm", None)
         self._input_norm = layer.input_layernorm
@@ -95,9 +123,9 @@ class FusedLayer:
         self._mlp: Any = None
         if hasattr(mlp, "gate_proj"):
             self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], is_fp8)
-            self._down = _fuse([mlp.down_proj], is_fp8)
+            self._down = _reduced(mlp.down_proj, is_fp8, ranks)
         else:
-            self._mlp = mlp  # experts: the model's own module
+            self._mlp = mlp  # experts: the model's own module, which sums over ranks itself
 
     def first_norm(self, residual_TD: Tensor) -> Rows:
         """Return this layer's input when it is the first layer."""

@@ -9,7 +9,7 @@ asks for its slices only.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,16 @@ from typing import Any, Literal
 import torch
 
 from inference.weight_reader import (
+    BUFFER_BYTES,
+    PAGE_SLACK,
     CudaMover,
     Entry,
     HostMover,
+    Region,
     Slice,
     WeightFileReader,
-    chunks_of,
+    offset_of,
+    rows_of,
 )
 from inference.weights import check_weight_file
 
@@ -45,15 +49,18 @@ def load_weights(
     slicer: Slicer | None = None,
     destination: Destination | None = None,
     num_threads: int = 8,
+    buffer_bytes: int = BUFFER_BYTES,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) for every tensor of the files, in the files' order, on `device`.
 
     Args:
+        paths: taken one by one as they are needed, so it may wait for files that are on their way.
         method: auto is parallel on CUDA, else safetensors.
         slicer: which part of each tensor to load.
         destination: where to, such as the parameters themselves, so that no second copy is ever on
             the device.
-        num_threads: readers, each with two pinned buffers of 32 MiB on CUDA.
+        num_threads: readers, each with two pinned buffers of `buffer_bytes` on CUDA.
+        buffer_bytes: most bytes that are read at once.
 
     Raises:
         ModelError: a file is missing, truncated, unreadable, or of an unknown dtype.
@@ -64,12 +71,13 @@ def load_weights(
     slicer = slicer or (lambda name, shape: None)
     destination = destination or (lambda name, shape, dtype: None)
     if method == "parallel" or (method == "auto" and device.type == "cuda"):
-        return _parallel(list(paths), device, slicer, destination, num_threads)
-    return _plain(list(paths), device, slicer, destination)
+        loader = _Loader(device, slicer, destination, num_threads, buffer_bytes)
+        return _parallel(paths, loader)
+    return _plain(paths, device, slicer, destination)
 
 
 def _plain(
-    paths: Sequence[Path], device: torch.device, slicer: Slicer, destination: Destination
+    paths: Iterable[Path], device: torch.device, slicer: Slicer, destination: Destination
 ) -> Iterator[tuple[str, torch.Tensor]]:
     from safetensors import safe_open
 
@@ -88,54 +96,57 @@ def _plain(
                 yield name, tensor if target is None else target.copy_(tensor)
 
 
-def _parallel(
-    paths: Sequence[Path],
-    device: torch.device,
-    slicer: Slicer,
-    destination: Destination,
-    num_threads: int,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    loader = _Loader(device, slicer, destination, num_threads)
+def _parallel(paths: Iterable[Path], loader: "_Loader") -> Iterator[tuple[str, torch.Tensor]]:
     try:
         for path in paths:
             for entry in loader.open(path):
                 loader.start(entry)
                 while loader.ahead_bytes > MAX_AHEAD_BYTES:
                     yield loader.finish()
+            loader.flush()  # the next path may be long in coming
         while loader.ahead_bytes:
             yield loader.finish()
     finally:
         loader.close()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Loading:
     """A tensor on its way."""
 
     name: str
     tensor: torch.Tensor
-    chunks: list["Future[Any]"] = field(default_factory=list)
+    moves: list["Future[Any]"] = field(default_factory=list)
 
 
 class _Loader:
     """Starts tensors in order and hands them out in order; threads do the work in between."""
 
     def __init__(
-        self, device: torch.device, slicer: Slicer, destination: Destination, num_threads: int
+        self,
+        device: torch.device,
+        slicer: Slicer,
+        destination: Destination,
+        num_threads: int,
+        buffer_bytes: int,
     ) -> None:
         self._device = device
         self._slicer = slicer
         self._destination = destination
-        self._mover: Any = CudaMover(device) if device.type == "cuda" else HostMover()
+        self._is_cuda = device.type == "cuda"
+        self._mover: Any = CudaMover(device, buffer_bytes) if self._is_cuda else HostMover()
+        self._max_bytes = buffer_bytes - PAGE_SLACK
         self._pool = ThreadPoolExecutor(num_threads)
         self._files: list[WeightFileReader] = []
         self._waiting: deque[_Loading] = deque()
+        self._region: Region | None = None
+        self._in_region: list[_Loading] = []
         self.ahead_bytes = 0
         """Of tensors that were started and not handed out; empty ones count as one byte."""
 
     def open(self, path: Path) -> list[Entry]:
         """Take on one more file; return its tensors."""
-        self._files.append(WeightFileReader(path, direct=self._device.type == "cuda"))
+        self._files.append(WeightFileReader(path, direct=self._is_cuda))
         return self._files[-1].entries
 
     def start(self, entry: Entry) -> None:
@@ -147,26 +158,62 @@ class _Loader:
             target = torch.empty(shape, dtype=entry.dtype, device=self._device)
         assert target.is_contiguous(), f"{entry.name}: the destination is not contiguous"
         assert (tuple(target.shape), target.dtype) == (shape, entry.dtype), entry.name
-        # Memory that the allocator hands out again may still be read by work queued before.
-        is_cuda = self._device.type == "cuda"
-        ready = torch.cuda.current_stream(self._device).record_event() if is_cuda else None
         loading = _Loading(entry.name, target)
-        for chunk in chunks_of(self._files[-1], entry, part, target, ready=ready):
-            loading.chunks.append(self._pool.submit(self._mover.move, chunk))
         self._waiting.append(loading)
         self.ahead_bytes += max(1, target.nbytes)
+        if part and part.dim > 0:
+            self._start_rows(entry, part, loading)
+        else:
+            self._start_bytes(offset_of(entry, part), loading)
 
     def finish(self) -> tuple[str, torch.Tensor]:
         """Wait for the tensor in front. Raises ModelError."""
         loading = self._waiting.popleft()
-        for chunk in loading.chunks:
-            if (event := chunk.result()) is not None:
+        if loading in self._in_region:
+            self.flush()
+        for move in loading.moves:
+            if (event := move.result()) is not None:
                 torch.cuda.current_stream(self._device).wait_event(event)
         self.ahead_bytes -= max(1, loading.tensor.nbytes)
         return loading.name, loading.tensor
+
+    def flush(self) -> None:
+        """Hand the region that is being put together to the threads."""
+        region, self._region = self._region, None
+        if region is not None:
+            region.ready = self._event()
+            move = self._pool.submit(self._mover.move, region)
+            for loading in self._in_region:
+                loading.moves.append(move)
+            self._in_region.clear()
 
     def close(self) -> None:
         """Stop the threads and close the files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         for file in self._files:
             file.close()
+
+    def _start_bytes(self, offset: int, loading: _Loading) -> None:
+        """Add a tensor's bytes to the region in hand, and to as many more as it takes."""
+        file, left = self._files[-1], loading.tensor.reshape(-1).view(torch.uint8)
+        while left.nbytes:
+            room = self._region.room_at(file, offset) if self._region else 0
+            if not room or self._region is None:
+                self.flush()
+                self._region = Region(file, offset, self._max_bytes)
+                room = self._max_bytes
+            segment, left = left[:room], left[room:]
+            self._region.add(segment)
+            self._in_region.append(loading)
+            offset += segment.nbytes
+
+    def _start_rows(self, entry: Entry, part: Slice, loading: _Loading) -> None:
+        for rows in rows_of(
+            self._files[-1], entry, part, loading.tensor, max_bytes=self._max_bytes
+        ):
+            move = self._pool.submit(self._mover.move, rows._replace(ready=self._event()))
+            loading.moves.append(move)
+
+    def _event(self) -> Any:
+        """After which memory that the allocator handed out again is read by nothing queued before."""
+        return torch.cuda.current_stream(self._device).record_event() if self._is_cuda else None

@@ -3,7 +3,9 @@
 PagedModel        any transformers class, unmodified: its attention is replaced through AttentionInterface
 FusedModel        the Llama family's decoder layer written on our fused operations, with the same weights
 
-T tokens   D hidden size   R rows   V vocabulary   N query heads   K KV heads   H head dim
+Under tensor parallel the weights are this rank's partitions (`inference.partition`): N, K and C count what is here.
+
+T tokens   D hidden size   R rows   C columns of the vocabulary   N query heads   K KV heads   H head dim
 """
 
 from types import ModuleType
@@ -17,6 +19,9 @@ from inference.errors import EngineConfigError
 from inference.kernels import plain
 from inference.kv_cache import KVCache, KVShape
 from inference.layers import FusedLayer, Linear, quantised
+from inference.quantization import is_bitsandbytes
+from inference.tensor_parallel import TensorParallel
+from inference.vocabulary import PartitionedVocabulary, WholeVocabulary, columns_of
 
 ATTENTION_NAME = "nightjar_paged"
 
@@ -27,25 +32,43 @@ _UNSUPPORTED_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling
 class PagedModel:
     """An unmodified transformers model whose attention reads and writes a KVCache."""
 
-    def __init__(self, model: Any, ops: ModuleType = plain) -> None:
+    def __init__(
+        self, model: Any, ops: ModuleType = plain, *, ranks: TensorParallel | None = None
+    ) -> None:
+        self.ranks = ranks or TensorParallel.alone()
         self.config = model.config.get_text_config()
         _refuse_what_is_unknown(self.config)
         self._model = model
         self._ops = ops
+        self.can_be_captured = not is_bitsandbytes(model)
+        """Whether a step may be replayed as a CUDA graph; bitsandbytes looks at values on the host."""
+
         self.num_weight_bytes = sum(p.nbytes for p in model.parameters())
         """Of the model as it was loaded."""
 
         self._cache: KVCache | None = None
         self._batch: Batch | None = None
         self._embedding: Tensor = model.get_input_embeddings().weight
-        self._head: Tensor = model.get_output_embeddings().weight
-        self._head_bias: Tensor | None = getattr(model.get_output_embeddings(), "bias", None)
-        self.num_heads: int = self.config.num_attention_heads
+        self.vocabulary = WholeVocabulary(self._embedding.shape[0])
+        self._head, self._head_bias = self._take_head(model.get_output_embeddings())
+        self.num_heads: int = self.config.num_attention_heads // self.ranks.size
         _register()
         model.set_attn_implementation(ATTENTION_NAME)
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.nightjar_model = _Reference(self)
+
+    def _take_head(self, head: Any) -> tuple[Tensor, Tensor | None]:
+        """Return this rank's rows of the output head, without a copy."""
+        weight, bias = head.weight, getattr(head, "bias", None)
+        size, ranks = self.vocabulary.size, self.ranks
+        if ranks.size == 1:
+            return weight, bias
+        self.vocabulary = PartitionedVocabulary(size, ranks)
+        if weight.shape[0] < size:  # read as a partition; tied to the embedding it is whole
+            return weight, bias
+        here = slice(*columns_of(size, ranks.rank, ranks.size))
+        return weight[here], None if bias is None else bias[here]
 
     @property
     def uses_kernels(self) -> bool:
@@ -68,11 +91,6 @@ class PagedModel:
         return self._embedding.shape[1]
 
     @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self._head.shape[0]
-
-    @property
     def has_windows(self) -> bool:
         """Whether some layer attends to the last tokens only."""
         return bool(getattr(self.config, "sliding_window", None))
@@ -86,7 +104,7 @@ class PagedModel:
         )
         return KVShape(
             num_layers=config.num_hidden_layers,
-            num_kv_heads=num_kv_heads,
+            num_kv_heads=num_kv_heads // self.ranks.size,
             head_dim=head_dim,
             block_size=block_size,
             dtype=dtype or self.dtype,
@@ -108,7 +126,7 @@ class PagedModel:
         return cast(Tensor, output.last_hidden_state[0])
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Return the logits [R,V] of hidden states."""
+        """Return the logits [R,C] of hidden states."""
         return torch.nn.functional.linear(hidden_RD, self._head, self._head_bias)
 
     def attend(
@@ -136,8 +154,15 @@ class _Reference:
 class FusedModel(PagedModel):
     """The same weights run by fused layers; takes the transformers model apart."""
 
-    def __init__(self, model: Any, ops: ModuleType = plain, *, is_fp8: bool = False) -> None:
-        super().__init__(model, ops)
+    def __init__(
+        self,
+        model: Any,
+        ops: ModuleType = plain,
+        *,
+        is_fp8: bool = False,
+        ranks: TensorParallel | None = None,
+    ) -> None:
+        super().__init__(model, ops, ranks=ranks)
         base = model.base_model
         self._rotary = base.rotary_emb
         self._eps: float = base.norm.variance_epsilon
@@ -146,7 +171,7 @@ class FusedModel(PagedModel):
         self._layers: list[FusedLayer] = []
         self._is_fp8 = is_fp8
         for index, layer in enumerate(base.layers):
-            self._layers.append(FusedLayer(layer, index, self.config, ops, is_fp8))
+            self._layers.append(FusedLayer(layer, index, self.config, ops, is_fp8, self.ranks))
             base.layers[index] = torch.nn.Identity()  # its weights live on in the fused layer
         self._head_linear: Linear = Linear(self._head, self._head_bias)
         if is_fp8:
@@ -182,11 +207,17 @@ class FusedModel(PagedModel):
         return cast(Tensor, x)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Return the logits [R,V] of hidden states."""
+        """Return the logits [R,C] of hidden states."""
         return self._head_linear(self._ops.quantise_rows(hidden_RD) if self._is_fp8 else hidden_RD)
 
 
-def make_paged_model(model: Any, ops: ModuleType = plain, *, is_fp8: bool = False) -> PagedModel:
+def make_paged_model(
+    model: Any,
+    ops: ModuleType = plain,
+    *,
+    is_fp8: bool = False,
+    ranks: TensorParallel | None = None,
+) -> PagedModel:
     """Return the fastest form in which this engine can run a transformers model.
 
     Raises:
@@ -195,18 +226,19 @@ def make_paged_model(model: Any, ops: ModuleType = plain, *, is_fp8: bool = Fals
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     is_known = (
-        config.model_type in FUSED_MODEL_TYPES
+        not is_bitsandbytes(model)  # whose linears are more than their weights
+        and config.model_type in FUSED_MODEL_TYPES
         and getattr(config, "hidden_act", "") == "silu"
         and rope.get("rope_type", "") in ("default", "linear", "llama3", "yarn")
         and rope.get("partial_rotary_factor", 1.0) in (None, 1.0)
     )
     if is_known:
-        return FusedModel(model, ops, is_fp8=is_fp8)
+        return FusedModel(model, ops, is_fp8=is_fp8, ranks=ranks)
     if is_fp8:
         raise EngineConfigError(
             f"model.quantization is fp8: not available for model_type {config.model_type}; use none"
         )
-    return PagedModel(model, ops)
+    return PagedModel(model, ops, ranks=ranks)
 
 
 def _refuse_what_is_unknown(config: Any) -> None:

@@ -208,9 +208,8 @@ def _stored_quantization(config: Mapping[str, Any]) -> tuple[str | None, float |
         return method, bits + ((16 + bits) / group if group > 0 else 0)
     if method == "bitsandbytes":
         return method, 8 * QUANTIZED_BYTES["nf4" if stored.get("load_in_4bit") else "int8"]
-    known = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25}
-    if method in known:
-        return method, known[method]
+    if method == "fp8":
+        return method, 8.0
     raise ModelError(
         f"weights are stored as {method!r}, whose size the sizing does not know; "
         "use the unquantised checkpoint, or one stored as fp8, gptq, awq or bitsandbytes"

@@ -1,10 +1,10 @@
 """ModelRunner: runs the scheduler's steps on the device, a step or two ahead of who reads the results.
 
 A step is two launches: the body (embedding to hidden states, sized by tokens) and the head (logits and
-sampling, sized by rows). On CUDA both are captured graphs; a graph's key holds every number baked into
-it. All work is on one stream, so blocks may be given away as soon as the step that read them is launched.
+sampling, sized by rows). On CUDA both are captured graphs, NCCL's collectives included; a graph's key holds
+every number baked into it. All work is on one stream, so blocks may be given away as soon as the step that read them is launched.
 
-    T tokens   D hidden size   R rows that sample   V vocabulary
+    T tokens   D hidden size   R rows that sample
 """
 
 from collections import deque
@@ -87,7 +87,12 @@ class ModelRunner:
         self._hidden = torch.zeros(
             limits.max_num_tokens, model.hidden_size, dtype=model.dtype, device=self._device
         )
-        self._graphs = GraphPool(is_on=self._is_cuda and use_graphs)
+        self._graphs = GraphPool(is_on=self._is_cuda and use_graphs, has_collectives=self.has_peers)
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether other ranks run the same steps."""
+        return self._model.ranks.size > 1
 
     def _pinned(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, pin_memory=self._is_cuda)
@@ -151,6 +156,8 @@ class ModelRunner:
                 self._result,
                 has_draws=has_draws,
                 has_floors=has_floors,
+                vocabulary=self._model.vocabulary,
+                ranks=self._model.ranks,
             )
 
         self._graphs.run(("head", num_rows, has_draws, has_floors), head)
@@ -164,7 +171,11 @@ class ModelRunner:
 
     def _sample_on_host(self, rows: Sequence[Running]) -> Sampled:
         """Sample with the reference; waits for the device. Earlier steps' tokens must have been taken."""
-        sampled = sample(self._logits(len(rows)), [self._row_of(running) for running in rows])
+        sampled = sample(
+            self._logits(len(rows)),
+            [self._row_of(running) for running in rows],
+            self._model.vocabulary,
+        )
         tokens = torch.tensor([max(0, t) for t in sampled.token_ids], dtype=torch.int32)
         slots = torch.tensor([running.slot for running in rows])
         self._last_token[slots.to(self._device)] = tokens.to(self._device)

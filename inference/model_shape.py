@@ -96,7 +96,9 @@ class ModelShape:
 
     def linear_bytes_per_param(self, dtype: str, quantization: str) -> float:
         """Bytes of one attention or feed-forward weight."""
-        if self.stored_bits is not None and quantization == "none":
+        # Blocks of fp8 are made full precision again when they are loaded.
+        is_kept = self.stored_bits is not None and self.stored_quantization != "fp8"
+        if self.stored_bits is not None and is_kept and quantization == "none":
             return self.stored_bits / 8
         return QUANTIZED_BYTES.get(quantization, DTYPE_BYTES[dtype])
 

@@ -49,10 +49,12 @@ def noise_key(draw_seed: int, position: int) -> tuple[int, int]:
     return key_0, mix(key_0 ^ ((a + SECOND) & MASK))
 
 
-def noise_bits(keys: Sequence[tuple[int, int]], num_tokens: int, device: torch.device) -> Tensor:
-    """Return the 32 random bits of every row's every token, [rows, num_tokens], as int64."""
+def noise_bits(
+    keys: Sequence[tuple[int, int]], num_tokens: int, device: torch.device, *, start: int = 0
+) -> Tensor:
+    """Return the 32 random bits of tokens `start` and on of every row, [rows, num_tokens], as int64."""
     keys_R2 = torch.tensor(keys, dtype=torch.int64, device=device).reshape(len(keys), 2)
-    token_ids_V = torch.arange(num_tokens, dtype=torch.int64, device=device)
+    token_ids_V = torch.arange(start, start + num_tokens, dtype=torch.int64, device=device)
     bits_RV = _mix_tensor(token_ids_V[None, :] ^ keys_R2[:, :1])
     return _mix_tensor((bits_RV + keys_R2[:, 1:]) & MASK)
 

@@ -8,7 +8,7 @@ import string
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from inference.errors import EngineConfigError, PromptError
+from inference.errors import EngineConfigError, PromptError, printable
 
 MAX_FORMAT_WIDTH = 9999
 _DIGITS = re.compile(r"\d+")
@@ -58,15 +58,18 @@ class PromptTemplate:
 
 
 def _check_field(name: str, spec: str, conversion: str | None) -> None:
+    shown, spec_shown = printable(name), printable(spec)
     if not name:
         raise EngineConfigError("input.prompt has an empty field {}; name a column, or write {{}}")
     if conversion is not None:
-        raise EngineConfigError(f"input.prompt: {{{name}!{conversion}}} is not supported; drop it")
+        raise EngineConfigError(
+            f"input.prompt: {{{shown}!{printable(conversion)}}} is not supported; drop it"
+        )
     if "{" in spec or "}" in spec:
-        raise EngineConfigError(f"input.prompt: the format of {{{name}}} must not hold a field")
+        raise EngineConfigError(f"input.prompt: the format of {{{shown}}} must not hold a field")
     if any(int(digits) > MAX_FORMAT_WIDTH for digits in _DIGITS.findall(spec)):
         raise EngineConfigError(
-            f"input.prompt: the width of {{{name}:{spec}}} must be at most {MAX_FORMAT_WIDTH}"
+            f"input.prompt: the width of {{{shown}:{spec_shown}}} must be at most {MAX_FORMAT_WIDTH}"
         )
 
 

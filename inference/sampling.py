@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 # Limits a per-row column is checked against; a value outside them makes that row `invalid_input`.
 MAX_LOGPROBS = 20
+MAX_COUNT = 2**31 - 1
+"""Counts and token ids are int32 on the device; a larger one would break every row beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +60,21 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", 1 <= self.max_tokens <= MAX_COUNT, f"between 1 and {MAX_COUNT}"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
             ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (all) or a positive count"),
+            ("top_k", 0 <= self.top_k <= MAX_COUNT, f"0 (all) or a count up to {MAX_COUNT}"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
             ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
             ("stop", all(self.stop), "without empty strings"),
-            ("stop_token_ids", all(t >= 0 for t in self.stop_token_ids), "token ids of 0 or more"),
+            (
+                "stop_token_ids",
+                all(0 <= token_id <= MAX_COUNT for token_id in self.stop_token_ids),
+                f"token ids between 0 and {MAX_COUNT}",
+            ),
             ("n", 1 <= self.n <= 1024, "between 1 and 1024"),
             (
                 "logprobs",

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from inference.hardware import GB, GpuType
+from inference.heads import heads_refusal
 from inference.model_shape import ModelShape
 from inference.prediction import predict, predict_offloaded
 from inference.roofline import Replica, Workload
-from inference.tier import Options, Refusal, Tier
+from inference.tier import BITSANDBYTES, Options, Refusal, Tier
 
 # Start-up of a replica: processes, compilation and capture, then weights from disk. Not yet measured.
 STARTUP_S = 60.0
@@ -69,6 +70,8 @@ def _unusable(shape: ModelShape, gpu: GpuType, dtype: str, quantization: str) ->
     dtype = shape.dtype if dtype == "auto" else dtype
     if gpu.compute_dtype(dtype) not in gpu.flops:
         return f"has no {dtype} arithmetic; use another GPU type or model.dtype"
+    if shape.stored_quantization == "fp8" and quantization == "fp8" and "fp8" in gpu.flops:
+        return ""
     if quantization != "none" and shape.stored_quantization:
         return (
             f"the checkpoint is stored as {shape.stored_quantization} already; "
@@ -76,7 +79,7 @@ def _unusable(shape: ModelShape, gpu: GpuType, dtype: str, quantization: str) ->
         )
     if quantization == "fp8" and "fp8" not in gpu.flops:
         return "has no fp8 arithmetic; use int8 or nf4 for capacity"
-    if quantization in ("int8", "nf4") and shape.num_expert_params:
+    if quantization in BITSANDBYTES and shape.num_expert_params:
         return (
             f"bitsandbytes leaves the experts whole ({shape.num_expert_params / 1e9:.1f} of "
             f"{shape.num_params / 1e9:.1f} billion parameters); use fp8"
@@ -110,13 +113,23 @@ def _sizes(replica: Replica, count: int, options: Options) -> list[int]:
     ]
 
 
-def _divides(shape: ModelShape, size: int) -> bool:
-    return shape.num_key_value_heads % size == 0 and shape.num_attention_heads % size == 0
+def _blocked(replica: Replica, size: int) -> str:
+    """Why `size` ranks cannot hold the model between them; empty when they can."""
+    shape = replica.shape
+    heads = heads_refusal(
+        size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads
+    )
+    if heads or size == 1:
+        return heads
+    if shape.stored_quantization or replica.quantization in BITSANDBYTES:
+        method = shape.stored_quantization or replica.quantization
+        return f"ranks cannot share weights quantised as {method}"
+    return ""
 
 
 def _layouts(replica: Replica, count: int, workload: Workload, options: Options) -> Iterator[Tier]:
     for size in _sizes(replica, count, options):
-        if not _divides(replica.shape, size):
+        if _blocked(replica, size):
             continue
         candidate = replace(replica, tensor_parallel_size=size)
         if candidate.kv_tokens >= workload.max_sequence_tokens:
@@ -178,7 +191,7 @@ def _priced(
         quantization=replica.quantization,
         dtype=replica.dtype,
         kv_cache_dtype=replica.kv_cache_dtype,
-        backend="paged" if offload == "none" else "zero",
+        backend=_backend(replica, offload),
         offload=offload,
         num_hosts=-(-num_gpus // gpu.gpus_per_host),
         weight_bytes_per_gpu=weight_bytes_per_gpu,
@@ -193,23 +206,25 @@ def _priced(
     )
 
 
+def _backend(replica: Replica, offload: str) -> str:
+    if offload != "none":
+        return "zero"
+    return "transformers" if replica.shape.stored_quantization in ("gptq", "awq") else "paged"
+
+
 def _refusal(replica: Replica, count: int, workload: Workload, options: Options) -> Refusal:
     """Say why no layout of `count` GPUs works, by the one that comes closest."""
-    shape = replica.shape
     sizes = _sizes(replica, count, options)
-    possible = [size for size in sizes if _divides(shape, size)]
-    blocked = [size for size in sizes if not _divides(shape, size)]
+    possible = [size for size in sizes if not _blocked(replica, size)]
+    blocked = [size for size in sizes if _blocked(replica, size)]
     reason = (
         _too_small(replace(replica, tensor_parallel_size=max(possible)), workload)
         if possible
         else ""
     )
     if blocked:
-        heads = (
-            f"tensor parallel {min(blocked)} does not divide {shape.num_key_value_heads} KV heads "
-            f"and {shape.num_attention_heads} attention heads"
-        )
-        reason = f"{reason}, and {heads}" if reason else heads
+        why = _blocked(replica, min(blocked))
+        reason = f"{reason}, and {why}" if reason else why
     if not sizes:
         reason = (
             f"{count} GPUs do not divide into tensor parallel "

@@ -1,9 +1,10 @@
 """Bytes of safetensors files to tensors on a device, by threads that read while others copy.
 
-    file --pread--> pinned buffer --async copy on the thread's own stream--> tensor
+    region of a file --one pread--> pinned buffer --async copies on the thread's own stream--> tensors
 
-On CPU the file is read straight into the tensor. On CUDA, files that the page cache does not hold are
-read with O_DIRECT.
+A region is a run of the file's bytes, whatever tensors they belong to: small tensors share one read,
+big ones take several. On CPU a region is read straight into its tensors. On CUDA, files that the page
+cache does not hold are read with O_DIRECT.
 """
 
 import errno
@@ -12,7 +13,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,14 @@ import torch
 from inference.errors import ModelError
 from inference.weights import check_weight_file
 
+PAGE_SLACK = 2 * 4096
+"""Room that a region leaves in its buffer: O_DIRECT reads whole pages."""
+
 BUFFER_BYTES = 32 << 20
 """Pinned, two a thread: one is filled while the other is copied."""
 
 _ALIGNMENT = 4096  # of O_DIRECT offsets, lengths and memory
-_CHUNK_BYTES = BUFFER_BYTES - 2 * _ALIGNMENT
+_MAX_SEGMENTS = 512  # of one region; preadv takes 1024
 _NUM_PROBES = 8
 _DTYPES = {
     "F64": torch.float64,
@@ -66,19 +70,51 @@ class Entry:
     """Byte of the file where its data begins."""
 
 
-class Chunk(NamedTuple):
-    """What one thread moves at once: a run of bytes, or rows of a slice."""
+@dataclass(slots=True)
+class Region:
+    """A run of a file's bytes, and where they go: what one thread moves at once."""
+
+    file: "WeightFileReader"
+    offset: int
+    max_bytes: int
+    segments: list[torch.Tensor] = field(default_factory=list)
+    """Flat uint8 pieces of the tensors to fill, in the order of their bytes."""
+
+    num_bytes: int = 0
+    ready: Any = None
+    """CUDA event after which the tensors' memory is free to be written; None on CPU."""
+
+    def room_at(self, file: "WeightFileReader", offset: int) -> int:
+        """How many of the file's bytes from `offset` on this region can take in; 0 elsewhere."""
+        is_next = file is self.file and offset == self.offset + self.num_bytes
+        is_full = len(self.segments) == _MAX_SEGMENTS
+        return self.max_bytes - self.num_bytes if is_next and not is_full else 0
+
+    def add(self, segment: torch.Tensor) -> None:
+        """Take in the bytes that follow."""
+        self.segments.append(segment)
+        self.num_bytes += segment.nbytes
+
+
+class Rows(NamedTuple):
+    """Rows of a slice across rows, whose bytes lie apart in the file."""
 
     file: "WeightFileReader"
     entry: Entry
-    part: Slice | None
+    part: Slice
     target: torch.Tensor
-    start: int
-    stop: int
-    """Of the target's bytes; for a slice across rows, of its rows."""
+    """The rows to fill."""
 
-    ready: Any
-    """CUDA event after which the target's memory is free to be written; None on CPU."""
+    first: int
+    """Of them in the whole tensor."""
+
+    ready: Any = None
+
+    def in_file(self) -> torch.Tensor:
+        """The same rows as they lie in the file, strided."""
+        dim, start, stop = self.part
+        whole = self.file.mapped(self.entry).narrow(dim, start, stop - start)
+        return whole[self.first : self.first + self.target.shape[0]]
 
 
 class WeightFileReader:
@@ -100,12 +136,20 @@ class WeightFileReader:
         """Whether reads go past the page cache."""
         return self._direct_fd >= 0
 
-    def read(self, offset: int, view: memoryview) -> None:
-        """Fill `view` with the file's bytes from `offset` on. Raises ModelError."""
-        self._fill(self._fd, offset, view, len(view))
+    def read(self, offset: int, views: list[memoryview]) -> None:
+        """Fill the views, one after the other, with the file's bytes from `offset` on. Raises ModelError."""
+        try:
+            count = os.preadv(self._fd, views, offset)
+        except OSError as error:
+            raise ModelError(f"{self.path}: cannot be read: {error.strerror}") from error
+        for view in views:  # whatever one call left out
+            if count < len(view):
+                self._fill(self._fd, offset + count, view[count:], len(view) - count)
+            offset += len(view)
+            count = max(0, count - len(view))
 
     def read_aligned(self, offset: int, count: int, buffer: memoryview) -> int:
-        """Read `count` bytes into a page-aligned buffer with room for two pages more.
+        """Read `count` bytes into a page-aligned buffer that has room for two pages more.
 
         Returns:
             Where in the buffer they begin.
@@ -165,63 +209,63 @@ class WeightFileReader:
             return -1
 
 
-def chunks_of(
-    file: WeightFileReader,
-    entry: Entry,
-    part: Slice | None,
-    target: torch.Tensor,
-    *,
-    ready: Any = None,
-) -> Iterator[Chunk]:
-    """Cut the loading of one tensor into what threads do at once."""
-    if part and part.dim > 0:
-        row_bytes = max(1, target.nbytes // max(1, target.shape[0]))
-        total, step = target.shape[0], max(1, BUFFER_BYTES // row_bytes)
-    else:
-        total, step = target.nbytes, _CHUNK_BYTES
-    for start in range(0, total, step):
-        yield Chunk(file, entry, part, target, start, min(start + step, total), ready)
+def rows_of(
+    file: WeightFileReader, entry: Entry, part: Slice, target: torch.Tensor, *, max_bytes: int
+) -> Iterator[Rows]:
+    """Cut a slice across rows into runs of rows."""
+    row_bytes = max(1, target.nbytes // max(1, target.shape[0]))
+    step = max(1, max_bytes // row_bytes)
+    for first in range(0, target.shape[0], step):
+        yield Rows(file, entry, part, target[first : first + step], first)
+
+
+def offset_of(entry: Entry, part: Slice | None) -> int:
+    """Where in the file a whole tensor, or a slice of its rows, begins."""
+    if part is None:
+        return entry.offset
+    row_elements = torch.Size(entry.shape[1:]).numel()
+    return entry.offset + part.start * row_elements * entry.dtype.itemsize
 
 
 class HostMover:
     """Fills tensors in host memory."""
 
-    def move(self, chunk: Chunk) -> None:
-        """Do one chunk. Raises ModelError."""
-        if _is_across_rows(chunk):
-            chunk.target[chunk.start : chunk.stop].copy_(_rows(chunk))
+    def move(self, work: Region | Rows) -> None:
+        """Do one piece of work. Raises ModelError."""
+        if isinstance(work, Rows):
+            work.target.copy_(work.in_file())
         else:
-            flat = chunk.target.reshape(-1).view(torch.uint8)[chunk.start : chunk.stop]
-            chunk.file.read(_file_offset(chunk), flat.numpy().data)
+            work.file.read(work.offset, [segment.numpy().data for segment in work.segments])
 
 
 class CudaMover:
     """Fills tensors on a CUDA device through each thread's own pinned buffers and stream."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> None:
+        """`buffer_bytes`: of each pinned buffer; a region may be as long, less two pages."""
         self._device = device
+        self._buffer_bytes = buffer_bytes
         self._lanes = threading.local()
 
-    def move(self, chunk: Chunk) -> Any:
-        """Do one chunk; return the event after which it is on the device. Raises ModelError."""
+    def move(self, work: Region | Rows) -> Any:
+        """Do one piece of work; return the event after which it is on the device. Raises ModelError."""
         lane = self._lane()
         buffer = lane.next_buffer()
-        if _is_across_rows(chunk):
-            rows = _rows(chunk)
-            target = chunk.target[chunk.start : chunk.stop]
-            if rows.nbytes > BUFFER_BYTES:  # one enormous row
-                return lane.copy(target, rows.contiguous(), chunk.ready)
+        if isinstance(work, Rows):
+            rows = work.in_file()
+            if rows.nbytes > self._buffer_bytes:  # one enormous row
+                return lane.copy([(work.target, rows.contiguous())], work.ready)
             host = buffer[: rows.nbytes].view(rows.dtype).view(rows.shape)
-            return lane.copy(target, host.copy_(rows), chunk.ready)
-        count = chunk.stop - chunk.start
-        begin = chunk.file.read_aligned(_file_offset(chunk), count, buffer.numpy().data)
-        target = chunk.target.reshape(-1).view(torch.uint8)[chunk.start : chunk.stop]
-        return lane.copy(target, buffer[begin : begin + count], chunk.ready)
+            return lane.copy([(work.target, host.copy_(rows))], work.ready)
+        begin = work.file.read_aligned(work.offset, work.num_bytes, buffer.numpy().data)
+        sizes = [segment.nbytes for segment in work.segments]
+        pieces = torch.split(buffer[begin : begin + work.num_bytes], sizes)
+        return lane.copy(list(zip(work.segments, pieces, strict=True)), work.ready)
 
     def _lane(self) -> "_Lane":
         if not hasattr(self._lanes, "lane"):
             torch.cuda.set_device(self._device)
-            self._lanes.lane = _Lane(self._device)
+            self._lanes.lane = _Lane(self._device, self._buffer_bytes)
         lane: _Lane = self._lanes.lane
         return lane
 
@@ -229,51 +273,31 @@ class CudaMover:
 class _Lane:
     """One thread's stream and its two pinned buffers."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, buffer_bytes: int) -> None:
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._buffers = [
-            torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+            torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)
         ]
         self._events: list[Any] = [None, None]
         self._turn = 0
 
     def next_buffer(self) -> torch.Tensor:
-        """The buffer whose last copy is done, or is waited for."""
+        """The buffer whose last copies are done, or are waited for."""
         self._turn ^= 1
         if self._events[self._turn] is not None:
             self._events[self._turn].synchronize()
         return self._buffers[self._turn]
 
-    def copy(self, target: torch.Tensor, host: torch.Tensor, ready: Any) -> Any:
-        """Start a copy, from the buffer last handed out; return the event at its end."""
+    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], ready: Any) -> Any:
+        """Start copies (to, from), from the buffer last handed out; return the event at their end."""
         self._stream.wait_event(ready)
         with torch.cuda.stream(self._stream):
-            target.copy_(host, non_blocking=True)
+            for target, host in pairs:
+                target.copy_(host, non_blocking=True)
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         self._events[self._turn] = event
         return event
-
-
-def _is_across_rows(chunk: Chunk) -> bool:
-    return chunk.part is not None and chunk.part.dim > 0
-
-
-def _rows(chunk: Chunk) -> torch.Tensor:
-    """The slice's rows as they lie in the file, strided."""
-    assert chunk.part is not None, "only a slice has rows to pick from"
-    dim, start, stop = chunk.part
-    whole = chunk.file.mapped(chunk.entry)
-    return whole.narrow(dim, start, stop - start)[chunk.start : chunk.stop]
-
-
-def _file_offset(chunk: Chunk) -> int:
-    """Where in the file the chunk's bytes begin, for whole tensors and slices of dimension 0."""
-    offset = chunk.entry.offset + chunk.start
-    if chunk.part:
-        row_elements = torch.Size(chunk.entry.shape[1:]).numel()
-        offset += chunk.part.start * row_elements * chunk.entry.dtype.itemsize
-    return offset
 
 
 def _entries(path: Path, header: bytes) -> list[Entry]:

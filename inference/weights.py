@@ -7,36 +7,22 @@ Layout of a safetensors file: 8 bytes N (little endian), N bytes of JSON header,
 each at the `data_offsets` its header entry gives, without gaps.
 """
 
-import hashlib
 import json
-import math
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from inference.content_id import WeightSample, content_id, counts, sample_spans
 from inference.errors import ModelError
+from inference.weight_header import check_header
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-SAMPLE_BLOCK_BYTES = 64 * 1024
-NUM_SAMPLE_BLOCKS = 64
 _MAX_SMALL_FILE_BYTES = 100_000_000
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# Files besides the weights that can change a token.
-_SMALL_FILE_SUFFIXES = (".json", ".jinja", ".txt", ".model")
-# Written by whoever staged the model: when and from where, which changes no token.
-_STAGING_RECORD = "MANIFEST.json"
 _TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")  # fmt: skip
-_ELEMENT_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +38,25 @@ class WeightFile:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFolder:
-    """A folder that passed every check."""
+class SmallFiles:
+    """A folder whose config and tokenizer passed every check; weights may still be on their way."""
 
     path: Path
     config: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledFolder(SmallFiles):
+    """A folder of small files whose model is known, though its weights are elsewhere."""
+
+    content_id: str
+    num_weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder(SmallFiles):
+    """A folder that passed every check."""
+
     weight_files: tuple[WeightFile, ...]
     content_id: str
     """64 hex digits that change when the model does; see `content_id_of`."""
@@ -73,6 +73,19 @@ def check_model_folder(path: str | Path) -> ModelFolder:
     Raises:
         ModelError: it is not a whole, safe model; the message names the file.
     """
+    small = check_small_files(path)
+    folder = small.path
+    weight_files = tuple(check_weight_file(folder / name) for name in _weight_file_names(folder))
+    _check_index(folder, weight_files)
+    return ModelFolder(folder, small.config, weight_files, content_id_of(folder, weight_files))
+
+
+def check_small_files(path: str | Path) -> SmallFiles:
+    """Return what the folder holds besides weights.
+
+    Raises:
+        ModelError: the config or the tokenizer is missing, unreadable, or asks for code.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder; give a folder that holds config.json")
@@ -83,9 +96,34 @@ def check_model_folder(path: str | Path) -> ModelFolder:
         raise ModelError(
             f"{folder}: no tokenizer file; add {_TOKENIZER_NAMES[0]} of the same model"
         )
-    weight_files = tuple(check_weight_file(folder / name) for name in _weight_file_names(folder))
-    _check_index(folder, weight_files)
-    return ModelFolder(folder, config, weight_files, content_id_of(folder, weight_files))
+    return SmallFiles(folder, config)
+
+
+def indexed_tensors(folder: Path) -> dict[str, str] | None:
+    """Return file name by tensor name, as the index says; None without an index.
+
+    Raises:
+        ModelError: the index cannot be read, or names what is no weight file beside it.
+    """
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        return None
+    weight_map = _read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index_path}: has no weight_map; fetch it again")
+    tensors = {str(tensor): str(name) for tensor, name in weight_map.items()}
+    for name in tensors.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index_path}: names {name!r}, not a .safetensors file beside it")
+    return tensors
+
+
+def indexed_bytes(folder: Path) -> int:
+    """Return the size of all tensors, as the index says; 0 where it does not."""
+    index_path = folder / INDEX_NAME
+    metadata = _read_json(index_path).get("metadata") if index_path.exists() else None
+    size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return size if isinstance(size, int) else 0
 
 
 def check_weight_file(path: Path) -> WeightFile:
@@ -113,8 +151,45 @@ def check_weight_file(path: Path) -> WeightFile:
         raise ModelError(f"{path}: weight file is missing; fetch the whole model again") from error
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    tensor_names, num_data_bytes = _check_header(path, header)
-    expected = 8 + num_header_bytes + num_data_bytes
+    return _weight_file(path, num_bytes, header)
+
+
+def check_sampled_folder(path: str | Path, samples: Iterable[WeightSample]) -> SampledFolder:
+    """Return what a model is whose small files are in a folder and whose weights were only sampled.
+
+    Samples are taken one by one, in the order of their names, and not kept.
+
+    Raises:
+        ModelError: as `check_model_folder`.
+    """
+    small = check_small_files(path)
+    files: list[WeightFile] = []
+
+    def seen() -> Iterator[WeightSample]:
+        for sample in samples:
+            path = small.path / sample.name
+            files.append(_weight_file(path, sample.num_bytes, sample.header))
+            yield sample
+
+    model_id = content_id(_small_files(small.path), seen())
+    _check_index(small.path, files)
+    return SampledFolder(small.path, small.config, model_id, sum(f.num_bytes for f in files))
+
+
+def content_id_of(folder: Path, weight_files: tuple[WeightFile, ...]) -> str:
+    """Return the id of a whole model folder; see `inference.content_id`."""
+    return content_id(_small_files(folder), map(_sample, weight_files))
+
+
+def _small_files(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(folder.iterdir()):
+        if counts(path.name) and path.is_file():
+            yield path.name, _read_small_file(path)
+
+
+def _weight_file(path: Path, num_bytes: int, header: bytes) -> WeightFile:
+    tensor_names, num_data_bytes = check_header(path, header)
+    expected = 8 + len(header) + num_data_bytes
     if num_bytes != expected:
         raise ModelError(
             f"{path}: {num_bytes} bytes, its header says {expected}: truncated or changed; fetch it again"
@@ -122,67 +197,21 @@ def check_weight_file(path: Path) -> WeightFile:
     return WeightFile(path, num_bytes, header, tensor_names)
 
 
-def content_id_of(folder: Path, weight_files: tuple[WeightFile, ...]) -> str:
-    """Return a digest of the model that costs at most 4 MiB of reading per weight file.
-
-    SHA-256 over, in order of file name, with each part's length before it:
-
-    - name and bytes of every small file (.json, .jinja, .txt, .model) at the top of the folder, but for
-      the MANIFEST.json of a staged copy;
-    - name, size, header bytes, and 64 blocks of 64 KiB spread evenly over the tensors' bytes (all of them
-      when there are no more) of every weight file.
-
-    Equal models give equal ids wherever they lie. A weight file changed only between the sampled blocks
-    keeps its id: this names a model, it does not prove that each byte arrived.
-    """
-    digest = hashlib.sha256()
-
-    def add(part: bytes) -> None:
-        digest.update(struct.pack("<Q", len(part)))
-        digest.update(part)
-
-    for path in sorted(folder.iterdir()):
-        is_small = path.suffix in _SMALL_FILE_SUFFIXES and path.name != _STAGING_RECORD
-        if is_small and path.is_file():
-            add(path.name.encode("utf-8", "surrogateescape"))
-            add(_read_small_file(path))
-    for weight_file in weight_files:
-        add(weight_file.path.name.encode("utf-8", "surrogateescape"))
-        add(str(weight_file.num_bytes).encode())
-        add(weight_file.header)
-        for block in _sample_blocks(weight_file):
-            add(block)
-    return digest.hexdigest()
-
-
-def _sample_blocks(weight_file: WeightFile) -> list[bytes]:
-    begin = 8 + len(weight_file.header)
-    num_data_bytes = weight_file.num_bytes - begin
-    num_blocks = math.ceil(num_data_bytes / SAMPLE_BLOCK_BYTES)
-    if num_blocks <= NUM_SAMPLE_BLOCKS:
-        offsets = [i * SAMPLE_BLOCK_BYTES for i in range(num_blocks)]
-    else:
-        last = num_data_bytes - SAMPLE_BLOCK_BYTES
-        offsets = [i * last // (NUM_SAMPLE_BLOCKS - 1) for i in range(NUM_SAMPLE_BLOCKS)]
+def _sample(weight_file: WeightFile) -> WeightSample:
     blocks = []
     with weight_file.path.open("rb") as file:
-        for offset in offsets:
-            file.seek(begin + offset)
-            blocks.append(file.read(SAMPLE_BLOCK_BYTES))
-    return blocks
+        for start, end in sample_spans(weight_file.num_bytes, len(weight_file.header)):
+            file.seek(start)
+            blocks.append(file.read(end - start))
+    return WeightSample(weight_file.path.name, weight_file.num_bytes, weight_file.header, blocks)
 
 
 def _weight_file_names(folder: Path) -> list[str]:
     """Return the names of the files to load, in order: the index's, else the one, else all there are."""
-    index_path = folder / INDEX_NAME
-    if index_path.exists():
-        weight_map = _read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{index_path}: has no weight_map; fetch it again")
-        names = sorted({str(name) for name in weight_map.values()})
+    tensors = indexed_tensors(folder)
+    if tensors is not None:
+        names = sorted(set(tensors.values()))
         for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ModelError(f"{index_path}: names {name!r}, not a .safetensors file beside it")
             if not (folder / name).is_file():
                 raise ModelError(
                     f"{folder}: weight file {name} named by {INDEX_NAME} is missing; fetch it"
@@ -205,45 +234,15 @@ def _weight_file_names(folder: Path) -> list[str]:
     raise ModelError(f"{folder}: no .safetensors files; give a folder that holds the weights")
 
 
-def _check_index(folder: Path, weight_files: tuple[WeightFile, ...]) -> None:
+def _check_index(folder: Path, weight_files: Iterable[WeightFile]) -> None:
     """Every tensor the index places in a file must be in it."""
-    index_path = folder / INDEX_NAME
-    if not index_path.exists():
-        return
     names_of = {file.path.name: set(file.tensor_names) for file in weight_files}
-    for tensor_name, file_name in _read_json(index_path)["weight_map"].items():
+    for tensor_name, file_name in (indexed_tensors(folder) or {}).items():
         if tensor_name not in names_of[file_name]:
             raise ModelError(
                 f"{folder / file_name}: tensor {tensor_name} named by {INDEX_NAME} is not in it; "
                 f"fetch the whole model again"
             )
-
-
-def _check_header(path: Path, header: bytes) -> tuple[tuple[str, ...], int]:
-    """Return (tensor names, bytes of all tensors); tensors must lie one after the other."""
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        spans = sorted(
-            (*(int(offset) for offset in entry["data_offsets"]), _num_tensor_bytes(entry), name)
-            for name, entry in entries.items()
-        )
-        position = 0
-        for begin, end, num_tensor_bytes, name in spans:
-            if begin != position or end - begin != num_tensor_bytes:
-                raise ModelError(
-                    f"{path}: tensor {name} lies at {begin} to {end}, expected {position} to "
-                    f"{position + num_tensor_bytes}: not a whole safetensors file; fetch it again"
-                )
-            position = end
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path}: unreadable safetensors header; fetch it again") from error
-    return tuple(entries), position
-
-
-def _num_tensor_bytes(entry: dict[str, Any]) -> int:
-    num_elements = math.prod(int(size) for size in entry["shape"])
-    return math.ceil(num_elements * _ELEMENT_BITS[entry["dtype"]] / 8)
 
 
 def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:

@@ -101,15 +101,24 @@ def convert_arrow(path: Path, target: Path, *, name: str) -> Converted:
         with pa.memory_map(str(path)) as file:
             batches = _arrow_batches(file)
             schema = next(batches)
+            str(
+                schema
+            )  # raises where a name is not UTF-8, which Parquet could not be read back with
             with pq.ParquetWriter(
                 target, schema, compression="zstd", write_page_checksum=True
             ) as out:
                 for batch in batches:
+                    # Arrow trusts what it maps: offsets that lead nowhere would end the process.
+                    batch.validate(full=True)
                     num_rows += batch.num_rows
                     for start in range(0, batch.num_rows, _GROUP_ROWS):
                         out.write_batch(batch.slice(start, _GROUP_ROWS))
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: a name that is not UTF-8
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{name}: not a readable Arrow file: {reason[:200]}") from None
     return Converted(num_rows, 0, 0)
 

@@ -90,6 +90,25 @@ class HubSource:
         with ThreadPoolExecutor(_THREADS) as pool:
             return dict(pool.map(one, files))
 
+    def read_range(self, file: SourceFile, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file at this commit. Raises NotFound, AccessDenied, StoreUnavailable."""
+        from huggingface_hub import hf_hub_url
+
+        utils: Any = import_module("huggingface_hub.utils")
+        what = f"{self.uri} {file.name}"
+        url = hf_hub_url(self.repo_id, file.name, revision=self.commit, endpoint=_endpoint())
+        headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+
+        def request() -> bytes:
+            reply = utils.get_session().get(url, headers=headers, timeout=30, follow_redirects=True)
+            utils.hf_raise_for_status(reply)
+            return bytes(reply.content)
+
+        data = _bounded(request, what)
+        if len(data) != end - start:
+            raise StoreUnavailable(f"{what}: asked for {end - start} bytes, {len(data)} came")
+        return data
+
     def _download(self, file: SourceFile, folder: Path) -> Checksum:
         assert file.checksum is not None, f"{file.name} was listed without a digest"
         target = weight_files.safe_path(folder, file.name)

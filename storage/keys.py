@@ -4,6 +4,7 @@ run.json  plan.parquet  plan.json  manifest.json  report.html
 completions/part-00042.parquet      metrics/part-00042.json
 commits/00042.json                  commits/00042.r2.json       (revision 2)
 _inputs/00003-9f86d081884c7d65.parquet   a text input, converted once at planning
+_job.json                           the job as the latest start of the run resolved it
 _canary.json  _canary.parquet       a sample run before the rest, and its answers
 _attempts/00042/003/...             whatever one attempt writes, real or not
 _leases/00042.json                  _cancel                     _probe/...
@@ -17,6 +18,7 @@ RUN = "run.json"
 PLAN = "plan.json"
 PLAN_TABLE = "plan.parquet"
 REPORT = "report.html"
+JOB = "_job.json"
 CANCEL = "_cancel"
 CANARY = "_canary.json"
 CANARY_PART = "_canary.parquet"

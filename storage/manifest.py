@@ -60,8 +60,9 @@ class _Document:
             if found != FORMAT:
                 raise CorruptObject(f"{source}: format {found}, this Nightjar reads {FORMAT}")
             return cls._build(value)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CorruptObject(f"{source}: not a {cls.__name__}: {error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = ascii(str(error))[1:-1][:300]
+            raise CorruptObject(f"{source}: not a {cls.__name__}: {reason}") from error
 
     @classmethod
     def _build(cls, value: Json) -> Self:

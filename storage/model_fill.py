@@ -39,6 +39,7 @@ class FillOptions:
 
     num_threads: int = 8
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    on_ready: Callable[[Path], None] = lambda folder: None
     on_file: Callable[[Path], None] = lambda path: None
     on_progress: Callable[[int, int], None] = lambda done, total: None
 
@@ -102,7 +103,7 @@ class Fill:
             allowed_code=self._options.allowed_code,
         )
         wanted = [file for file in weights if file.name in needed]
-        self._copy(self._folder, wanted)
+        self._copy(self._folder, wanted, on_ready=lambda: self._options.on_ready(self._folder))
         return [self._describe(file) for file in (*small, *wanted)]
 
     def _convert(self, file: SourceFile) -> list[StagedFile]:
@@ -147,9 +148,17 @@ class Fill:
             shutil.rmtree(self._folder)
         self._folder.mkdir(mode=0o700, exist_ok=True)
 
-    def _copy(self, folder: Path, files: list[SourceFile]) -> None:
+    def _copy(
+        self,
+        folder: Path,
+        files: list[SourceFile],
+        *,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy files; `on_ready` is told when room for them is reserved, where that can be done."""
         source = self._listing.source
         if isinstance(source, HubSource):
+            on_ready()
             with self._timer("transfer"):
                 self._checksums |= source.download(
                     files, folder, on_bytes=self._count, on_file=self._options.on_file
@@ -170,6 +179,7 @@ class Fill:
             with self._timer("allocate"), self._cache.reserve():
                 self._make_room()
                 copy.allocate()
+            on_ready()
             with self._timer("transfer"):
                 copy.run(self._options.on_file)
         finally:

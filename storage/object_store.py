@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from storage.errors import BadInput
@@ -25,6 +25,9 @@ class ObjectInfo(NamedTuple):
     size: int  # bytes
     etag: str  # as the store gives it, quotes stripped; changes whenever the bytes change
     modified_at: float  # store's clock, seconds since the epoch; a hint, never an argument
+
+
+Encryption = Literal["AES256", "aws:kms", "aws:kms:dsse"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,12 @@ class StorageConfig:
 
     allow_single_writer: bool = False
     """Use a store without working conditional writes; the caller promises to run one replica."""
+
+    server_side_encryption: Encryption | None = None
+    """Asked of the store with every object written; null: whatever the bucket does by itself."""
+
+    kms_key_id: str | None = None
+    """The key to encrypt with, for `aws:kms`; null: the account's own S3 key."""
 
 
 DEFAULT_STORAGE = StorageConfig()

@@ -159,7 +159,7 @@ class RangedCopy:
             while progress.position < end and not self._stop.is_set():
                 began = time.perf_counter()
                 count = min(BUFFER_BYTES, end - progress.position)
-                _fill(body, buffer[:count], copied.file.name)
+                fill(body, buffer[:count], copied.file.name)
                 read = time.perf_counter()
                 checksum = copied.algorithm.update(buffer[:count], progress.checksum)
                 summed = time.perf_counter()
@@ -232,7 +232,8 @@ def _thread_buffer() -> memoryview:
     return view
 
 
-def _fill(body: RangeBody, view: memoryview, name: str) -> None:
+def fill(body: RangeBody, view: memoryview, name: str) -> None:
+    """Read as many bytes as the view holds. Raises StoreUnavailable when fewer come."""
     filled = 0
     while filled < len(view):
         count = body.readinto(view[filled:])

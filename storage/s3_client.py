@@ -6,12 +6,12 @@ timeouts, resets, damaged replies. boto3's transfer manager is not used at all: 
 switches to CRT by itself, which ignores the endpoint, and it does not check what it downloads.
 """
 
+import logging
 import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
@@ -30,6 +30,7 @@ from botocore.exceptions import (
 from urllib3.exceptions import HTTPError
 
 from storage.clock import Clock, SystemClock
+from storage.endpoints import check_endpoint, is_aws
 from storage.errors import (
     AccessDenied,
     CorruptObject,
@@ -123,12 +124,17 @@ def make_client(
     """Return a client for the configured endpoint; it never retries by itself (see `Caller`).
 
     Raises:
+        BadInput: the endpoint is not one that a job may name on this machine.
         StorageError: the profile does not exist or the endpoint is no URL.
     """
+    _hush()
     try:
         core = botocore.session.Session(profile=config.profile)
-        endpoint = config.endpoint_url or _ambient_endpoint(core)
-        foreign = endpoint is not None and not _is_aws(endpoint)
+        ambient = _ambient_endpoint(core)
+        endpoint = config.endpoint_url or ambient
+        if config.endpoint_url is not None and config.endpoint_url != ambient:
+            check_endpoint(config.endpoint_url)
+        foreign = endpoint is not None and not is_aws(endpoint)
         if foreign:
             # As AWS_EC2_METADATA_DISABLED: another store would not know this machine's role, and asking costs seconds.
             core.get_component("credential_provider").remove("iam-role")
@@ -145,10 +151,20 @@ def make_client(
                 tcp_keepalive=True,
             ),
         )
+        if foreign:
+            client.meta.events.register("before-call.s3.HeadBucket", _ask_once)
         client.meta.events.register("before-parse.s3", _refuse_cut_reply)
         return client
     except (BotoCoreError, ValueError) as error:
         raise StorageError(f"no S3 client: {error}; check the storage settings") from error
+
+
+def _ask_once(params: dict[str, Any], **_: object) -> None:
+    """Mark botocore's question for a bucket's region, asked when a store redirects a request.
+
+    Otherwise a store that redirects that one too is asked until the stack is full.
+    """
+    params["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _refuse_cut_reply(operation_model: Any, response_dict: Any, **_: Any) -> None:
@@ -214,6 +230,7 @@ def _ambient_endpoint(core: botocore.session.Session) -> str | None:
     return str(found) if found else None
 
 
-def _is_aws(endpoint: str) -> bool:
-    host = urlsplit(endpoint).hostname or ""
-    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+def _hush() -> None:
+    """Keep botocore's debug messages off, whatever the root logger's level: they hold bodies and tokens."""
+    logger = logging.getLogger("botocore")
+    logger.setLevel(max(logger.level, logging.WARNING))

@@ -59,7 +59,7 @@ class S3Store:
         self._prefix = prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""
         self._client = client or make_client(config)
         self._call = Caller(retry, clock)
-        self._transfer = S3Transfer(self._client, bucket, self._call)
+        self._transfer = S3Transfer(self._client, bucket, self._call, config)
         self._reads_first = config.allow_single_writer
         self._quoted = True
 
@@ -196,6 +196,7 @@ class S3Store:
                     Key=name,
                     Body=b"damaged",
                     ChecksumCRC64NVME=crc64(b"whole"),
+                    **self._transfer.encryption,
                 )
             except ClientError as error:
                 if status_of(error) not in (400, 501):

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from awscrt.checksums import combine_crc64nvme, crc64nvme
 from botocore.exceptions import BotoCoreError, ClientError
 
+from storage import encryption
 from storage.errors import CorruptObject, NotFound, StorageError, StoreUnavailable
 from storage.local_errors import translate
+from storage.object_store import DEFAULT_STORAGE, StorageConfig
 from storage.s3_client import Again, Caller, status_of
 
 if TYPE_CHECKING:
@@ -71,10 +73,18 @@ class S3Transfer:
 
     num_threads = 4
 
-    def __init__(self, client: "S3Client", bucket: str, call: Caller) -> None:
+    def __init__(
+        self,
+        client: "S3Client",
+        bucket: str,
+        call: Caller,
+        config: StorageConfig = DEFAULT_STORAGE,
+    ) -> None:
         self._client = client
         self._bucket = bucket
         self._call = call
+        self.encryption = encryption.asked_of(config)
+        """How every object is encrypted at the store, as boto3 spells it."""
         # A user who set AWS_REQUEST_CHECKSUM_CALCULATION=when_required has a store that needs it.
         calculation = client.meta.config.request_checksum_calculation  # type: ignore[attr-defined]
         self._sums: Any = (
@@ -83,9 +93,11 @@ class S3Transfer:
 
     def put(self, name: str, data: bytes, **condition: Any) -> Any:
         """One PutObject, whole, once: whoever repeats it sends the whole body again."""
-        return self._client.put_object(
-            Bucket=self._bucket, Key=name, Body=data, **self._sums, **condition
+        reply = self._client.put_object(
+            Bucket=self._bucket, Key=name, Body=data, **self._sums, **self.encryption, **condition
         )
+        encryption.require(self.encryption, reply, f"s3://{self._bucket}/{name}")
+        return reply
 
     def download(self, name: str, path: Path, found: Any, *, tries: int = 3) -> None:
         """Write the object that `found` (a HEAD with checksum) describes to `path`, whole or not at all.
@@ -158,7 +170,7 @@ class S3Transfer:
             self._call(
                 f"COPY s3://{self._bucket}/{source} to {target}",
                 lambda: self._client.copy_object(
-                    Bucket=self._bucket, Key=target, CopySource=origin
+                    Bucket=self._bucket, Key=target, CopySource=origin, **self.encryption
                 ),
             )
             return
@@ -239,6 +251,7 @@ class S3Transfer:
         what = f"PUT s3://{self._bucket}/{name}"
         place: Any = {"Bucket": self._bucket, "Key": name}
         kind = {**self._sums, "ChecksumType": "FULL_OBJECT"} if self._sums else {}
+        kind |= self.encryption
         begun = self._call(what, lambda: self._client.create_multipart_upload(**place, **kind))
         place["UploadId"] = begun["UploadId"]
         try:

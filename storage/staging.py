@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from storage.destinations import disk_kind
 from storage.disk_speed import disk_speed
@@ -59,22 +59,6 @@ class StagedModel:
         self.close()
 
 
-class ResolvedModel(NamedTuple):
-    """Which model a source means now, without moving any weights."""
-
-    uri: str
-    """As it can be given to every replica: a Hub revision is pinned to its commit."""
-
-    content_id: str
-    num_bytes: int
-
-
-def resolve_model(source: str, *, config: StorageConfig) -> ResolvedModel:
-    """Find out which model a source means: one listing. Raises as `stage_model` does."""
-    listing = list_model(_open(source, config, open_places("auto")))
-    return ResolvedModel(listing.source.uri, listing.content_id, listing.num_bytes)
-
-
 def stage_model(
     source: str,
     *,
@@ -86,6 +70,7 @@ def stage_model(
     convert_gguf: Callable[[Path, Path], object] | None = None,
     num_threads: int | None = None,
     retry: RetryPolicy | None = None,
+    on_ready: Callable[[Path], None] | None = None,
     on_file: Callable[[Path], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> StagedModel:
@@ -101,6 +86,8 @@ def stage_model(
         allowed_code: SHA-256 of config files that may name Python classes (`auto_map`).
         convert_gguf: makes a model folder (second argument, to be created) from a GGUF file (first).
         num_threads: readers of ranges; default: one a core, at least 8 and at most 32.
+        on_ready: told the model's folder once its small files are there and checked and room for
+            the weights is reserved; not called when nothing is copied.
         on_file: told of each file as soon as it is verified, small files first, so that loading can
             begin before the model is whole; called by several threads.
         on_progress: told (bytes done, bytes in all).
@@ -121,11 +108,13 @@ def stage_model(
             convert_gguf=convert_gguf,
             num_threads=num_threads or _default_threads(),
             retry=retry or RetryPolicy(),
+            on_ready=on_ready or (lambda folder: None),
             on_file=on_file or (lambda path: None),
             on_progress=on_progress or (lambda done, total: None),
         ),
     )
     staged = staging.run(source, config)
+    assert staged is not None, "a model that is not near is staged"
     report = staged.report
     logger.info(
         "model %s: content_id=%s path=%s bytes_moved=%d elapsed_s=%.2f why: %s",
@@ -135,11 +124,28 @@ def stage_model(
     return staged
 
 
+def find_model(
+    source: str,
+    *,
+    config: StorageConfig,
+    stage_to: str = "auto",
+    allowed_code: Collection[str] = (),
+) -> StagedModel | None:
+    """Return the model if no byte must be moved for it: it is staged, or read in place; else None.
+
+    Args and errors are those of `stage_model`.
+    """
+    options = FillOptions(allowed_code=frozenset(allowed_code))
+    staging = _Staging(stage_to=stage_to, engine_bytes=0, budget_bytes=None, options=options)
+    return staging.run(source, config, only_near=True)
+
+
 def _default_threads() -> int:
     return max(8, min(32, os.cpu_count() or 1))
 
 
-def _open(source: str, config: StorageConfig, places: list[Place]) -> Source:
+def open_source(source: str, config: StorageConfig, places: list[Place]) -> Source:
+    """Open a model's source; the Hub's answers are kept in the first of the places."""
     if not source.startswith("hf://"):
         return open_ranged(source, config)
     if not places:
@@ -165,16 +171,19 @@ class _Staging:
         self._timer = PhaseTimer()
         self._filled = Filled()
 
-    def run(self, source: str, config: StorageConfig) -> StagedModel:
+    def run(
+        self, source: str, config: StorageConfig, *, only_near: bool = False
+    ) -> StagedModel | None:
         with self._timer("resolve"):
             places = open_places(self._stage_to)
-            opened = _open(source, config, places)
+            opened = open_source(source, config, places)
             reason = self._why_in_place(opened)
         with self._timer("list"):
             listing = list_model(opened)
         if reason:
             return self._in_place(listing, reason)
-        return self._find(places, listing) or self._stage(places, listing)
+        found = self._find(places, listing)
+        return found if found or only_near else self._stage(places, listing)
 
     def _why_in_place(self, source: Source) -> str:
         is_folder = isinstance(source, LocalSource) and source.path.is_dir()

@@ -150,7 +150,7 @@ def _refuse_code(path: Path, name: str, source: str, allowed_code: Collection[st
 def _read_json(path: Path, name: str, source: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptObject(f"{source}: {name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CorruptObject(f"{source}: {name} is not a JSON object")
@@ -168,16 +168,27 @@ def check_safetensors(path: Path, *, name: str) -> bytes:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise CorruptObject(f"{name}: {size} bytes are too few for a safetensors file")
-        (header_bytes,) = struct.unpack("<Q", prefix)
-        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
-            raise CorruptObject(f"{name}: header of {header_bytes} bytes in a file of {size} bytes")
+        header_bytes = header_length(prefix, size, name=name)
         header = file.read(header_bytes)
-    end = _end_of_tensors(header, name)
-    if 8 + header_bytes + end != size:
-        raise CorruptObject(
-            f"{name}: header promises {8 + header_bytes + end} bytes, the file has {size}"
-        )
+    check_header(header, size, name=name)
     return header
+
+
+def header_length(prefix: bytes, size: int, *, name: str) -> int:
+    """Return how long the header is, from the file's first 8 bytes. Raises CorruptObject."""
+    (header_bytes,) = struct.unpack("<Q", prefix)
+    if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
+        raise CorruptObject(f"{name}: header of {header_bytes} bytes in a file of {size} bytes")
+    return int(header_bytes)
+
+
+def check_header(header: bytes, size: int, *, name: str) -> None:
+    """Check a safetensors header against the size of its file. Raises CorruptObject."""
+    end = _end_of_tensors(header, name)
+    if 8 + len(header) + end != size:
+        raise CorruptObject(
+            f"{name}: header promises {8 + len(header) + end} bytes, the file has {size}"
+        )
 
 
 def _end_of_tensors(header: bytes, name: str) -> int:
@@ -187,8 +198,11 @@ def _end_of_tensors(header: bytes, name: str) -> int:
             for tensor, entry in json.loads(header).items()
             if tensor != "__metadata__"
         )
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise CorruptObject(f"{name}: safetensors header cannot be read: {error!r}") from error
+    except (
+        ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {ascii(str(error))[1:-1][:200]}"
+        raise CorruptObject(f"{name}: safetensors header cannot be read: {reason}") from error
     end = 0
     for start, stop in spans:
         if start != end or stop < start:

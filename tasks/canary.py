@@ -9,7 +9,7 @@ import io
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from inference.backends.base import Backend
 from inference.errors import EngineConfigError
 from inference.sampling import draw_seed
-from inference.sequence import Completion, TokenLogprob
+from inference.sequence import Completion
 from inference.sequence import Sequence as EngineSequence
 from storage import keys, records
 from storage.errors import NotFound
@@ -29,7 +29,7 @@ from tasks.feed import PreparedRow, PromptFeed
 from tasks.history import PastRun
 from tasks.job import CanaryConfig
 from tasks.repetition import is_repetitive
-from tasks.results import ResultColumns, RowOutcome, SampleResult, sample_result
+from tasks.results import ResultColumns, RowOutcome, SampleResult, sample_result, stored_sample
 
 Kept = Mapping[tuple[int, int], SampleResult]
 """Answers by row and sample."""
@@ -58,6 +58,8 @@ class CanaryResult:
     completion_tokens_per_s: float
     seconds: float
     row_indices: list[int]
+    device: str = ""
+    """It ran on; throughput is compared on the same one only."""
 
     @property
     def mean_tokens(self) -> float:
@@ -68,7 +70,8 @@ class CanaryResult:
 def wants_canary(config: CanaryConfig, plan: PlanManifest) -> bool:
     """Whether the run is large enough, beside its canary, to be worth one."""
     runnable = plan.num_rows - plan.num_bad_rows
-    return config.rows > 0 and runnable >= _MIN_RUN * config.rows
+    fresh = runnable - plan.stats.get("num_reused_sequences", 0) / plan.num_samples
+    return config.rows > 0 and fresh >= _MIN_RUN * config.rows
 
 
 def read_canary(store: ObjectStore) -> CanaryResult | None:
@@ -87,14 +90,15 @@ def run_canary(
     *,
     num_rows: int,
     columns: ResultColumns,
+    is_known: Callable[[PreparedRow], bool] = lambda row: False,
 ) -> CanaryResult:
-    """Run the sample and keep its answers.
+    """Run the sample and keep its answers; rows that an earlier run answered are not in it.
 
     Raises:
         InferenceError: the engine cannot be used at all.
         StorageError: rows cannot be read, or answers not be kept.
     """
-    rows = choose_rows(_candidates(plan, feed), num_rows)
+    rows = choose_rows([r for r in _candidates(plan, feed) if not is_known(r)], num_rows)
     started = time.monotonic()
     samples, num_repetitive = _generate(rows, backend, plan.num_samples)
     seconds = time.monotonic() - started
@@ -111,6 +115,7 @@ def run_canary(
         completion_tokens_per_s=round(tokens / seconds, 2) if seconds > 0 else 0.0,
         seconds=round(seconds, 3),
         row_indices=[row.row_index for row in rows],
+        device=backend.info.device,
     )
     _keep(store, samples, columns)
     store.put(keys.CANARY, to_json(asdict(result)))
@@ -157,7 +162,17 @@ def verdict(result: CanaryResult, config: CanaryConfig, last: PastRun | None) ->
                 f"completions have {result.mean_tokens:.0f} tokens on average, the last good run "
                 f"had {last.mean_completion_tokens:.0f}"
             )
+    before, rate = last_canary_rate(result, last), result.completion_tokens_per_s
+    if before is not None and config.max_slowdown and rate * config.max_slowdown < before:
+        faults.append(f"{rate:.1f} tokens/s, the canary of the last good run made {before:.1f}")
     return "; ".join(faults) or None
+
+
+def last_canary_rate(result: CanaryResult, last: PastRun | None) -> float | None:
+    """Return the tokens per second of the last good run's canary, if it ran on such a device."""
+    if last is None or last.device != result.device:
+        return None
+    return last.canary_tokens_per_s
 
 
 def refuse_bad_canary(
@@ -185,7 +200,7 @@ def kept_answers(store: ObjectStore) -> Kept:
     found = {}
     for row in pq.read_table(io.BytesIO(data)).to_pylist():
         if row["state"] in records.ANSWERED:
-            found[row["row_index"], row["sample_index"]] = _sample(row)
+            found[row["row_index"], row["sample_index"]] = stored_sample(row)
     return found
 
 
@@ -245,20 +260,6 @@ def _keep(store: ObjectStore, samples: Sequence[SampleResult], columns: ResultCo
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_batches([batch]), sink, compression="zstd")
     store.put(keys.CANARY_PART, sink.getvalue())
-
-
-def _sample(row: dict[str, Any]) -> SampleResult:
-    values: dict[str, Any] = {name: row.get(name) for name in SampleResult._fields}
-    if values["logprobs"] is not None:
-        values["logprobs"] = tuple(
-            TokenLogprob(
-                item["token_id"],
-                item["logprob"],
-                tuple((top["token_id"], top["logprob"]) for top in item["top"]),
-            )
-            for item in values["logprobs"]
-        )
-    return SampleResult(**values)
 
 
 def _prefix(row: PreparedRow) -> Any:

@@ -81,7 +81,7 @@ def choose_hardware(
         device=tier.gpu,
         reason=tier.reason,
         replicas=tier.replicas,
-        gpus_per_replica=tier.tensor_parallel_size,
+        gpus_per_replica=tier.num_gpus // tier.replicas,
         price_per_hour=gpu.price_per_hour,
         tier=tier,
     )

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from inference.backends.base import Backend, BackendInfo, EngineStats
 from storage import keys
+from storage.answers import ANSWERS
 from storage.attempts import PART
 from storage.commits import commit_attempt, new_nonce
 from storage.errors import CorruptObject, StorageError
@@ -94,8 +95,11 @@ class ShardCommitter:
             facts=_facts(work, written, self.device()),
             yardstick=self.measure(info),
         )
+        receipt["answers"] = written.answers.sha256
         key = keys.attempt(work.shard.shard_id, work.attempt, PART)
         self._patiently(lambda: self.store.upload(part.path, key))
+        beside = keys.attempt(work.shard.shard_id, work.attempt, ANSWERS)
+        self._patiently(lambda: self.store.upload(written.answers.path, beside))
         failpoint("after_data")
         record = self._record(work, claim, part, key, dict(states), receipt)
         outcome = self._patiently(lambda: commit_attempt(self.store, record))
@@ -157,6 +161,7 @@ def _facts(work: ShardWork, written: Written, device: dict[str, float] | None) -
         states=written.states,
         tokens=written.tokens,
         lengths=written.lengths,
+        reused=work.answers.reused,
         num_repetitive=work.num_repetitive,
         read_s=work.read_s,
         tokenise_s=work.tokenise_s,

@@ -25,7 +25,7 @@ def next_time(text: str, *, timezone: str, now: datetime) -> datetime:
         )
     try:
         zone = ZoneInfo(match[3] or timezone)
-    except (ZoneInfoNotFoundError, ValueError) as error:
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:  # OSError: a folder of zones
         raise BadInput(
             f"{text!r}: no time zone {match[3]!r}; use a name such as Europe/Berlin"
         ) from error
@@ -55,7 +55,10 @@ def deadline_at(text: str, *, start: datetime, timezone: str = "UTC") -> datetim
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
         return _next_deadline(text, timezone, start)
-    return moment.replace(tzinfo=moment.tzinfo or ZoneInfo(timezone)).astimezone(UTC)
+    try:
+        return moment.replace(tzinfo=moment.tzinfo or ZoneInfo(timezone)).astimezone(UTC)
+    except OverflowError:
+        raise BadInput(f"deadline: {text!r} is beyond all calendars") from None
 
 
 def _next_deadline(text: str, timezone: str, start: datetime) -> datetime:

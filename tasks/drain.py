@@ -22,11 +22,13 @@ from tasks.canary import kept_answers
 from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
+from tasks.content import engine_digest
 from tasks.feed import input_schema
 from tasks.gpu_sample import DeviceSampler, open_gpu
 from tasks.holder import holder_name, is_dead
 from tasks.metrics import ReplicaCollector, exported
 from tasks.progress import Progress
+from tasks.ranks import distributed_of, num_ranks
 from tasks.replica import Replica, ShardOutcome
 from tasks.run import Run
 from tasks.stop import Stopped, StopSignal
@@ -59,7 +61,7 @@ def drain(
     run_shard: RunShard = Replica.finish_shard,
     failed_rows: bool = False,
     budget_s: float = math.inf,
-    build_backend: Callable[[EngineConfig], Any] = create_backend,
+    build_backend: Callable[..., Any] = create_backend,
 ) -> DrainReport:
     """Run one replica until no shard can be had; with `failed_rows`, redo failed rows instead.
 
@@ -118,7 +120,7 @@ def drain(
             claims=claims,
             feed=feed,
             committer=committer,
-            build_backend=lambda: run.take_backend() or build_backend(engine_config(run)),
+            build_backend=lambda: run.take_backend() or build_engine(run, build_backend),
             columns=run.columns,
             input_schema=input_schema(run.plan),
             work_dir=run.work_dir,
@@ -126,6 +128,8 @@ def drain(
             should_stop=watch,
             may_claim=budget.allows,
             kept=kept_answers(run.store),
+            engine=engine_digest(run.record.fingerprint_fields),
+            reuse=run.open_reuse(),
         )
         collector = partial(_collector, run, replica, progress, gpu)
         exporter = exported(run.job.metrics, collector, holder.replace("/", "-"))
@@ -156,9 +160,29 @@ def _collector(run: Run, replica: Replica, progress: Progress, gpu: Any | None) 
         replica,
         progress,
         labels={"run": run.record.run_id, "job": run.job.name},
-        staging_gb_per_s=run.model.staged.report.gb_per_s if run.model.staged else None,
+        staging_gb_per_s=lambda: run.model.staged and run.model.staged.report.gb_per_s,
         gpu=gpu,
     )
+
+
+def build_engine(run: Run, build_backend: Callable[..., Any] = create_backend) -> Any:
+    """Build the engine of a run, from weights that may still be on their way.
+
+    Raises:
+        ModelError: the weights are not those that the run was planned with.
+        StorageError: they could not be staged.
+    """
+    files = run.model.files()
+    if files is None:
+        return build_backend(engine_config(run))
+    config = dataclasses.replace(engine_config(run), model=str(files.folder()))
+    backend = build_backend(config, arriving=files)
+    try:
+        run.model.wait()
+    except BaseException:
+        backend.close()
+        raise
+    return backend
 
 
 def engine_config(run: Run) -> EngineConfig:
@@ -173,9 +197,11 @@ def engine_config(run: Run) -> EngineConfig:
         max_num_batched_tokens=knobs.max_num_batched_tokens,
         max_model_len=run.max_model_len,
         kv_cache_dtype=knobs.kv_cache_dtype,
-        tensor_parallel_size=1
-        if knobs.tensor_parallel_size == "auto"
-        else knobs.tensor_parallel_size,
+        tensor_parallel_size=num_ranks(run),
+        distributed=distributed_of(run.job),
+        enforce_eager=knobs.enforce_eager,
+        offload=knobs.offload,
+        nvme_path=knobs.nvme_path,
         seed=run.job.sampling.seed,
     )
 

@@ -1,5 +1,6 @@
 """Ids that repeat: found by 8-byte digests of every row's id, then named from the rows themselves."""
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ _MAX_NAMED = 10
 _MAX_ID_CHARS = 80
 
 
-def num_repeated(digests: dict[str, Any]) -> int:
-    """Count rows whose id an earlier row has, as far as 8-byte digests can tell."""
-    found = np.frombuffer(digests["digest"], dtype="<u8")
+def num_repeated(digests: "array[int]") -> int:
+    """Count rows with a digest that an earlier row has, as far as 8 bytes can tell."""
+    found = np.frombuffer(digests, dtype="<u8")
     return len(found) - len(np.unique(found))
 
 

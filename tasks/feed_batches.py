@@ -11,6 +11,8 @@ import pyarrow as pa
 
 from inference.row_sampling import row_sampling
 from inference.sampling import SamplingParams
+from storage.answers import NUM_BYTES
+from tasks.content import prompt_digest, row_digest
 from tasks.feed_spec import STATE_CODES
 from tasks.prepare import Row
 
@@ -32,6 +34,8 @@ _COUNT_SCHEMA = pa.schema(
         pa.field("digest", pa.uint64()),
         pa.field("num_shared", pa.int32()),
         pa.field("is_truncated", pa.bool_()),
+        pa.field("prompt", pa.uint64()),
+        pa.field("content", pa.binary(NUM_BYTES)),
     ]
 )
 _MAX_PREFIXES = 200_000
@@ -109,8 +113,8 @@ def key_digest(key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def to_counts(rows: list[Row], counter: Counter, *, has_id: bool) -> pa.Buffer:
-    """Encode what planning needs of a batch."""
+def to_counts(rows: list[Row], counter: Counter, *, has_id: bool, run: SamplingParams) -> pa.Buffer:
+    """Encode what planning needs of a batch; `run` is the run's sampling."""
     digests = [key_digest(row.key) if has_id and row.key != row.index else None for row in rows]
     arrays = [
         pa.array([row.num_tokens for row in rows], pa.int32()),
@@ -119,8 +123,25 @@ def to_counts(rows: list[Row], counter: Counter, *, has_id: bool) -> pa.Buffer:
         pa.array(digests, pa.uint64()),
         pa.array([counter.num_shared(row.token_ids) for row in rows], pa.int32()),
         pa.array([row.is_truncated for row in rows], pa.bool_()),
+        *_contents(rows, run),
     ]
     return _encode(pa.RecordBatch.from_arrays(arrays, schema=_COUNT_SCHEMA))
+
+
+def _contents(rows: list[Row], run: SamplingParams) -> tuple[pa.Array, pa.Array]:
+    """Return digests of what the rows' prompts are, and of what is asked of them; null for bad rows."""
+    prompts: list[int | None] = []
+    contents: list[bytes | None] = []
+    for row in rows:
+        if row.state is not None:
+            prompts.append(None)
+            contents.append(None)
+            continue
+        prompt = prompt_digest(row.token_ids, is_thinking=row.is_thinking)
+        sampling = row_sampling(run, row.overrides)
+        prompts.append(int.from_bytes(prompt[:8], "little"))
+        contents.append(row_digest(prompt, sampling, row.key))
+    return pa.array(prompts, pa.uint64()), pa.array(contents, pa.binary(NUM_BYTES))
 
 
 def to_rows(rows: list[Row], columns: pa.RecordBatch) -> pa.Buffer:

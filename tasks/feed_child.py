@@ -81,10 +81,11 @@ class Child:
         self._sources = {new: old for old, new in self._job.output.rename.items()}
         self._has_id = chosen.id is not None
         self._builder = builder
+        self._sampling = run_sampling(self._job.sampling)
         self._preparer = RowPreparer(
             chosen,
             builder,
-            run_sampling(self._job.sampling),
+            self._sampling,
             recorder=self._recorder,
             row_cpu_s=self._spec.row_cpu_s,
             max_hard_rows=self._spec.max_hard_rows,
@@ -191,7 +192,7 @@ class Child:
             }
             if mode == "count":
                 conform(records, output, self._sources, name=name)
-                payload = to_counts(rows, self._counter, has_id=self._has_id)
+                payload = to_counts(rows, self._counter, has_id=self._has_id, run=self._sampling)
             else:
                 payload = to_rows(rows, conform(records, output, self._sources, name=name))
             self._reply(header, payload)

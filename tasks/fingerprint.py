@@ -27,7 +27,10 @@ _PROMPT_FIELDS = (
     "chat_template_kwargs",
     "on_overlong",
 )
-_RECORDED = ("torch", "transformers", "tokenizers", "pyarrow", "prefect", "boto3", "accelerate")
+_RECORDED = (
+    *("torch", "transformers", "tokenizers", "pyarrow", "prefect", "boto3", "accelerate"),
+    *("deepspeed", "bitsandbytes"),
+)
 
 
 def fingerprint_fields(

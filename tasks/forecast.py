@@ -14,7 +14,8 @@ from tasks.lengths import quantile
 
 Basis = Literal["history", "canary", "max_tokens"]
 
-_SPREAD_HISTORY = 0.15
+_SPREAD_ONE_RUN = 0.25  # of the speed, when only one earlier run tells
+_SPREAD_LEAST = 0.10
 _SPREAD_ROOFLINE = 0.30
 _HALF_OF_BOUND = 0.5  # what is assumed of max_tokens when nothing else is known
 
@@ -48,7 +49,13 @@ class Speed:
 
     basis: Literal["history", "roofline"]
     start_s: float
-    """Once for each replica: stage, load, warm-up, and the tail."""
+    """Once for each replica: stage, load, warm-up, and until the first rows came."""
+
+    tail_s: float
+    """Once for each replica: while its last sequences end and the batch runs empty."""
+
+    tail_tokens: float
+    """Completion tokens that a tail is good for."""
 
     prefill_s_per_token: float
     decode_s_per_token: float
@@ -60,10 +67,15 @@ class Speed:
 
     def seconds(self, work: Work, mean_tokens: float, replicas: int) -> float:
         """Return the wall seconds `replicas` need."""
+        replicas = max(1, replicas)
+        num_tokens = work.num_sequences * mean_tokens
+        in_tails = min(num_tokens, self.tail_tokens * replicas)
         spent = work.num_prefill_tokens * self.prefill_s_per_token
-        spent += work.num_sequences * mean_tokens * self.decode_s_per_token
+        spent += (num_tokens - in_tails) * self.decode_s_per_token
         spent += work.num_sequences * self.other_s_per_sequence
-        return self.start_s + spent / max(1, replicas)
+        # The tail is as long as the longest completion, however many there are before it.
+        tail_s = self.tail_s * in_tails / (self.tail_tokens * replicas) if in_tails else self.tail_s
+        return self.start_s + tail_s + spent / replicas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,23 +141,40 @@ def lengths_of_canary(num_sequences: int, num_tokens: int, max_tokens: int) -> L
     )
 
 
-def speed_of(past: PastRun) -> Speed:
-    """Return the speed of an earlier run."""
+def speed_of(past: PastRun, history: History | None = None) -> Speed:
+    """Return the speed of an earlier run; how far it can be trusted, the others like it tell."""
     seconds = past.replica_seconds
-    # The tail is as long as the longest completion, however many there are before it.
-    once = (*START_PHASES, "tail")
-    started = sum(seconds.get(name, 0.0) for name in once) / past.num_replicas
-    known = {*once, "prefill", "decode"}
+    started = sum(seconds.get(name, 0.0) for name in START_PHASES)
+    known = {*START_PHASES, "tail", "prefill", "decode"}
     other = sum(value for name, value in seconds.items() if name not in known)
+    tail_s, decode_s = seconds.get("tail", 0.0), seconds.get("decode", 0.0)
+    num_full = past.num_completion_tokens - past.num_tail_tokens
+    if num_full <= 0 or decode_s <= 0:  # it was all tail
+        num_full, decode_s = past.num_completion_tokens, decode_s + tail_s
     return Speed(
         basis="history",
-        start_s=started,
+        start_s=started / past.num_replicas,
+        tail_s=tail_s / past.num_replicas,
+        tail_tokens=past.num_tail_tokens / past.num_replicas,
         prefill_s_per_token=seconds.get("prefill", 0.0) / max(1, past.num_prompt_tokens),
-        decode_s_per_token=seconds.get("decode", 0.0) / max(1, past.num_completion_tokens),
+        decode_s_per_token=decode_s / max(1, num_full),
         other_s_per_sequence=other / max(1, past.num_rows),
-        spread=_SPREAD_HISTORY,
+        spread=_spread(past, history or History()),
         sentence=f"speed: as in run {past.run_id} on {past.device}",
     )
+
+
+def _spread(past: PastRun, history: History) -> float:
+    """Return how much slower one run in ten is, as a share: by the scatter of runs on such a device."""
+    speeds = [
+        sum(run.replica_seconds.get(name, 0.0) for name in ("decode", "tail")) / tokens
+        for run in history.runs
+        if (run.backend, run.device) == (past.backend, past.device)
+        and (tokens := run.num_completion_tokens)
+    ]
+    if len(speeds) < 2 or not statistics.fmean(speeds):
+        return _SPREAD_ONE_RUN
+    return max(_SPREAD_LEAST, 1.28 * statistics.stdev(speeds) / statistics.fmean(speeds))
 
 
 def forecast(

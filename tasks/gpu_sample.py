@@ -2,19 +2,21 @@
 
 import os
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSample:
-    """One reading."""
+    """One reading; None for what this device does not tell, such as utilisation in a MIG slice."""
 
-    utilisation: float
+    utilisation: float | None
     """Share of the last moments in which a kernel ran, 0 to 1."""
 
-    memory_bytes: int
-    power_w: float
+    memory_bytes: int | None
+    power_w: float | None
 
 
 def open_gpu() -> Any | None:
@@ -34,17 +36,40 @@ def open_gpu() -> Any | None:
 
 
 def sample(handle: Any) -> GpuSample | None:
-    """Read the GPU; None if the driver will not say."""
+    """Read the GPU; None if the driver will not say anything."""
     import pynvml
 
-    try:
-        return GpuSample(
-            utilisation=pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-            memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
-            power_w=pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        )
-    except pynvml.NVMLError:
+    def ask(question: Callable[[Any], Any]) -> Any | None:
+        try:
+            return question(handle)
+        except pynvml.NVMLError:
+            return None
+
+    rates = ask(pynvml.nvmlDeviceGetUtilizationRates)
+    memory = ask(pynvml.nvmlDeviceGetMemoryInfo)
+    milliwatts = ask(pynvml.nvmlDeviceGetPowerUsage)
+    if rates is None and memory is None and milliwatts is None:
         return None
+    return GpuSample(
+        utilisation=None if rates is None else rates.gpu / 100,
+        memory_bytes=None if memory is None else int(memory.used),
+        power_w=None if milliwatts is None else milliwatts / 1000,
+    )
+
+
+def summary(samples: Sequence[GpuSample]) -> dict[str, float] | None:
+    """Return means and peaks of what was told; None without a reading."""
+    rates = [s.utilisation for s in samples if s.utilisation is not None]
+    memory = [s.memory_bytes for s in samples if s.memory_bytes is not None]
+    watts = [s.power_w for s in samples if s.power_w is not None]
+    found: dict[str, float] = {}
+    if rates:
+        found["mean_utilisation"] = round(fmean(rates), 4)
+    if memory:
+        found["peak_memory_bytes"] = max(memory)
+    if watts:
+        found["mean_power_w"] = round(fmean(watts), 1)
+    return found or None
 
 
 class DeviceSampler:
@@ -61,17 +86,10 @@ class DeviceSampler:
             self._thread.start()
 
     def take(self) -> dict[str, float] | None:
-        """Return means since the last call; None without a reading."""
+        """Return the `summary` since the last call; None without a reading."""
         with self._lock:
             samples, self._samples = self._samples, []
-        if not samples:
-            return None
-        count = len(samples)
-        return {
-            "mean_utilisation": round(sum(s.utilisation for s in samples) / count, 4),
-            "peak_memory_bytes": max(s.memory_bytes for s in samples),
-            "mean_power_w": round(sum(s.power_w for s in samples) / count, 1),
-        }
+        return summary(samples)
 
     def close(self) -> None:
         """End the thread. Safe to repeat."""

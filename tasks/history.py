@@ -53,6 +53,14 @@ class PastRun:
     """Of the replica that worked longest."""
 
     usd: float | None = None
+    num_tail_tokens: int = 0
+    """Of the completion tokens, those of the tails: few sequences at a time, and slow for it."""
+
+    canary_tokens_per_s: float | None = None
+    """Of its canary, if it had one: a small batch, and comparable with another such."""
+
+    run_uri: str = ""
+    """Its folder; empty in histories of older versions."""
 
     @property
     def mean_completion_tokens(self) -> float:
@@ -124,10 +132,16 @@ def remember(job: RunConfig, past: PastRun) -> None:
     open_history(job).put(history_key(job), to_json(document))
 
 
+def num_generated_tokens(receipt: Mapping[str, Any]) -> int:
+    """Return the completion tokens a receipt's time was spent on: all but those that were reused."""
+    told = receipt.get("num_completion_tokens") or 0
+    return int(told - (receipt.get("num_reused_completion_tokens") or 0))
+
+
 def past_run(
-    record: RunRecord, manifest: RunManifest, commits: Mapping[int, CommitRecord]
+    record: RunRecord, manifest: RunManifest, commits: Mapping[int, CommitRecord], run_uri: str
 ) -> PastRun:
-    """Add the receipts of a published run up."""
+    """Add the receipts of a published run up; what it took over from earlier runs is not counted."""
     receipts = [commit.receipt for commit in commits.values()]
     seconds: defaultdict[str, float] = defaultdict(float)
     by_holder: defaultdict[str, float] = defaultdict(float)
@@ -145,7 +159,7 @@ def past_run(
         num_replicas=max(1, len(by_holder)),
         num_rows=sum(r.get("num_sequences") or 0 for r in receipts),
         num_prompt_tokens=sum(r.get("num_prefilled_tokens") or 0 for r in receipts),
-        num_completion_tokens=sum(r.get("num_completion_tokens") or 0 for r in receipts),
+        num_completion_tokens=sum(map(num_generated_tokens, receipts)),
         completion_tokens_histogram=merged(
             r.get("completion_tokens_histogram") or {} for r in receipts
         ),
@@ -154,4 +168,6 @@ def past_run(
         num_repetitive=sum(r.get("num_repetitive") or 0 for r in receipts),
         wall_s=round(max(by_holder.values(), default=0.0), 4),
         usd=None if None in prices or not prices else round(sum(p for p in prices if p), 6),
+        num_tail_tokens=sum(r.get("num_tail_tokens") or 0 for r in receipts),
+        run_uri=run_uri,
     )

@@ -41,6 +41,7 @@ LETTER, LETTER_JSON, JOB, RESULT, RESULT_TEXT = (
     "preflight.md", "preflight.json", "job.yaml", "result.json", "result.md",
 )  # fmt: skip
 SIDECAR = ".yaml"
+KEEP = f"{DROPPED}.keep"
 SETTLE_S = 10.0
 """A local file that changed more recently may still be being written. Objects in S3 come whole."""
 
@@ -108,6 +109,7 @@ def scan(
     rejected: list[str] = []
     waiting: list[str] = []
     files = InputFiles(work_dir, storage)
+    _keep_folder(inbox)
     for info in _dropped(inbox):
         name = info.key.removeprefix(DROPPED)
         if not _is_settled(inbox, info, settle_s):
@@ -210,7 +212,7 @@ def _letter(
         starts = None if after is None else next_time(after, timezone=job.timezone, now=now)
     except (ValueError, BadInput) as error:
         return dataclasses.replace(refused, reason=f"{drop.name}{SIDECAR}: {error}"), None
-    letter = letter_for(job, file=drop.name, etag=drop.etag, work_dir=work_dir)
+    letter = letter_for(job, file=drop.name, etag=drop.etag, work_dir=work_dir, now=starts or now)
     if not letter.is_accepted:
         return letter, None
     final = jobs.job(
@@ -283,6 +285,12 @@ def _leave(inbox: ObjectStore, drop: _Drop) -> None:
         return
     inbox.delete(drop.key)
     inbox.delete(drop.key + SIDECAR)
+
+
+def _keep_folder(inbox: ObjectStore) -> None:
+    """See to it that a local `inbox/` outlives its last file, for whoever copies another into it."""
+    if not inbox.uri.startswith("s3://") and not _exists(inbox, KEEP):
+        inbox.put(KEEP, b"")
 
 
 def _exists(store: ObjectStore, key: str) -> bool:

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_type_hints
 
-from inference.config import Auto, Backend, Dtype, Quantization
+from inference.config import Auto, Backend, DistributedConfig, Dtype, Offload, Quantization
 from inference.sampling import SamplingParams
 from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
@@ -125,6 +125,21 @@ class EngineKnobs:
     max_model_len: int | Auto = "auto"
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
     tensor_parallel_size: int | Auto = "auto"
+    """Devices that hold one replica's model between them; auto: what the sizing says. Part of the fingerprint as
+    it is written: in fp32 it changes no token, in bf16 sums of another order may."""
+
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How the ranks of one replica are started and reach each other."""
+
+    enforce_eager: bool = False
+    """Launch kernels one by one instead of replaying captured CUDA graphs: slower, for finding faults."""
+
+    offload: Offload = "auto"
+    """Where weights live that the GPU does not hold: none, cpu or nvme; auto: cpu, then for the zero
+    backend nvme. Changes no token; the paged backend takes auto and none."""
+
+    nvme_path: str | None = None
+    """Folder on the worker's NVMe disk, for `offload: nvme`."""
 
     @property
     def num_ranks(self) -> int:
@@ -183,6 +198,9 @@ class CanaryConfig:
     max_length_factor: float | None = 4.0
     """How many times longer or shorter than in the last good run completions may be on average."""
 
+    max_slowdown: float | None = None
+    """How many times slower than the last good run's canary, on the same device, it may be."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsConfig:
@@ -222,6 +240,10 @@ class RunConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     max_failed_rows: int | None = None
     """More failed rows than this end the run with exit code 5; null: any number."""
+
+    reuse_from: str | list[str] | None = None
+    """Earlier run folders, or `last` for this job's last published run: rows they answered `ok` under the
+    same weights, engine settings, prompt and sampling are copied, not generated."""
 
     deadline: str | None = None
     """When the run should be published: `06:00 Europe/Berlin`; without a zone, in the job's."""

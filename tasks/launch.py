@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from tasks.cancel import exempt
 from tasks.drain import DrainReport, RunShard, drain, new_invocation
 from tasks.progress import Progress
+from tasks.ranks import RANKS_VARIABLE, num_devices, num_ranks
 from tasks.replica import Replica
 from tasks.run import Run
 from tasks.stop import Stopped, StopSignal
@@ -76,13 +77,7 @@ def num_replicas(run: Run) -> int:
         or run.record.fingerprint_fields["engine.backend"] == "dummy"
     ):
         return 1
-    return max(1, min(_num_devices() // run.job.engine.num_ranks, run.plan.num_shards))
-
-
-def _num_devices() -> int:
-    import torch  # heavy, and only to count devices
-
-    return torch.cuda.device_count()
+    return max(1, min(num_devices() // num_ranks(run), run.plan.num_shards))
 
 
 @contextmanager
@@ -114,14 +109,18 @@ def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
 
 def device_env(run: Run, index: int) -> dict[str, str]:
     """Return what gives a replica of this machine its own devices; empty when there are too few."""
-    ranks = run.job.engine.num_ranks
     if run.record.fingerprint_fields["engine.backend"] == "dummy":
         return {}
-    if _num_devices() <= index * ranks:
+    ranks = num_ranks(run)
+    if num_devices() <= index * ranks:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = visible.split(",") if visible else [str(i) for i in range(_num_devices())]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(every[index * ranks : (index + 1) * ranks])}
+    every = visible.split(",") if visible else [str(i) for i in range(num_devices())]
+    devices = ",".join(every[index * ranks : (index + 1) * ranks])
+    env = {"CUDA_VISIBLE_DEVICES": devices}
+    if run.job.engine.tensor_parallel_size == "auto":
+        env[RANKS_VARIABLE] = str(ranks)  # fewer devices must not be sized anew
+    return env
 
 
 def _aws_env(run: Run) -> dict[str, str]:

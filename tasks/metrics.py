@@ -57,7 +57,7 @@ class ReplicaCollector:
         progress: Progress,
         *,
         labels: dict[str, str],
-        staging_gb_per_s: float | None = None,
+        staging_gb_per_s: Callable[[], float | None] = lambda: None,
         gpu: Any | None = None,
     ) -> None:
         self._source = source
@@ -97,20 +97,24 @@ class ReplicaCollector:
             if moment is not None:
                 at = datetime.fromisoformat(moment).timestamp()
                 yield self._gauge(f"{name}_timestamp_seconds", "Seconds since the epoch.", at)
-        if self._staging_gb_per_s is not None:
+        staging_gb_per_s = self._staging_gb_per_s()
+        if staging_gb_per_s is not None:
             yield self._gauge(
-                "staging_gigabytes_per_second", "Speed of the last staging.", self._staging_gb_per_s
+                "staging_gigabytes_per_second", "Speed of the last staging.", staging_gb_per_s
             )
         yield from self._gpu_families()
 
     def _gpu_families(self) -> Iterator[Any]:
         told = None if self._gpu is None else sample(self._gpu)
-        if told is not None:
-            yield self._gauge(
-                "gpu_utilisation_ratio", "Time with a kernel at work.", told.utilisation
-            )
-            yield self._gauge("gpu_memory_bytes", "Device memory in use.", told.memory_bytes)
-            yield self._gauge("gpu_power_watts", "Power drawn.", told.power_w)
+        if told is None:
+            return
+        for name, text, value in (
+            ("gpu_utilisation_ratio", "Time with a kernel at work.", told.utilisation),
+            ("gpu_memory_bytes", "Device memory in use.", told.memory_bytes),
+            ("gpu_power_watts", "Power drawn.", told.power_w),
+        ):
+            if value is not None:
+                yield self._gauge(name, text, value)
 
     def _gauge(self, name: str, text: str, value: float) -> Any:
         from prometheus_client.core import GaugeMetricFamily

@@ -27,12 +27,18 @@ from tasks.scratch import scratch_folder
 from tasks.status import run_status
 from tasks.stop import Broken, StopSignal
 from tasks.try_canary import try_canary
-from tasks.watch import watching
+from tasks.watch import EVERY_S, OnLook, watching
 
 T = TypeVar("T")
 
 Drainer = Callable[[Run], Mapping[int, str]]
 """Brings up replicas, waits for them, and returns the shards given up, with the last error."""
+
+Watched = Callable[[str], OnLook | None]
+"""Makes what shows a run while it is drained, by its id."""
+
+LOOK_EVERY_S = 10.0
+"""Between two looks when somebody shows them."""
 
 
 class Step(Protocol):
@@ -112,6 +118,11 @@ def plainly(name: str, work: Callable[[], T]) -> T:
     return work()
 
 
+def nobody_looks(run_id: str) -> OnLook | None:
+    """Show nothing but the progress this process keeps."""
+    return None
+
+
 def generate(
     job: RunConfig,
     *,
@@ -120,6 +131,7 @@ def generate(
     step: Step = plainly,
     drainer: Drainer | None = None,
     run_shard: RunShard = Replica.finish_shard,
+    watched: Watched = nobody_looks,
 ) -> Ended:
     """Plan a job, or take its run up again; drain every shard; publish.
 
@@ -130,6 +142,7 @@ def generate(
         step: Shows a step.
         drainer: Brings up replicas elsewhere; by default this process is one.
         run_shard: What runs one shard when this process is a replica.
+        watched: Given the run id, returns what shows each look at the run.
 
     Raises:
         StorageError, InferenceError: before any shard, what is wrong and what to change.
@@ -145,7 +158,9 @@ def generate(
                 if drainer is None:
                     try_canary(run, progress=progress)
                 report = DrainReport()
-                with watching(run.store, progress):
+                on_look = watched(run.record.run_id)
+                every_s = EVERY_S if on_look is None else LOOK_EVERY_S
+                with watching(run.store, progress, every_s=every_s, on_look=on_look):
                     if drainer is not None:
                         report.exhausted = dict(drainer(run))
                     else:
@@ -175,7 +190,14 @@ def redo(
     Parameters and errors are those of `generate`.
     """
     with scratch_folder() as work_dir:
-        run = attach(job, read_record(store), store, work_dir=work_dir, progress=progress)
+        run = attach(
+            job,
+            read_record(store),
+            store,
+            work_dir=work_dir,
+            progress=progress,
+            is_replica=drainer is None,
+        )
         try:
             with _breakable(run):
                 report = DrainReport()

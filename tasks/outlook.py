@@ -17,6 +17,7 @@ from storage.errors import NotFound
 from storage.manifest import CommitRecord, PlanManifest, Shard, digest
 from storage.object_store import ObjectStore
 from tasks.deadline import deadline_at
+from tasks.history import START_PHASES, num_generated_tokens
 from tasks.job import RunConfig, job_of
 
 _Z90 = 1.2816
@@ -167,7 +168,7 @@ def _seconds_left(
 ) -> tuple[float, float]:
     """Return P50 and P90: work left over the replicas, and how unlike the shards so far were."""
     sequences = sum(c.receipt.get("num_sequences") or 0 for c in done)
-    mean_tokens = sum(c.receipt.get("num_completion_tokens") or 0 for c in done) / max(1, sequences)
+    mean_tokens = sum(num_generated_tokens(c.receipt) for c in done) / max(1, sequences)
     weight = {shard.shard_id: _weight(shard, mean_tokens) for shard in shards}
     # A replica's first shard carries its start; what is left will not pay for it again.
     per_weight = [(c.receipt["wall_s"] - _once(c)) / max(1.0, weight[c.shard_id]) for c in done]
@@ -200,15 +201,13 @@ def _weight(shard: Shard, mean_tokens: float) -> float:
 
 
 def _once(commit: CommitRecord) -> float:
-    from tasks.history import START_PHASES
-
     seconds = commit.receipt.get("seconds") or {}
     return float(sum(seconds.get(name, 0.0) for name in START_PHASES))
 
 
 def _rate(done: Sequence[CommitRecord], replicas: int) -> float | None:
     wall = sum(c.receipt["wall_s"] for c in done)
-    tokens = sum(c.receipt.get("num_completion_tokens") or 0 for c in done)
+    tokens = sum(num_generated_tokens(c.receipt) for c in done)
     return round(tokens / wall * replicas, 2) if wall > 0 else None
 
 

@@ -4,8 +4,8 @@ Shards are contiguous and about equal in prompt tokens. The plan is written once
 (plan.parquet, then plan.json); whoever comes second adopts what is stored.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tasks.job import RunConfig
 from tasks.plan_count import Count, count_rows
 from tasks.plan_inputs import PlannedInput, plan_inputs
 from tasks.plan_table import shards_from_bytes, shards_to_bytes
+from tasks.reuse import ReuseIndex, named_runs, open_reuse
 
 Progress = Callable[[int, int], None]
 """Called with rows done and rows in total."""
@@ -64,14 +65,40 @@ def make_plan(
         planned = plan_inputs(job, files, process, store, work_dir)
         output = _output_schema(job, planned.schema)
         process.load(planned.columns)
-        count = count_rows(job, planned, encode_schema(output), process, on_progress)
-        warnings = [*planned.warnings, *process.warnings]
+        with _reuse(job, record, store, work_dir) as reuse:
+            count = count_rows(
+                job, planned, encode_schema(output), process, on_progress, reuse=reuse
+            )
+        warnings = [*planned.warnings, *process.warnings, *(reuse.notes if reuse else ())]
+        if reuse is not None:
+            count.stats["reuse_from"] = reuse.uris
     table = _create(store, keys.PLAN_TABLE, shards_to_bytes(count.shards))
     failpoint("after_plan_table")
     plan = _manifest(job, record, planned, output, count, table, warnings)
     data = _create(store, keys.PLAN, plan.to_json())
     failpoint("after_plan")
     return PlanManifest.from_json(data, source=f"{store.uri}/{keys.PLAN}")
+
+
+@contextmanager
+def _reuse(
+    job: RunConfig, record: RunRecord, store: ObjectStore, work_dir: Path
+) -> Iterator[ReuseIndex | None]:
+    uris = named_runs(job)
+    if not uris:
+        yield None
+        return
+    index = open_reuse(
+        uris,
+        record.fingerprint_fields,
+        storage=job.storage,
+        folder=work_dir / "reuse",
+        own_uri=store.uri,
+    )
+    try:
+        yield index
+    finally:
+        index.close()
 
 
 def load_plan(store: ObjectStore) -> PlanManifest | None:

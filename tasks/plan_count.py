@@ -10,12 +10,14 @@ import numpy as np
 
 from storage.errors import BadInput
 from storage.manifest import InputFile, Shard
+from tasks.content import NOT_RUN
 from tasks.duplicate_ids import check_ids, num_repeated
 from tasks.feed_batches import from_counts
 from tasks.feed_process import FeedProcess
 from tasks.feed_spec import STATE_CODES
 from tasks.job import RunConfig, ShardConfig
 from tasks.plan_inputs import LocalInput, PlannedInput
+from tasks.reuse import ReuseIndex
 
 NUM_EXAMPLES = 20
 _ERROR_CODE = STATE_CODES.index("invalid_input")
@@ -40,14 +42,15 @@ def count_rows(
     output_schema: str,
     process: FeedProcess,
     on_progress: Callable[[int, int], None] | None,
+    reuse: ReuseIndex | None = None,
 ) -> Count:
-    """Prepare every row once, without keeping it.
+    """Prepare every row once, without keeping it; count those whose answers `reuse` has.
 
     Raises:
         BadInput: a file is damaged (unless error rows are asked for), or ids repeat.
     """
     total = sum(local.file.num_rows for local in planned.files)
-    cutter = ShardCutter(job.shards)
+    cutter = ShardCutter(job.shards, reuse=reuse, num_samples=job.sampling.n)
     inputs = []
     for local in planned.files:
         inputs.append(_count_file(job, local, output_schema, process, cutter, on_progress, total))
@@ -55,7 +58,7 @@ def count_rows(
         check_ids(planned, planned.columns.id, cutter.digests, process)
     count = cutter.finish(inputs)
     if planned.columns.id is not None:
-        count.stats["num_repeated_ids"] = num_repeated(cutter.digests)
+        count.stats["num_repeated_ids"] = num_repeated(cutter.digests["digest"])
     return count
 
 
@@ -112,6 +115,9 @@ class _Totals:
     num_replaced: int = 0
     num_shards: int = 0
     num_digests: int = 0
+    num_prompts: int = 0
+    num_reused: int = 0  # sequences
+    num_reused_tokens: int = 0  # of their prompts
     bad_rows: dict[str, int] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     histogram: list[int] = field(default_factory=lambda: [0] * 32)
@@ -120,11 +126,16 @@ class _Totals:
 class ShardCutter:
     """Cuts contiguous shards of about `target_tokens`, never above `max_rows`, and adds up."""
 
-    def __init__(self, config: ShardConfig) -> None:
+    def __init__(
+        self, config: ShardConfig, *, reuse: ReuseIndex | None = None, num_samples: int = 1
+    ) -> None:
         self._config = config
+        self._reuse = reuse
+        self._num_samples = num_samples
         self._totals = _Totals()
         self._shards: list[Shard] = []
         self.digests: dict[str, Any] = {"digest": array("Q"), "row": array("q")}
+        self._prompts = array("Q")  # a digest of every prompt that can run
 
     @property
     def num_rows(self) -> int:
@@ -136,6 +147,8 @@ class ShardCutter:
         tokens = counts.column("num_tokens").fill_null(0).to_numpy(zero_copy_only=False)
         states = counts.column("state").to_numpy()
         self._note_ids(counts.column("digest"))
+        prompts = counts.column("prompt").drop_null().to_numpy()
+        self._prompts.frombytes(prompts.astype("<u8").tobytes())
         bad = np.flatnonzero(states)
         for index in bad[: max(0, NUM_EXAMPLES - len(totals.examples))].tolist():
             error = counts.column("error")[index].as_py()
@@ -151,6 +164,7 @@ class ShardCutter:
         totals.num_shared += int(counts.column("num_shared").to_numpy().sum())
         totals.num_truncated += counts.column("is_truncated").true_count
         totals.num_replaced += num_replaced
+        self._note_known(counts.column("content").to_pylist(), runnable)
         self._cut(runnable.tolist(), states.tolist())
 
     def add_errors(self, num_rows: int, error: str) -> None:
@@ -170,6 +184,7 @@ class ShardCutter:
             totals,
             num_shards=len(self._shards),
             num_digests=len(self.digests["row"]),
+            num_prompts=len(self._prompts),
             bad_rows=dict(totals.bad_rows),
             examples=list(totals.examples),
             histogram=list(totals.histogram),
@@ -181,6 +196,7 @@ class ShardCutter:
         del self._shards[mark.num_shards :]
         for kept in self.digests.values():
             del kept[mark.num_digests :]
+        del self._prompts[mark.num_prompts :]
 
     def finish(self, inputs: list[InputFile]) -> Count:
         """Close the last shard and return the sums."""
@@ -198,6 +214,9 @@ class ShardCutter:
             "shared_prefix_share": round(shared, 4),
             "num_truncated_prompts": totals.num_truncated,
             "num_replaced_values": totals.num_replaced,
+            "num_repeated_prompts": num_repeated(self._prompts),
+            "num_reused_sequences": totals.num_reused,
+            "num_reused_prompt_tokens": totals.num_reused_tokens,
         }
         return Count(
             self._shards,
@@ -239,6 +258,13 @@ class ShardCutter:
     def _example(self, row_index: int, code: int, error: str) -> None:
         example = {"row_index": row_index, "state": STATE_CODES[code], "error": error}
         self._totals.examples.append(example)
+
+    def _note_known(self, contents: list[bytes | None], tokens: Any) -> None:
+        if self._reuse is None:
+            return
+        known = self._reuse.num_known([c or NOT_RUN for c in contents], self._num_samples)
+        self._totals.num_reused += sum(known)
+        self._totals.num_reused_tokens += int(np.dot(known, tokens))
 
     def _note_ids(self, column: Any) -> None:
         valid = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))

@@ -8,24 +8,26 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from inference.roofline import Workload
+from inference.backends import resolve_backend
 from storage.inputs import InputFiles
 from storage.manifest import PlanManifest, RunRecord
 from storage.object_store import open_store
-from tasks.budget import check_budget
 from tasks.choose_tier import Choice, choose_hardware
 from tasks.deadline import deadline_at
 from tasks.feed import PromptFeed
-from tasks.forecast import Forecast, Lengths, Work, forecast, lengths_of, speed_of
-from tasks.history import History, read_history
+from tasks.feed_process import FeedProcess
+from tasks.fingerprint import fingerprint_fields
+from tasks.forecast import Forecast, lengths_of
+from tasks.history import read_history
 from tasks.job import RunConfig
-from tasks.model import open_model
+from tasks.model import RunModel, peek_model
 from tasks.plan import make_plan
 from tasks.progress import Progress
+from tasks.run_forecast import expected_workload, forecast_run, num_to_generate
 
 NUM_SAMPLES = 3
 _LOOK_FOR_PROMPT = 64  # rows searched for the first that can run
@@ -49,12 +51,18 @@ class Preflight:
     num_sequences: int
     """Completions that will be generated."""
 
+    num_reused: int
+    """Completions that will be copied from the runs that `reuse_from` names."""
+
     bad_rows_by_state: dict[str, int]
     bad_row_examples: list[dict[str, Any]]
     """Row number, state and reason of the first bad rows."""
 
     num_repeated_ids: int
     """Rows whose id an earlier row had."""
+
+    num_repeated_prompts: int
+    """Rows that give the model the very prompt of an earlier row."""
 
     num_truncated_prompts: int
     num_prompt_tokens: int
@@ -113,32 +121,12 @@ def preflight(
     progress = progress or Progress()
     starts_at = now()
     deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
-    model = open_model(job, progress=progress)
+    model = peek_model(job, work_dir=work_dir, progress=progress)
     try:
-        files = InputFiles(work_dir, job.storage)
-        scratch = open_store(str(work_dir / "plan"))
         progress.phase = "planning"
         started = time.monotonic()
-        plan = make_plan(
-            job=job,
-            record=_record(job),
-            store=scratch,
-            model_dir=model.path,
-            work_dir=work_dir,
-            max_model_len=model.max_model_len,
-            on_progress=progress.planned,
-            files=files,
-        )
+        plan, shown = _planned(job, model, work_dir, progress)
         plan_s = time.monotonic() - started
-        with PromptFeed(
-            job=job,
-            model_dir=model.path,
-            store=scratch,
-            work_dir=work_dir,
-            max_model_len=model.max_model_len,
-            files=files,
-        ) as feed:
-            shown = feed.show(plan, num_samples=NUM_SAMPLES, num_rows=_LOOK_FOR_PROMPT)
         progress.phase = "forecasting"
         history = read_history(job)
         lengths = lengths_of(history, job.sampling.max_tokens)
@@ -146,7 +134,7 @@ def preflight(
         choice = choose_hardware(
             job,
             str(model.path),
-            workload_of(plan, lengths, job.sampling.max_tokens),
+            expected_workload(job, plan),
             hardware=hardware,
             deadline_s=seconds_left,
         )
@@ -158,90 +146,40 @@ def preflight(
         model.close()
 
 
-def workload_of(plan: PlanManifest, lengths: Lengths, max_tokens: int) -> Workload:
-    """Return a plan's token counts as the sizing takes them."""
-    num_sequences = max(1, (plan.num_rows - plan.num_bad_rows) * plan.num_samples)
-    share = plan.stats.get("shared_prefix_share") or 0.0
-    num_prompt_tokens = plan.num_prompt_tokens * plan.num_samples
-    return Workload.from_totals(
-        num_sequences,
-        num_prompt_tokens,
-        round(num_sequences * lengths.mean),
-        max_completion_tokens=max_tokens,
-        num_reused_prompt_tokens=num_prompt_tokens * share,
+def _planned(
+    job: RunConfig, model: RunModel, work_dir: Path, progress: Progress
+) -> tuple[PlanManifest, dict[str, Any]]:
+    """Return the plan, made in a scratch folder, and a few rows of it for the eye."""
+    common: dict[str, Any] = {
+        "job": job,
+        "model_dir": model.path,
+        "store": open_store(str(work_dir / "plan")),
+        "work_dir": work_dir,
+        "max_model_len": model.max_model_len,
+        "files": InputFiles(work_dir, job.storage),
+    }
+    child = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
+    with child as process:
+        plan = make_plan(
+            **common, record=_record(job, model), on_progress=progress.planned, process=process
+        )
+        with PromptFeed(**common, process=process) as feed:
+            return plan, feed.show(plan, num_samples=NUM_SAMPLES, num_rows=_LOOK_FOR_PROMPT)
+
+
+def _record(job: RunConfig, model: RunModel) -> RunRecord:
+    assert model.content_id is not None, "a look tells which model it is"
+    fields = fingerprint_fields(
+        job,
+        model_content_id=model.content_id,
+        backend=resolve_backend(job.engine.backend),
+        max_model_len=model.max_model_len,
     )
-
-
-def refuse_over_budget(job: RunConfig, plan: PlanManifest, model_dir: Path) -> None:
-    """Refuse a planned run that is forecast to cost more than `budget.usd`.
-
-    For a run without a commit: later the gate before each shard decides.
-
-    Raises:
-        BadInput: with the forecast and what it rests on.
-        EngineConfigError: no hardware fits.
-    """
-    history = read_history(job)
-    lengths = lengths_of(history, job.sampling.max_tokens)
-    workload = workload_of(plan, lengths, job.sampling.max_tokens)
-    choice = choose_hardware(job, str(model_dir), workload)
-    now = datetime.now(UTC)
-    check_budget(job, forecast_run(job, plan, choice, history, lengths, starts_at=now, plan_s=0.0))
-
-
-def forecast_run(
-    job: RunConfig,
-    plan: PlanManifest,
-    choice: Choice,
-    history: History,
-    lengths: Lengths,
-    *,
-    starts_at: datetime,
-    plan_s: float,
-) -> Forecast:
-    """Forecast a planned run on the hardware chosen for it."""
-    past = history.last
-    same = past is not None and past.backend == choice.backend and _is_device(past.device, choice)
-    speed = speed_of(past) if past is not None and same else None
-    num_sequences = (plan.num_rows - plan.num_bad_rows) * plan.num_samples
-    num_prompt_tokens = float(plan.num_prompt_tokens * plan.num_samples)
-    # An earlier run says what its cache saved in fact; a plan only what could be saved.
-    saved = plan.stats.get("shared_prefix_share") or 0.0
-    if speed is None or past is None:
-        num_prompt_tokens *= 1 - saved
-    tier_seconds = None
-    if choice.tier is not None:
-        seconds = choice.tier.seconds
-        tier_seconds = (seconds, seconds * lengths.high / lengths.mean if lengths.mean else seconds)
-    deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
-    return forecast(
-        work=Work(num_sequences=num_sequences, num_prefill_tokens=num_prompt_tokens),
-        lengths=lengths,
-        speed=speed,
-        tier_seconds=tier_seconds,
-        starts_at=starts_at + timedelta(0),
-        plan_s=plan_s,
-        replicas=choice.replicas,
-        gpus_per_replica=choice.gpus_per_replica,
-        price_per_hour=choice.price_per_hour,
-        deadline=deadline or None,
-        budget_usd=job.budget.usd,
-    )
-
-
-def _is_device(device: str, choice: Choice) -> bool:
-    """Whether an earlier run's device is the one chosen; `none` and `cpu` are both no GPU."""
-    if choice.tier is None:
-        return device in ("cpu", "none")
-    return choice.device.split("-")[0].upper() in device.upper().replace("-", " ").split()
-
-
-def _record(job: RunConfig) -> RunRecord:
     return RunRecord(
         run_id="preflight",
         name=job.name,
         fingerprint="preflight",
-        fingerprint_fields={},
+        fingerprint_fields=fields,
         job={},
         versions={},
         created_at="",
@@ -276,10 +214,12 @@ def _document(
         schema=shown["schema"],
         samples=shown["samples"] if show_text else [],
         num_rows=plan.num_rows,
-        num_sequences=(plan.num_rows - plan.num_bad_rows) * plan.num_samples,
+        num_sequences=num_to_generate(plan),
+        num_reused=plan.stats["num_reused_sequences"],
         bad_rows_by_state=plan.bad_rows_by_state,
         bad_row_examples=plan.bad_row_examples,
         num_repeated_ids=int(plan.stats.get("num_repeated_ids") or 0),
+        num_repeated_prompts=int(plan.stats["num_repeated_prompts"]),
         num_truncated_prompts=int(plan.stats["num_truncated_prompts"]),
         num_prompt_tokens=plan.num_prompt_tokens,
         prompt_tokens_histogram=plan.stats["prompt_tokens_histogram"],

@@ -128,14 +128,32 @@ def launch_of(
         "ecs": _ecs,
         "command": _command,
     }[provider]
-    variables = build(tier, needs, placement)
-    if placement.env:
-        variables["env"] = {**variables.get("env", {}), **placement.env}
+    return _placed(provider, build(tier, needs, placement), placement)
+
+
+def unsized_launch_of(provider: Provider, placement: Placement) -> ReplicaLaunch:
+    """Say how to start a replica that no tier was chosen for; the pool's template has the sizes.
+
+    Raises:
+        ProvisionError: the launcher cannot be filled in.
+    """
+    variables: dict[str, Any] = {}
+    if provider == "command":
+        variables["launcher"] = _filled(placement.launcher, gpus=0, hosts=1, memory_bytes=GIB)
+    if provider == "kubernetes" and placement.node_selector is not None:
+        variables["node_selector"] = dict(placement.node_selector)
+    return _placed(provider, variables, placement)
+
+
+def _placed(provider: Provider, variables: dict[str, Any], placement: Placement) -> ReplicaLaunch:
+    """Add what the owner of the platform fixes whatever the tier is."""
+    given = dict(placement.job_variables)
+    env = {**variables.get("env", {}), **placement.env, **given.pop("env", {})}
+    if env:
+        variables["env"] = env
     if placement.image is not None and provider in ("kubernetes", "ecs"):
         variables["image"] = placement.image
-    return ReplicaLaunch(
-        deployment=DEPLOYMENTS[provider], job_variables={**variables, **placement.job_variables}
-    )
+    return ReplicaLaunch(deployment=DEPLOYMENTS[provider], job_variables={**variables, **given})
 
 
 def _needs(tier: Tier, gpu: GpuType, weight_file_bytes: int, stage_to: str) -> _Needs:
@@ -219,20 +237,26 @@ def _command(tier: Tier, needs: _Needs, placement: Placement) -> dict[str, Any]:
             f"{tier.label} spans {needs.hosts} hosts and the launcher takes no {{hosts}}; "
             "write it as in `srun --nodes={hosts} --gres=gpu:{gpus}`"
         )
+    launcher = _filled(
+        placement.launcher, gpus=needs.gpus, hosts=needs.hosts, memory_bytes=needs.memory_bytes
+    )
+    return {"gpu_count": needs.gpus, "launcher": launcher}
+
+
+def _filled(launcher: str, *, gpus: int, hosts: int, memory_bytes: int) -> str:
     values = {
-        "gpus": needs.gpus,
-        "hosts": needs.hosts,
-        "memory_mib": math.ceil(needs.memory_bytes / MIB),
-        "cpus": CPUS_PER_GPU * needs.gpus,
+        "gpus": gpus,
+        "hosts": hosts,
+        "memory_mib": math.ceil(memory_bytes / MIB),
+        "cpus": CPUS_PER_GPU * max(1, gpus),
     }
     try:
-        launcher = placement.launcher.format(**values)
+        return launcher.format(**values)
     except (KeyError, IndexError, ValueError) as error:
         raise ProvisionError(
-            f"launcher {placement.launcher!r} cannot be filled in ({error}); "
+            f"launcher {launcher!r} cannot be filled in ({error}); "
             f"it may name {', '.join(f'{{{name}}}' for name in values)}"
         ) from error
-    return {"gpu_count": needs.gpus, "launcher": launcher}
 
 
 def _known(table: Mapping[str, str], tier: Tier, setting: str, what: str) -> str:

@@ -9,7 +9,7 @@ from storage import records
 from storage.manifest import CommitRecord, PlanManifest, RunManifest
 from storage.object_store import ObjectStore
 from storage.reveal import manifest_part, publish, read_manifest, reveal, unrevealed
-from tasks.history import START_PHASES
+from tasks.run_receipt import run_rate, run_roofline, run_seconds, run_summary
 
 
 def reveal_all(store: ObjectStore, commits: Mapping[int, CommitRecord]) -> list[int]:
@@ -74,15 +74,15 @@ def _total(commits: Mapping[int, CommitRecord], name: str) -> int:
 
 def _totals(commits: Mapping[int, CommitRecord]) -> dict[str, Any]:
     """Add up the receipts: seconds over all replicas by phase, and dollars when all are priced."""
-    seconds: Counter[str] = Counter()
-    for record in commits.values():
-        seconds.update(record.receipt.get("seconds") or {})
-    usd: list[Any] = [record.receipt.get("usd") for record in commits.values()]
-    engine_s = sum(value for name, value in seconds.items() if name not in START_PHASES)
-    tokens = _total(commits, "num_completion_tokens")
+    receipts = [record.receipt for record in commits.values()]
+    usd: list[Any] = [receipt.get("usd") for receipt in receipts]
+    rate = run_rate(receipts)
     return {
-        "replica_seconds": {name: round(value, 3) for name, value in sorted(seconds.items())},
-        "completion_tokens_per_replica_s": round(tokens / engine_s, 2) if engine_s > 0 else None,
+        "replica_seconds": {n: round(v, 3) for n, v in sorted(run_seconds(receipts).items())},
+        "completion_tokens_per_replica_s": None if rate is None else round(rate, 2),
+        "roofline": run_roofline(receipts),
+        "summary": run_summary(receipts),
         "usd": round(sum(usd), 6) if usd and None not in usd else None,
+        "num_reused_rows": _total(commits, "num_reused_rows"),
         "num_attempts": sum(record.attempt for record in commits.values()),
     }

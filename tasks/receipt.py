@@ -52,6 +52,9 @@ class Meter:
     tail_s: float = 0.0
     """Of `step_s`."""
 
+    tail_tokens: int = 0
+    """Completion tokens that were added meanwhile."""
+
     write_s: float = 0.0
 
     def starved(self, seconds: float, tokenise_share: float) -> None:
@@ -99,9 +102,13 @@ class ShardFacts:
 
     states: Counter[str]
     tokens: Counter[str]
-    """`prompt`, `completion`, and `context`: tokens before each decoded one, summed."""
+    """Of all answers in the part: `prompt`, `completion`, and `context`: tokens before each decoded one,
+    summed."""
 
     lengths: Mapping[str, int]
+    reused: Counter[str] = field(default_factory=Counter)
+    """Of the answers that were copied from an earlier run: `rows`, `completion`, `context`."""
+
     num_repetitive: int = 0
     read_s: float = 0.0
     tokenise_s: float = 0.0
@@ -129,25 +136,33 @@ def shard_receipt(
     num_prompt_tokens = after.num_prompt_tokens - before.num_prompt_tokens
     num_cached = after.num_cached_tokens - before.num_cached_tokens
     num_prefilled = max(0, num_prompt_tokens - num_cached)
-    num_sequences = sum(facts.lengths.values())
-    tokens = facts.tokens
+    tokens, reused = facts.tokens, facts.reused
+    num_sequences = sum(facts.lengths.values()) - reused["rows"]
+    num_generated = tokens["completion"] - reused["completion"]
     decode_s = seconds["decode"] + seconds["tail"]
     engine_s = decode_s + seconds["prefill"]
     num_steps = after.num_steps - before.num_steps
     prefill_share = yardstick.prefill_share(
-        num_prefilled, tokens["prompt"] / max(1, num_sequences), seconds["prefill"]
+        num_prefilled,
+        tokens["prompt"] / max(1, sum(facts.lengths.values())),
+        seconds["prefill"],
     )
     decode_share = yardstick.decode_share(
-        num_steps * decode_s / engine_s if engine_s > 0 else 0.0, tokens["context"], decode_s
+        num_steps * decode_s / engine_s if engine_s > 0 else 0.0,
+        tokens["context"] - reused["context"],
+        decode_s,
     )
     usd = yardstick.usd(wall)
     return {
         "rows_by_state": {s: facts.states[s] for s in records.STATES if facts.states[s]},
         "num_rows": sum(facts.states.values()),
         "num_sequences": num_sequences,
+        "num_reused_rows": reused["rows"],
         "num_repetitive": facts.num_repetitive,
         "num_prompt_tokens": tokens["prompt"],
         "num_completion_tokens": tokens["completion"],
+        "num_reused_completion_tokens": reused["completion"],
+        "num_tail_tokens": after.meter.tail_tokens - before.meter.tail_tokens,
         "num_prefilled_tokens": num_prefilled,
         "num_cached_prompt_tokens": num_cached,
         "completion_tokens_histogram": dict(facts.lengths),
@@ -160,7 +175,7 @@ def shard_receipt(
             "tokenise": _rounded(facts.tokenise_s),
             "write": _rounded(facts.write_s),
         },
-        "completion_tokens_per_s": _rate(tokens["completion"], wall),
+        "completion_tokens_per_s": _rate(num_generated, wall) if num_steps else None,
         "roofline": {
             "gpu": yardstick.gpu.name if yardstick.gpu else None,
             "prefill_share_of_flops": _share(prefill_share),
@@ -174,11 +189,12 @@ def shard_receipt(
         "engine": {
             "backend": info.backend,
             "device": info.device,
+            "num_ranks": info.num_ranks,
             "dtype": info.dtype,
             "max_num_seqs": info.max_num_seqs,
             "max_model_len": info.max_model_len,
         },
-        "summary": _sentence(seconds, wall, tokens["completion"], prefill_share, decode_share),
+        "summary": _sentence(seconds, num_steps, num_generated, prefill_share, decode_share),
     }
 
 
@@ -209,23 +225,45 @@ def _seconds(before: Mark, after: Mark, wall: float) -> dict[str, float]:
 
 def _sentence(
     seconds: dict[str, float],
-    wall: float,
+    num_steps: int,
     num_tokens: int,
     prefill_share: float | None,
     decode_share: float | None,
 ) -> str:
+    wall = sum(seconds.values())
     if wall <= 0 or not num_tokens:
         return "No tokens were generated."
-    rate = f"{num_tokens / wall:,.0f} tokens/s over {wall:,.1f} s"
+    if not num_steps:
+        return "It ended in the same step as the shard before it, whose receipt has the time."
+    rate = f"{rate_text(num_tokens / wall)} tokens/s over {wall:,.1f} s"
+    return f"{rate}; {largest_loss(seconds, prefill_share, decode_share)}."
+
+
+def largest_loss(
+    seconds: Mapping[str, float], prefill_share: float | None, decode_share: float | None
+) -> str:
+    """Say what most of the time was lost to; the end of a sentence.
+
+    Args:
+        seconds: All of the time, by phase.
+        prefill_share: Of the arithmetic peak, in prefill; None if it is not known.
+        decode_share: Of the memory's bandwidth, in decoding; likewise.
+    """
     name, lost = max(losses(seconds, prefill_share, decode_share).items(), key=lambda i: i[1])
-    share = round(100 * lost / wall)
+    share = round(100 * lost / sum(seconds.values()))
     if share < 1:
-        return f"{rate}; nothing was lost that is worth a per cent."
+        return "nothing was lost that is worth a per cent"
+    what = _WORDS[name]
     if name == "decode" and decode_share is not None:
-        return f"{rate}; the largest loss, {share} %, was decoding at {100 * decode_share:.0f} % of the memory's bandwidth."
+        what = f"decoding at {100 * decode_share:.0f} % of the memory's bandwidth"
     if name == "prefill" and prefill_share is not None:
-        return f"{rate}; the largest loss, {share} %, was prefill at {100 * prefill_share:.0f} % of the arithmetic peak."
-    return f"{rate}; the largest loss, {share} %, was {_WORDS[name]}."
+        what = f"prefill at {100 * prefill_share:.0f} % of the arithmetic peak"
+    return f"the largest loss, {share} %, was {what}"
+
+
+def rate_text(value: float) -> str:
+    """Return a rate as people read it."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:,.1f}"
 
 
 def _rate(count: int, seconds: float) -> float | None:

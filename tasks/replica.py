@@ -33,6 +33,8 @@ from tasks.progress import Progress
 from tasks.receipt import Mark, Meter
 from tasks.results import ResultColumns, count_states
 from tasks.retry import ends_run, is_retryable
+from tasks.reuse import ReuseIndex
+from tasks.shard_answers import ShardAnswers
 from tasks.shard_work import SampleKey, ShardWork
 from tasks.stop import Stoppable, Stopped
 
@@ -76,6 +78,12 @@ class Replica:
     should_stop: Stoppable
     kept: Kept = field(default_factory=dict)
     """Answers of the canary."""
+
+    engine: bytes = b""
+    """See `tasks.content.engine_digest`."""
+
+    reuse: ReuseIndex | None = None
+    """Answers of earlier runs."""
 
     may_claim: Callable[[], bool] = lambda: True
     """Asked before every claim; False ends the drain once what is in hand is done."""
@@ -210,6 +218,9 @@ class Replica:
             columns=self.columns,
             input_schema=self.input_schema,
             num_samples=self.plan.num_samples,
+            answers=ShardAnswers(
+                engine=self.engine, num_samples=self.plan.num_samples, index=self.reuse
+            ),
             kept=self.kept,
             started_at=time.monotonic(),
         )
@@ -294,6 +305,7 @@ class Replica:
             and backend.num_unfinished < backend.info.max_num_seqs
         )
         started, decoded_s = time.monotonic(), backend.stats.decode_s
+        num_running, num_steps = backend.num_unfinished, backend.stats.num_steps
         try:
             completions = backend.step()
         except InferenceError as error:
@@ -301,8 +313,9 @@ class Replica:
             return
         stepped = time.monotonic()
         self._meter.step_s += stepped - started
-        if is_tail:
+        if is_tail and backend.stats.decode_s > decoded_s:
             self._meter.tail_s += backend.stats.decode_s - decoded_s
+            self._meter.tail_tokens += num_running * (backend.stats.num_steps - num_steps)
         for completion in completions:
             shard_id, key, submitted_at = self._owners.pop(completion.seq_id)
             self.latencies.add(stepped - submitted_at)

@@ -8,7 +8,7 @@ from typing import Any
 from storage import keys
 from storage.commits import CommitCache
 from storage.object_store import ObjectStore
-from tasks.history import START_PHASES
+from tasks.receipt import rate_text
 from tasks.report_facts import ReportFacts, finish_share, report_facts
 
 
@@ -37,6 +37,7 @@ def render_report(facts: ReportFacts) -> str:
     )
     environment.filters["count"] = lambda value: f"{value:,.0f}"
     environment.filters["duration"] = duration
+    environment.filters["rate"] = rate_text
     template = environment.get_template("report.html.j2")
     return template.render(facts=facts, cards=_cards(facts), pictures=_pictures(facts))
 
@@ -46,20 +47,19 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _cards(facts: ReportFacts) -> list[tuple[str, str]]:
     """The numbers one looks for first."""
     answered = finish_share(facts.rows_by_state)
-    engine_s = sum(v for name, v in facts.seconds.items() if name not in START_PHASES)
     tokens = facts.num_completion_tokens
     cards = [
-        ("rows", f"{sum(facts.rows_by_state.values()):,}"),
+        ("rows", _compact(sum(facts.rows_by_state.values()))),
         ("answered", "-" if answered is None else f"{100 * answered:.2f} %"),
-        ("completion tokens", f"{tokens:,}"),
+        ("completion tokens", _compact(tokens)),
         ("time", duration(facts.wall_s)),
-        ("tokens/s per replica", f"{tokens / engine_s:,.0f}" if engine_s > 0 else "-"),
+        ("tokens/s per replica", "-" if facts.rate is None else rate_text(facts.rate)),
         ("replicas", str(facts.num_replicas)),
         ("replica hours", f"{sum(facts.seconds.values()) / 3600:,.2f}"),
         ("cost", "no price given" if facts.usd is None else f"${facts.usd:,.2f}"),
@@ -74,6 +74,11 @@ def _cards(facts: ReportFacts) -> list[tuple[str, str]]:
         if share is not None:
             cards.append((label, f"{100 * share:.0f} %"))
     return cards
+
+
+def _compact(count: int) -> str:
+    """Return a count that fits into a card."""
+    return f"{count:,}" if count < 10**7 else f"{count / 1e6:,.1f} M"
 
 
 def _pictures(facts: ReportFacts) -> list[dict[str, Any]]:
@@ -101,4 +106,15 @@ def _pictures(facts: ReportFacts) -> list[dict[str, Any]]:
         ),
     ]
     # Drawn here from numbers and fixed words only: nothing of a row is in it.
-    return [{"title": title, "svg": Markup(svg)} for title, svg in made if svg is not None]
+    legends = {
+        "Device": [
+            ("peak memory", draw.ACCENT),
+            ("KV blocks in use", draw.SECOND),
+            ("utilisation", draw.THIRD),
+        ]
+    }
+    return [
+        {"title": title, "svg": Markup(svg), "legend": legends.get(title, [])}
+        for title, svg in made
+        if svg is not None
+    ]

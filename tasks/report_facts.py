@@ -16,12 +16,15 @@ from storage.commits import CommitCache, current_commits
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, RunRecord, digest
 from storage.object_store import ObjectStore
 from storage.reveal import read_manifest
+from tasks.history import num_generated_tokens
 from tasks.job import job_of
 from tasks.lengths import merged
+from tasks.run_receipt import run_rate, run_roofline, run_seconds, run_summary
 
 NUM_SLOWEST = 8
 NUM_COMPLETIONS = 10
-_MAX_PARTS = 20  # parts looked into for the kinds of failure
+_MAX_PARTS = 5  # parts looked into for the kinds of failure
+_ENOUGH_ROWS = 10  # of each failed state
 _MAX_KINDS = 12
 _SHOWN_CHARS = 600
 _BINS = 60
@@ -44,6 +47,8 @@ class ReportFacts:
     """Over all replicas, by phase."""
 
     num_completion_tokens: int
+    """Generated in this run."""
+
     wall_s: float
     """From the first shard's start to the last one's commit."""
 
@@ -63,10 +68,22 @@ class ReportFacts:
     failures: list[tuple[str, str, int]]
     """State, kind of error, rows; from the parts looked into."""
 
-    is_failures_sampled: bool
+    num_failing_parts: int
+    """Parts that have a failed row."""
+
+    num_looked_into: int
+    """Of them, those that `failures` comes from: each is downloaded."""
+
     completions: list[dict[str, Any]]
     num_repetitive: int
+    num_reused: int
+    """Rows copied from earlier runs."""
+
     roofline: dict[str, float | None]
+    rate: float | None
+    """Completion tokens per second of a replica."""
+
+    summary: str
 
 
 def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> ReportFacts:
@@ -89,6 +106,7 @@ def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> Rep
     start, end = _span(ordered)
     prices = [receipt.get("usd") for receipt in receipts]
     failing = [c for c in ordered if records.num_unanswered(c.counts)]
+    failures, num_looked_into = _failures(store, failing)
     return ReportFacts(
         uri=store.uri,
         record=record,
@@ -97,8 +115,8 @@ def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> Rep
         is_private=job.output.private,
         num_committed=len(commits),
         rows_by_state={state: counts[state] for state in records.STATES if counts[state]},
-        seconds=_seconds(receipts),
-        num_completion_tokens=sum(r.get("num_completion_tokens") or 0 for r in receipts),
+        seconds=run_seconds(receipts),
+        num_completion_tokens=sum(map(num_generated_tokens, receipts)),
         wall_s=(end - start).total_seconds() if start and end else 0.0,
         usd=sum(p for p in prices if p is not None) if prices and None not in prices else None,
         num_replicas=len({commit.holder for commit in ordered}),
@@ -109,11 +127,15 @@ def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> Rep
         ),
         shards=_slowest(ordered),
         device=_device(ordered, start),
-        failures=_failures(store, failing[:_MAX_PARTS]),
-        is_failures_sampled=len(failing) > _MAX_PARTS,
+        failures=failures,
+        num_failing_parts=len(failing),
+        num_looked_into=num_looked_into,
         completions=[] if job.output.private else _completions(store, ordered),
         num_repetitive=sum(r.get("num_repetitive") or 0 for r in receipts),
-        roofline=_roofline(receipts),
+        num_reused=sum(r.get("num_reused_rows") or 0 for r in receipts),
+        roofline=run_roofline(receipts),
+        rate=run_rate(receipts),
+        summary=run_summary(receipts),
     )
 
 
@@ -132,14 +154,6 @@ def _span(ordered: list[CommitRecord]) -> tuple[datetime | None, datetime | None
     return min(starts), datetime.fromisoformat(ordered[-1].committed_at)
 
 
-def _seconds(receipts: list[dict[str, Any]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for receipt in receipts:
-        for name, value in (receipt.get("seconds") or {}).items():
-            total[name] = total.get(name, 0.0) + value
-    return total
-
-
 def _rates(
     ordered: list[CommitRecord], start: datetime | None, end: datetime | None
 ) -> list[tuple[float, float]]:
@@ -151,7 +165,7 @@ def _rates(
     for commit in ordered:
         last = (datetime.fromisoformat(commit.committed_at) - start).total_seconds()
         wall = max(commit.receipt.get("wall_s") or 0.0, 1e-6)
-        count = commit.receipt.get("num_completion_tokens") or 0
+        count = num_generated_tokens(commit.receipt)
         for index in range(_BINS):
             low, high = max(last - wall, index * width), min(last, (index + 1) * width)
             if high > low:
@@ -171,8 +185,9 @@ def _slowest(ordered: list[CommitRecord]) -> list[dict[str, Any]]:
         }
         for commit in ordered
         if commit.receipt.get("num_sequences")
+        and commit.receipt.get("completion_tokens_per_s") is not None
     ]
-    rows.sort(key=lambda row: (row["tokens_per_s"] or 0.0, -row["wall_s"]))
+    rows.sort(key=lambda row: (row["tokens_per_s"], -row["wall_s"]))
     return rows[:NUM_SLOWEST]
 
 
@@ -195,22 +210,6 @@ def _device(ordered: list[CommitRecord], start: datetime | None) -> list[dict[st
     return found
 
 
-def _roofline(receipts: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Shares weighted by the time they hold for."""
-    found: dict[str, float | None] = {}
-    for name, phases in (
-        ("prefill_share_of_flops", ("prefill",)),
-        ("decode_share_of_bandwidth", ("decode", "tail")),
-    ):
-        weighted = seconds = 0.0
-        for receipt in receipts:
-            share = (receipt.get("roofline") or {}).get(name)
-            took = sum(receipt["seconds"].get(p, 0.0) for p in phases) if share is not None else 0.0
-            weighted, seconds = weighted + (share or 0.0) * took, seconds + took
-        found[name] = weighted / seconds if seconds > 0 else None
-    return found
-
-
 def _parts(store: ObjectStore, commits: list[CommitRecord], columns: list[str]) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.parquet"
@@ -220,18 +219,39 @@ def _parts(store: ObjectStore, commits: list[CommitRecord], columns: list[str]) 
                 yield from file.iter_batches(batch_size=16_384, columns=columns)
 
 
-def _failures(store: ObjectStore, failing: list[CommitRecord]) -> list[tuple[str, str, int]]:
+def _failures(
+    store: ObjectStore, failing: list[CommitRecord]
+) -> tuple[list[tuple[str, str, int]], int]:
+    """Return kinds of failure, and how many parts they come from: few, spread over the run.
+
+    The first part tells most; others follow until each failed state has been seen a few times.
+    """
+    wanted: Counter[str] = Counter()
+    for commit in failing:
+        wanted.update({s: n for s, n in commit.counts.items() if s not in records.ANSWERED})
     kinds: Counter[tuple[str, str]] = Counter()
-    for batch in _parts(store, failing, ["state", "error"]):
-        for row in batch.to_pylist():
-            if row["state"] not in records.ANSWERED:
-                kinds[row["state"], error_kind(row["error"])] += 1
-    return [(state, kind, count) for (state, kind), count in kinds.most_common(_MAX_KINDS)]
+    seen: Counter[str] = Counter()
+    looked = 0
+    for commit in _spread(failing, _MAX_PARTS):
+        if all(seen[state] >= min(_ENOUGH_ROWS, count) for state, count in wanted.items()):
+            break
+        looked += 1
+        for batch in _parts(store, [commit], ["state", "error"]):
+            for row in batch.to_pylist():
+                if row["state"] not in records.ANSWERED:
+                    kinds[row["state"], error_kind(row["error"])] += 1
+                    seen[row["state"]] += 1
+    most = [(state, kind, count) for (state, kind), count in kinds.most_common(_MAX_KINDS)]
+    return most, looked
+
+
+def _spread(commits: list[CommitRecord], count: int) -> list[CommitRecord]:
+    return commits[:: max(1, -(-len(commits) // count))][:count]
 
 
 def _completions(store: ObjectStore, ordered: list[CommitRecord]) -> list[dict[str, Any]]:
     """The first answers of parts spread over the run."""
-    chosen = ordered[:: max(1, len(ordered) // NUM_COMPLETIONS)][:NUM_COMPLETIONS]
+    chosen = _spread(ordered, NUM_COMPLETIONS)
     each = -(-NUM_COMPLETIONS // max(1, len(chosen)))
     columns = ["row_index", "state", "completion", "num_completion_tokens"]
     found: list[dict[str, Any]] = []

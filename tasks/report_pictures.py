@@ -7,8 +7,9 @@ from typing import Any
 
 INK = "#010203"  # becomes the page's text colour
 ACCENT = "#3b7dd8"
-_SECOND = "#d9822b"
-_WIDTH, _HEIGHT = 6.0, 2.4  # inches; scaled to the page
+SECOND = "#d9822b"
+THIRD = "#45b8ac"
+_WIDTH, _HEIGHT = 4.8, 2.3  # inches; scaled to the page, so that letters can be read on a phone
 _PALETTE = {
     "stage": "#8c8c8c",
     "load": "#b0a090",
@@ -16,9 +17,9 @@ _PALETTE = {
     "start": "#8a9ba8",
     "read": "#b565a7",
     "tokenise": "#d65076",
-    "prefill": "#45b8ac",
+    "prefill": THIRD,
     "decode": ACCENT,
-    "tail": _SECOND,
+    "tail": SECOND,
     "write": "#efc050",
     "other": "#9b9b9b",
 }
@@ -34,6 +35,7 @@ def rates_picture(rates: Sequence[tuple[float, float]]) -> str:
     axes.set_ylabel("completion tokens/s")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     return _svg(figure, "Completion tokens per second over time")
 
 
@@ -43,10 +45,11 @@ def histogram_picture(histogram: Mapping[str, int], label: str) -> str:
     bounds = sorted(int(bound) for bound in histogram)
     counts = [histogram[str(bound)] for bound in bounds]
     axes.bar(range(len(bounds)), counts, width=0.9, color=ACCENT)
-    every = max(1, len(bounds) // 8)
+    every = max(1, -(-len(bounds) // 7))
     axes.set_xticks(range(0, len(bounds), every), [f"{b:,}" for b in bounds[::every]])
     axes.set_xlabel(f"{label}, up to")
     axes.set_ylabel("rows")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     return _svg(figure, f"Rows by {label}")
 
 
@@ -71,18 +74,18 @@ def device_picture(rows: Sequence[Mapping[str, float]]) -> str:
     """Peak device memory, and KV occupancy and utilisation where they are known."""
     figure, axes = _figure()
     minutes = [row["minutes"] for row in rows]
-    axes.plot(minutes, [row["memory_gb"] for row in rows], color=ACCENT, marker=".")
-    axes.set_ylim(bottom=0)
+    axes.plot(minutes, [row["memory_gb"] for row in rows], color=ACCENT, linewidth=1.5)
+    axes.set_ylim(0, 1.15 * max(row["memory_gb"] for row in rows))
     axes.set_ylabel("peak memory, GB")
     axes.set_xlabel("minutes since the start")
     shares = axes.twinx()
     shares.spines[["top"]].set_visible(False)
     shares.set_ylim(0, 105)
     shares.set_ylabel("KV in use, utilisation, %")
-    shares.plot(minutes, [100 * row["kv_occupancy"] for row in rows], color=_SECOND, marker=".")
+    shares.plot(minutes, [100 * row["kv_occupancy"] for row in rows], color=SECOND, linewidth=1.5)
     used = [(row["minutes"], 100 * row["utilisation"]) for row in rows if "utilisation" in row]
     if used:
-        shares.plot(*zip(*used, strict=True), color="#45b8ac", marker=".")
+        shares.plot(*zip(*used, strict=True), color=THIRD, linewidth=1.5)
     return _svg(figure, "Device memory in blue, KV in use in orange, utilisation in green")
 
 

@@ -1,5 +1,6 @@
 """Completions to output rows: the one place where the engine's answer becomes a record."""
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,6 +108,23 @@ def sample_result(row: RowOutcome, sample_index: int, completion: Completion) ->
         token_ids=completion.token_ids,
         logprobs=completion.logprobs,
     )
+
+
+def stored_sample(row: dict[str, Any]) -> SampleResult:
+    """Return an output row's result columns as they were before they were written."""
+    values: dict[str, Any] = {name: row.get(name) for name in SampleResult._fields}
+    if values["token_ids"] is not None:
+        values["token_ids"] = array("i", values["token_ids"])  # a list takes ten times as much
+    if values["logprobs"] is not None:
+        values["logprobs"] = tuple(
+            TokenLogprob(
+                item["token_id"],
+                item["logprob"],
+                tuple((top["token_id"], top["logprob"]) for top in item["top"]),
+            )
+            for item in values["logprobs"]
+        )
+    return SampleResult(**values)
 
 
 def count_states(samples: Sequence[SampleResult]) -> Counter[str]:

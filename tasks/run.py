@@ -7,6 +7,7 @@ attach: the same from a run folder, for a replica that joins.
 """
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,10 +19,10 @@ from inference.backends import Backend, resolve_backend
 from inference.errors import ModelError
 from storage import keys
 from storage.commits import CommitCache, current_commits
-from storage.errors import AlreadyExists, BadInput, InputChanged, NotFound
+from storage.errors import AlreadyExists, BadInput, CorruptObject, InputChanged, NotFound
 from storage.failpoints import failpoint
 from storage.inputs import InputFiles
-from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, digest
+from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, digest, to_json
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from tasks.feed import PromptFeed
@@ -34,11 +35,12 @@ from tasks.fingerprint import (
     versions,
 )
 from tasks.job import RunConfig
-from tasks.model import RunModel, open_model
+from tasks.model import RunModel, begin_model, peek_model
 from tasks.plan import load_plan, load_shards, make_plan
-from tasks.preflight import refuse_over_budget
 from tasks.progress import Progress
 from tasks.results import ResultColumns
+from tasks.reuse import ReuseIndex, open_reuse
+from tasks.run_forecast import refuse_over_budget
 
 log = logging.getLogger("nightjar.run")
 
@@ -60,6 +62,7 @@ class Run:
     """What planned, its tokenizer loaded, for the first feed to take over."""
 
     commit_cache: CommitCache = dataclasses.field(default_factory=dict)
+    reuse_index: ReuseIndex | None = None
     warm_backend: Backend | None = None
     """The engine of the canary, for the first replica in this process to take over."""
 
@@ -95,8 +98,28 @@ class Run:
         with feed, process or nullcontext():
             yield feed
 
+    def open_reuse(self) -> ReuseIndex | None:
+        """Return the answers of earlier runs that the plan counts on; None without any.
+
+        One that has vanished meanwhile costs only that its rows are generated. Raises StorageError.
+        """
+        uris = self.plan.stats.get("reuse_from")
+        if uris and self.reuse_index is None:
+            try:
+                self.reuse_index = open_reuse(
+                    uris,
+                    self.record.fingerprint_fields,
+                    storage=self.job.storage,
+                    folder=self.work_dir / "reuse",
+                )
+            except BadInput as error:
+                log.warning("%s; all rows are generated", error)
+        return self.reuse_index
+
     def close(self) -> None:
         """Let go of the model, the feed and an engine nobody took. Safe to repeat."""
+        if self.reuse_index is not None:
+            self.reuse_index.close()
         unused = self.take_backend()
         if unused is not None:
             unused.close()
@@ -120,7 +143,9 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
     root = open_store(job.output.uri, job.storage)
     probe_store(root, allow_single_writer=job.storage.allow_single_writer)
     progress.phase = "checking the model"
-    model = open_model(job, progress=progress)
+    model = peek_model(job, work_dir=work_dir, progress=progress)
+    assert model.content_id is not None, "a look tells which model it is"
+    job = _pinned(job, model)
     process = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
     try:
         progress.phase = "listing inputs"
@@ -138,6 +163,7 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
         )
         store = open_store(f"{root.uri}/{run_id}", job.storage)
         record = _write_record(store, job, run_id, fields)
+        store.put(keys.JOB, to_json(dataclasses.asdict(job)))
         progress.phase = "planning"
         plan = make_plan(
             job=job,
@@ -163,33 +189,65 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
 
 
 def attach(
-    job: RunConfig, record: RunRecord, store: ObjectStore, *, work_dir: Path, progress: Progress
+    job: RunConfig,
+    record: RunRecord,
+    store: ObjectStore,
+    *,
+    work_dir: Path,
+    progress: Progress,
+    is_replica: bool = True,
 ) -> Run:
-    """Join a planned run as another replica.
+    """Join a planned run.
+
+    Args:
+        job: The job.
+        record: Of the run.
+        store: The run folder.
+        work_dir: A scratch folder of the caller's.
+        progress: Counters to keep.
+        is_replica: Whether an engine will run here, so that the weights can be on their way already.
 
     Raises:
         BadInput: the folder has no plan.
-        ModelError: the model found here is not the one the run was planned with.
+        ModelError: the model found here is not the one the run was planned with; where weights are
+            still on their way, the engine that loads them raises it.
     """
     plan = planned(store)
-    model = open_model(job, progress=progress)
-    wanted = record.fingerprint_fields["model.content_id"]
-    if model.content_id != wanted:
+    if is_replica:
+        model = begin_model(job, progress=progress)
+    else:
+        model = peek_model(job, work_dir=work_dir, progress=progress)
+    try:
+        model.expect(record.fingerprint_fields["model.content_id"])
+    except ModelError:
         model.close()
-        raise ModelError(
-            f"model {job.model.source}: content {model.content_id[:12]}, this run was planned with "
-            f"{wanted[:12]}; restore the weights or start a new run"
-        )
+        raise
     return _run(job, record, store, plan, model, work_dir)
 
 
 def read_record(store: ObjectStore) -> RunRecord:
-    """Read run.json. Raises BadInput when the folder is not a run's."""
+    """Read run.json, with the job as the latest start has it.
+
+    Budget, deadline, canary and the like may differ from start to start; what can change a token cannot.
+
+    Raises:
+        BadInput: the folder is not a run's.
+    """
     try:
-        return RunRecord.from_json(store.get(keys.RUN), source=f"{store.uri}/{keys.RUN}")
+        record = RunRecord.from_json(store.get(keys.RUN), source=f"{store.uri}/{keys.RUN}")
     except NotFound:
         raise BadInput(
             f"{store.uri}: no run.json; give a run folder, such as OUTPUT_URI/RUN_ID"
+        ) from None
+    try:
+        latest = store.get(keys.JOB)
+    except NotFound:
+        return record
+    try:
+        return dataclasses.replace(record, job=json.loads(latest))
+    except ValueError:
+        raise CorruptObject(
+            f"{store.uri}/{keys.JOB}: not JSON; delete it, and the job of the first start holds"
         ) from None
 
 
@@ -229,6 +287,13 @@ def _run(
         work_dir=work_dir,
         max_model_len=record.fingerprint_fields["engine.max_model_len"],
     )
+
+
+def _pinned(job: RunConfig, model: RunModel) -> RunConfig:
+    """The job as replicas elsewhere are given it: a branch of the Hub may move before they ask."""
+    if not job.model.source.startswith("hf://"):
+        return job
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, source=model.uri))
 
 
 def _write_record(

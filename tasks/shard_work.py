@@ -21,6 +21,7 @@ import pyarrow as pa
 from inference.sampling import SamplingParams, draw_seed
 from inference.sequence import Completion, Sequence
 from storage import records
+from storage.answers import ANSWERS, WrittenAnswers
 from storage.local_errors import translate
 from storage.manifest import Shard
 from storage.shard_writer import PartWriter, WrittenPart, read_part
@@ -34,6 +35,7 @@ from tasks.results import (
     sample_result,
     unrun_sample,
 )
+from tasks.shard_answers import ShardAnswers
 
 _PREFIX_TOKENS = 32  # rows whose prompts agree this far are started together
 _WRITE_ROWS = 1024
@@ -57,6 +59,8 @@ class Written(NamedTuple):
     lengths: dict[str, int]
     """Answered samples by completion tokens; see `tasks.lengths.bucket`."""
 
+    answers: WrittenAnswers
+
 
 class _Runnable(NamedTuple):
     offset: int
@@ -79,6 +83,9 @@ class ShardWork:
     """Arrow schema of the copied-through columns."""
 
     num_samples: int
+    answers: ShardAnswers
+    """Of every output row, by digest."""
+
     base: Path | None = None
     """The part a retry starts from: its answered rows are kept, its failed ones redone."""
 
@@ -115,6 +122,8 @@ class ShardWork:
             raise AssertionError(
                 f"shard {self.shard.shard_id}: read {len(self.rows)} rows, planned {self.shard.num_rows}"
             )
+        if self.base is None:
+            self._reuse()
 
     @contextmanager
     def _spilling(self) -> Iterator[Callable[[Any], None]]:
@@ -194,6 +203,7 @@ class ShardWork:
         states: Counter[str] = Counter()
         tokens: Counter[str] = Counter()
         lengths: Counter[str] = Counter()
+        is_ok: list[bool] = []
         # The part holds what was spilled and the completions: so much, or little more.
         num_bytes = self._spill.stat().st_size
         with (
@@ -202,15 +212,18 @@ class ShardWork:
         ):
             for batch in self._output_batches():
                 writer.write(batch)
-                states.update(batch.column("state").to_pylist())
+                found = batch.column("state").to_pylist()
+                states.update(found)
+                is_ok += [state == records.OK for state in found]
                 _count_tokens(batch, tokens, lengths)
             part = writer.finish()
+            answers = self.answers.write(self.folder / ANSWERS, is_ok)
         wanted = self.shard.num_rows * self.num_samples
         if part.num_rows != wanted:
             raise AssertionError(
                 f"shard {self.shard.shard_id}: wrote {part.num_rows} rows, planned {wanted}"
             )
-        return Written(part, states, tokens, merged([lengths]))
+        return Written(part, states, tokens, merged([lengths]), answers)
 
     def discard(self) -> None:
         """Remove the attempt's local files."""
@@ -229,6 +242,7 @@ class ShardWork:
             row.row_index, row.num_prompt_tokens, row.is_thinking, row.state, row.error
         )
         self.rows.append(outcome)
+        self.answers.add(row)
         if row.state is None:
             tokens = array("i", row.token_ids)
             self._runnable.append(_Runnable(offset, tokens, row.sampling, row.row_key))
@@ -239,6 +253,19 @@ class ShardWork:
             return
         for key in self._keys(offset):
             self.results[key] = unrun_sample(outcome, key.sample_index)
+
+    def _reuse(self) -> None:
+        """Take over what an earlier run has answered."""
+        missing = (
+            row.offset * self.num_samples + key.sample_index
+            for row in self._runnable
+            for key in self._keys(row.offset)
+            if key not in self.results
+        )
+        for place, found in self.answers.fetch(missing):
+            key = SampleKey(*divmod(place, self.num_samples))
+            row_index = self.rows[key.offset].row_index
+            self.results[key] = found._replace(row_index=row_index, sample_index=key.sample_index)
 
     def _failed_in_base(self, base: Path) -> Iterator[SampleKey]:
         for batch in read_part(base, columns=["row_index", "sample_index", "state"]):

@@ -11,8 +11,10 @@ from storage.errors import BadInput
 from storage.object_store import ObjectStore
 from tasks.choose_tier import named_gpus, sizing_options
 from tasks.hardware import load_hardware
+from tasks.job import job_of
 from tasks.plan import load_plan
 from tasks.run import Run, read_record
+from tasks.run_forecast import expected_workload
 
 
 class Choice(NamedTuple):
@@ -30,7 +32,7 @@ def size(model: str, *, hardware: str | None = None, run: ObjectStore | None = N
         EngineConfigError: the hardware file is wrong.
         BadInput: `run` is not a planned run.
     """
-    workload = DEFAULT_WORKLOAD if run is None else _workload(run)
+    workload = DEFAULT_WORKLOAD if run is None else planned_workload(run)
     return size_model(read_model_shape(model), load_hardware(hardware), workload)
 
 
@@ -47,7 +49,7 @@ def choose(run: Run, hardware: str | None = None, *, deadline_s: float | None = 
     tier = choose_tier(
         read_model_shape(str(run.model.path)),
         gpus,
-        _workload(run.store),
+        planned_workload(run.store),
         options=sizing_options(job, num_gpus),
         deadline_s=deadline_s,
         budget_usd=job.budget.usd,
@@ -55,15 +57,13 @@ def choose(run: Run, hardware: str | None = None, *, deadline_s: float | None = 
     return Choice(tier, next(gpu for gpu in gpus if gpu.name == tier.gpu))
 
 
-def _workload(run: ObjectStore) -> Workload:
+def planned_workload(run: ObjectStore) -> Workload:
+    """Return what a planned run asks of an engine, as `nightjar plan` reckons it.
+
+    Raises:
+        BadInput: it is not planned.
+    """
     plan = load_plan(run)
     if plan is None:
         raise BadInput(f"{run.uri}: no plan.json; give a planned run's folder")
-    max_tokens = read_record(run).fingerprint_fields["sampling.max_tokens"]
-    num_sequences = max(1, (plan.num_rows - plan.num_bad_rows) * plan.num_samples)
-    return Workload.from_totals(
-        num_sequences,
-        plan.num_prompt_tokens * plan.num_samples,
-        num_sequences * max_tokens,
-        max_completion_tokens=max_tokens,
-    )
+    return expected_workload(job_of(read_record(run)), plan)

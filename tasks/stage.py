@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from inference.config import Dtype
+from storage.errors import AccessDenied, NoSpace
 from storage.model_cache import CacheEntry, Eviction
 from storage.object_store import DEFAULT_STORAGE, StorageConfig
+from storage.peek import Peeked, Spans, peek_model
 from storage.stage_report import StageReport
-from storage.staging import DEFAULT_ENGINE_BYTES, StagedModel, stage_model
+from storage.staging import DEFAULT_ENGINE_BYTES, StagedModel, find_model, stage_model
 from tasks.job import RunConfig
 
 NVME_DEMAND_GB_PER_S = 1.0
@@ -39,6 +41,7 @@ def stage(
     reserve_bytes: int = DEFAULT_ENGINE_BYTES,
     budget_bytes: int | None = None,
     allowed_code: Iterable[str] = (),
+    on_ready: Callable[[Path], None] | None = None,
     on_file: Callable[[Path], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> StagedModel:
@@ -52,10 +55,6 @@ def stage(
         StorageError: as `stage_model` does.
         ModelError: a GGUF file cannot be converted.
     """
-    if source.startswith("pkg:"):
-        from inference.gguf import find_gguf
-
-        source = str(find_gguf(source))
 
     def convert(gguf: Path, folder: Path) -> Path:
         from inference.gguf import convert_gguf
@@ -63,13 +62,14 @@ def stage(
         return convert_gguf(gguf, folder, dtype)
 
     return stage_model(
-        source,
+        _unpacked(source),
         config=storage,
         stage_to=stage_to,
         reserve_bytes=reserve_bytes,
         budget_bytes=budget_bytes,
         allowed_code=frozenset(allowed_code),
         convert_gguf=convert,
+        on_ready=on_ready,
         on_file=on_file,
         on_progress=on_progress,
     )
@@ -79,6 +79,7 @@ def stage_for(
     job: RunConfig,
     *,
     reserve_bytes: int = DEFAULT_ENGINE_BYTES,
+    on_ready: Callable[[Path], None] | None = None,
     on_file: Callable[[Path], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> StagedModel:
@@ -89,9 +90,34 @@ def stage_for(
         stage_to=job.hardware.stage_to,
         dtype=job.model.dtype,
         reserve_bytes=reserve_bytes,
+        on_ready=on_ready,
         on_file=on_file,
         on_progress=on_progress,
     )
+
+
+def find_for(job: RunConfig) -> StagedModel | None:
+    """The model of a job if no byte must be moved for it here; else None. Raises as `stage` does."""
+    try:
+        return find_model(
+            _unpacked(job.model.source), config=job.storage, stage_to=job.hardware.stage_to
+        )
+    except (AccessDenied, NoSpace):  # `stage_to` may be a folder that only replicas' machines have
+        return None
+
+
+def look_at(job: RunConfig, folder: Path, spans: Spans) -> Peeked | None:
+    """Look at the model of a job; see `storage.peek.peek_model`."""
+    return peek_model(_unpacked(job.model.source), folder, config=job.storage, spans=spans)
+
+
+def _unpacked(source: str) -> str:
+    """The file that `pkg:NAME` means; any other source as it is."""
+    if not source.startswith("pkg:"):
+        return source
+    from inference.gguf import find_gguf
+
+    return str(find_gguf(source))
 
 
 def as_json(report: StageReport) -> dict[str, Any]:

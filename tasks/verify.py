@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import keys, records
+from storage.answers import answers_key, read_answers
 from storage.commits import current_commits
 from storage.errors import CorruptObject, NotFound
 from storage.manifest import CommitRecord, PlanManifest, RunManifest, Shard, digest, file_digest
@@ -121,6 +122,7 @@ def _check_part(
         return
     finally:
         path.unlink(missing_ok=True)
+    _check_answers(store, record, counts, found)
     found.num_parts += 1
     found.counts.update(counts)
     found.num_rows += sum(counts.values())
@@ -130,6 +132,24 @@ def _check_part(
         )
     if (record.row_start, record.row_end) != (shard.row_start, shard.row_end):
         found.violations.append(f"{key}: committed for other rows than planned")
+
+
+def _check_answers(
+    store: ObjectStore, record: CommitRecord, counts: Counter[str], found: Verification
+) -> None:
+    """Check what a later run would reuse by; that it is gone is no fault of this run's results."""
+    sha256, key = record.receipt.get("answers"), answers_key(record)
+    if not sha256:
+        return
+    try:
+        column = read_answers(store.get(key), sha256=sha256, source=key)
+    except NotFound:
+        return
+    except CorruptObject as error:
+        found.violations.append(str(error))
+        return
+    if len(column) != sum(counts.values()) or len(column) - column.null_count != counts[records.OK]:
+        found.violations.append(f"{key}: not the digests of its part's ok rows")
 
 
 def _count_rows(

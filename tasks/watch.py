@@ -2,18 +2,46 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from storage.commits import CommitCache
+from storage import keys
+from storage.commits import CommitCache, current_commits
 from storage.errors import StorageError
+from storage.manifest import CommitRecord, PlanManifest, digest
 from storage.object_store import ObjectStore
 from tasks.outlook import Outlook, read_outlook
+from tasks.plan import load_plan
 from tasks.progress import Progress
 
 log = logging.getLogger("nightjar.watch")
 
 EVERY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """A run under way at one moment, over all its replicas."""
+
+    plan: PlanManifest
+    commits: Mapping[int, CommitRecord]
+    outlook: Outlook
+
+
+OnLook = Callable[[Look], None]
+"""Shows a look somewhere; it must not raise, and is called from another thread."""
+
+
+def look_at(store: ObjectStore, cache: CommitCache | None = None) -> Look | None:
+    """Read how a run is doing; None before it is planned. `cache` has commits known already."""
+    plan = load_plan(store)
+    if plan is None:
+        return None
+    commits = current_commits(store, digest(store.get(keys.PLAN)), cache=cache)
+    outlook = read_outlook(store, commits=commits)
+    return None if outlook is None else Look(plan=plan, commits=commits, outlook=outlook)
 
 
 class Watch:
@@ -38,12 +66,18 @@ class Watch:
 
 
 @contextmanager
-def watching(store: ObjectStore, progress: Progress, *, every_s: float = EVERY_S) -> Iterator[None]:
-    """Watch in a thread while the body runs."""
+def watching(
+    store: ObjectStore,
+    progress: Progress,
+    *,
+    every_s: float = EVERY_S,
+    on_look: OnLook | None = None,
+) -> Iterator[None]:
+    """Watch in a thread while the body runs; `on_look` is shown each look, the first one at once."""
     done = threading.Event()
     thread = threading.Thread(
         target=_loop,
-        args=(store, Watch(progress), done, every_s),
+        args=(store, Watch(progress), done, every_s, on_look),
         name="nightjar-watch",
         daemon=True,
     )
@@ -55,10 +89,25 @@ def watching(store: ObjectStore, progress: Progress, *, every_s: float = EVERY_S
         thread.join()
 
 
-def _loop(store: ObjectStore, watch: Watch, done: threading.Event, every_s: float) -> None:
+def _loop(
+    store: ObjectStore,
+    watch: Watch,
+    done: threading.Event,
+    every_s: float,
+    on_look: OnLook | None,
+) -> None:
     cache: CommitCache = {}
-    while not done.wait(every_s):
+    pause_s = 0.0 if on_look is not None else every_s
+    while not done.wait(pause_s):
+        started = time.thread_time()
         try:
-            watch.see(read_outlook(store, cache=cache))
+            found = look_at(store, cache)
         except StorageError as error:
             log.info("no outlook now: %s", error)
+            found = None
+        if found is not None:
+            watch.see(found.outlook)
+            if on_look is not None:
+                on_look(found)
+        # A run of very many shards is looked at less often: never more than a hundredth of a core.
+        pause_s = max(every_s, 100 * (time.thread_time() - started))

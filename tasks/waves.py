@@ -10,7 +10,7 @@ start, and waves that commit nothing are bounded, too.
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,6 +41,9 @@ class Fleet(Protocol):
 
     def num_running(self) -> int:
         """How many of those are known to have started."""
+
+    def last_words(self) -> str | None:
+        """What the replica that failed last said, in one line without any text of the rows."""
 
     def dismiss(self) -> None:
         """Call off those that have not started: nothing is left for them."""
@@ -84,12 +87,22 @@ class _Progress:
     idle_waves: int = 0
     commits_at_wave: int = -1
     not_before: float = 0.0
+    has_grown: bool = False
+    """There may be more than one replica."""
 
 
 def drain_by_waves(
-    run: Run, fleet: Fleet, *, invocation: str, limits: Limits, should_stop: StopSignal
+    run: Run,
+    fleet: Fleet,
+    *,
+    invocation: str,
+    limits: Limits,
+    should_stop: StopSignal,
+    may_grow: Callable[[], bool] = lambda: True,
 ) -> dict[int, str]:
     """Bring up replicas until every shard is committed or given up; return the latter with why.
+
+    While `may_grow` is False there is one replica at most; what it raises ends the waves.
 
     Raises:
         Stopped: `should_stop` was set or the start was cancelled; the fleet is stopped.
@@ -110,6 +123,8 @@ def drain_by_waves(
                         raise BudgetSpent(budget.reason or f"budget.usd is {budget.usd}; raise it")
                     _sleep(limits.poll_s, should_stop)
                     continue
+                if not seen.has_grown and may_grow():
+                    seen.has_grown, seen.idle_waves, seen.not_before = True, 0, 0.0
                 given_up = _turn(run, fleet, invocation, limits, seen, missing, _shard_s(commits))
                 if given_up is not None:
                     return given_up
@@ -163,8 +178,11 @@ def _turn(
     if count <= 0 or time.monotonic() < seen.not_before:
         return None
     if not _may_launch(seen, limits, len(run.shards) - len(missing)):
-        why = f"{MAX_IDLE_WAVES} waves of replicas committed nothing; see their flow runs"
-        return None if num_live else {**dict.fromkeys(todo, why), **given_up}
+        if num_live:
+            return None
+        said = fleet.last_words() or "see their flow runs"
+        why = f"{MAX_IDLE_WAVES} waves of replicas committed nothing; {said}"
+        return {**dict.fromkeys(todo, why), **given_up}
     log.info(
         "wave=%d replicas=%d missing_shards=%d live=%d", seen.wave, count, len(missing), num_live
     )
@@ -212,6 +230,8 @@ def desired_replicas(limits: Limits, *, elapsed_s: float, num_missing: int, shar
 
 
 def _wanted(limits: Limits, seen: _Progress, num_missing: int, shard_s: float) -> int:
+    if not seen.has_grown:
+        return 1
     elapsed_s = time.monotonic() - seen.started_at
     return desired_replicas(limits, elapsed_s=elapsed_s, num_missing=num_missing, shard_s=shard_s)
 

@@ -39,7 +39,7 @@ class Yardstick:
         return cls(
             shape=shape,
             gpu=gpu,
-            num_gpus=job.engine.num_ranks,
+            num_gpus=info.num_ranks,
             dtype=info.dtype,
             quantization=job.model.quantization,
             kv_cache_dtype=job.engine.kv_cache_dtype,

@@ -102,10 +102,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = self.hub.spoiled.get(name, self.hub.files[name])
         headers = {"ETag": f'"{digest(name, self.hub.files[name])}"', "X-Repo-Commit": COMMIT}
-        start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._answer(206 if start else 200, data[start:], headers)
+        start, _, last = (self.headers.get("Range") or "bytes=0-")[6:].partition("-")
+        begin, end = int(start), int(last) + 1 if last else len(data)
+        is_part = begin > 0 or end < len(data)
+        if is_part:
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
+        self._answer(206 if is_part else 200, data[begin:end], headers)
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -15,13 +15,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[1]
 POOL = "nightjar"
+PREFECT = [sys.executable, "-m", "prefect"]
 _START_S = 120.0
 _PATIENCE_S = 20.0
 
@@ -67,7 +68,7 @@ class PrefectLab:
         return {**inherited, **settings, "PATH": path}
 
     def start_server(self) -> None:
-        self.server = self._start(["prefect", "server", "start"], "server.log")
+        self.server = self._start([*PREFECT, "server", "start"], "server.log")
         wait_for(self._is_up, "the server answers", _START_S, process=self.server)
 
     def stop_server(self) -> None:
@@ -84,10 +85,12 @@ class PrefectLab:
         assert done.returncode == 0, done.stdout + done.stderr
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
-    def start_worker(self, pool: str = POOL, *, limit: int = 4) -> subprocess.Popen[bytes]:
-        command = ["env", "--default-signal=INT", "prefect", "worker", "start"]
-        command += ["--pool", pool, "--type", "process", "--limit", str(limit)]
-        worker = self._start(command, f"worker-{pool}.log")
+    def start_worker(
+        self, pool: str = POOL, *, kind: str = "process", limit: int = 4, **env: str
+    ) -> subprocess.Popen[bytes]:
+        command = ["env", "--default-signal=INT", *PREFECT, "worker", "start"]
+        command += ["--pool", pool, "--type", kind, "--limit", str(limit)]
+        worker = self._start(command, f"worker-{pool}.log", env)
         self.workers.append(worker)
         return worker
 
@@ -171,16 +174,22 @@ class PrefectLab:
 
     def stop(self) -> None:
         for worker in list(self.workers):
+            family = children_of(worker.pid)  # a killed worker's flow runs may go on
             self.stop_worker(worker, signal.SIGKILL)
+            for pid in family:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         if self.server is not None:
             self.stop_server()
 
-    def _start(self, command: list[str], log: str) -> subprocess.Popen[bytes]:
+    def _start(
+        self, command: list[str], log: str, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         with (self.folder / log).open("ab") as output:
             return subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=self.env,
+                env={**self.env, **(env or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -233,6 +242,19 @@ def end(process: subprocess.Popen[bytes], signum: int) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def children_of(parent: int) -> set[int]:
+    """Processes that one has started and that still run."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found.add(int(stat.parent.name))
+    return found
 
 
 def _free_port() -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from storage.object_store import StorageConfig
 
 ACCESS_KEY, SECRET_KEY = "ciaccess", "cisecretcisecret"
+READER_KEY, READER_SECRET = "cireader", "cireadercireader"
 _START_S = 90.0
 # Its gRPC ports lie 10000 above the HTTP ports and must stay below the ephemeral range.
 _PORTS = range(11_000, 22_700)
@@ -51,12 +52,19 @@ class Server:
         self._weed = found
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        identity = {
-            "name": "ci",
-            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-            "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-        }
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        identities = [
+            {
+                "name": "ci",
+                "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+                "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+            },
+            {
+                "name": "reader",
+                "credentials": [{"accessKey": READER_KEY, "secretKey": READER_SECRET}],
+                "actions": ["Read", "List"],
+            },
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         (folder / "data").mkdir()
         self._master, self._volume, self._filer, self.port = _free_ports(4)
 

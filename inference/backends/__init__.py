@@ -1,10 +1,19 @@
 """Backends: implementations of one protocol (`base.Backend`), chosen by name and imported lazily."""
 
+from inference.arriving import Arriving
 from inference.backends.base import Backend, BackendInfo, EngineStats
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
+from inference.weights import SmallFiles
 
-__all__ = ["Backend", "BackendInfo", "EngineStats", "create_backend", "resolve_backend"]
+__all__ = [
+    "Backend",
+    "BackendInfo",
+    "EngineStats",
+    "check_engine",
+    "create_backend",
+    "resolve_backend",
+]
 
 
 def resolve_backend(name: str) -> str:
@@ -16,11 +25,36 @@ def resolve_backend(name: str) -> str:
     return "paged" if torch.cuda.is_available() else "transformers"
 
 
-def create_backend(config: EngineConfig) -> Backend:
-    """Load the model and build the backend the config names.
+def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = True) -> None:
+    """Refuse settings that no machine, or with `is_here` not this one, can run on this model.
+
+    Costs no device and reads no weights, so it can be asked before anything is planned or bought.
 
     Raises:
-        ModelError: the model folder is unusable.
+        EngineConfigError: with the remedy.
+    """
+    name = resolve_backend(config.backend)
+    if name == "zero":
+        from inference.zero import check_zero
+
+        check_zero(folder, config, is_here=is_here)
+    elif name != "dummy":
+        from inference.offload import check_offload
+        from inference.quantization import check_quantization
+
+        check_offload(config, name, is_here=is_here)
+        check_quantization(folder, config, name, is_here=is_here)
+
+
+def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) -> Backend:
+    """Load the model and build the backend the config names.
+
+    Args:
+        config: what to build.
+        arriving: the folder `config.model`, if files are still on their way to it.
+
+    Raises:
+        ModelError: the model folder is unusable; or the error of who fills it.
         EngineConfigError: the settings cannot work on this model or machine.
     """
     name = resolve_backend(config.backend)
@@ -28,12 +62,24 @@ def create_backend(config: EngineConfig) -> Backend:
         from inference.backends.dummy import DummyBackend
 
         return DummyBackend(config)
+    if name == "paged" and config.tensor_parallel_size == 1:
+        from inference.backends.paged import PagedBackend
+
+        return PagedBackend(config, arriving=arriving)
+    if arriving is not None:
+        arriving.wait_for_all()
+    if name == "paged" or (name == "zero" and config.tensor_parallel_size > 1):
+        from inference.backends.ranked import RankedBackend
+
+        return RankedBackend(config)
     if name == "transformers":
         from inference.backends.transformers import TransformersBackend
 
         return TransformersBackend(config)
-    if name == "paged":
-        from inference.backends.paged import PagedBackend
+    if name == "zero":
+        from inference.backends.zero import ZeroBackend
 
-        return PagedBackend(config)
-    raise EngineConfigError(f"engine.backend is {name!r}: not available; use transformers or paged")
+        return ZeroBackend(config)
+    raise EngineConfigError(
+        f"engine.backend is {name!r}: use auto, paged, zero, transformers or dummy"
+    )

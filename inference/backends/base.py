@@ -47,10 +47,13 @@ class BackendInfo:
     dtype: str
     max_model_len: int
     max_num_seqs: int
+    num_ranks: int = 1
+    """Devices that hold the model between them."""
+
     load_s: float = 0.0
     warmup_s: float = 0.0
     memory: dict[str, int] = field(default_factory=dict)
-    """Bytes reserved, by purpose."""
+    """Bytes reserved on one device, by purpose."""
 
 
 class Backend(Protocol):

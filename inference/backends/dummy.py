@@ -109,7 +109,7 @@ class DummyBackend:
         sampling = sequence.sampling
         room = self._info.max_model_len - len(sequence.prompt_token_ids)
         max_tokens = min(sampling.max_tokens, room)
-        draws = _draws(sequence)
+        draws = _draws(sequence, max_tokens)
         num_natural = max(sampling.min_tokens, 1 + draws[0] % _LONGEST_NATURAL)
         if sampling.ignore_eos or draws[1] % 16 == 0:
             num_natural = max_tokens + 1
@@ -140,8 +140,8 @@ class DummyBackend:
         return token_ids[:num_read], text, True
 
 
-def _draws(sequence: Sequence) -> bytes:
-    """Return the bytes that decide the completion: its length, then one per token."""
+def _draws(sequence: Sequence, max_tokens: int) -> bytes:
+    """Return the bytes that decide the completion: its length, then one per token; more only add to them."""
     sampling = sequence.sampling
     text = "greedy"
     if not sampling.is_greedy:
@@ -154,7 +154,7 @@ def _draws(sequence: Sequence) -> bytes:
     )
     digest = hashlib.shake_256(array("q", sequence.prompt_token_ids).tobytes())
     digest.update(f"{text} {penalties}".encode())
-    return digest.digest(2 + max(sampling.max_tokens, _LONGEST_NATURAL))
+    return digest.digest(2 + max(max_tokens, _LONGEST_NATURAL))
 
 
 def _logprobs(token_ids: list[int], num_top: int | None) -> tuple[TokenLogprob, ...] | None:

@@ -5,9 +5,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from inference.arriving import Arriving
+from inference.backends import check_engine
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequence
 from inference.backends.row import RowMaker
@@ -17,37 +20,53 @@ from inference.end_tokens import end_token_ids
 from inference.engine import PagedEngine
 from inference.errors import EngineConfigError, EngineFault
 from inference.kernels import plain
-from inference.loading import dtype_name, load_model, load_tokenizer
+from inference.loading import dtype_name, load_arriving, load_tokenizer
 from inference.memory import MemoryPlan
 from inference.model import PagedModel, make_paged_model
 from inference.sequence import Completion, Sequence
-from inference.weights import check_model_folder
+from inference.tensor_parallel import TensorParallel
+from inference.weights import check_model_folder, check_small_files
 
 
 class PagedBackend:
     """See `inference.backends.base.Backend` for the protocol."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model and build the engine.
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        ranks: TensorParallel | None = None,
+        arriving: Arriving | None = None,
+    ) -> None:
+        """Load the model and build the engine; under tensor parallel, this rank's part of both.
+
+        Args:
+            config: what to build.
+            ranks: the ranks that hold the model between them, each of which builds the same backend and
+                gives it the same sequences (`inference.rank_loop`); `RankedBackend` starts them.
+            arriving: the model's files, some of which may still be on their way; default: all are
+                in the folder `config.model`.
 
         Raises:
-            ModelError: the model folder is unusable.
+            ModelError: the model folder is unusable; or the error of who fills it.
             EngineConfigError: the settings cannot work on this model or machine.
         """
         started_at = time.perf_counter()
-        if config.tensor_parallel_size != 1:
+        ranks = ranks or TensorParallel.alone()
+        if config.tensor_parallel_size != ranks.size:
             raise EngineConfigError(
-                f"engine.tensor_parallel_size is {config.tensor_parallel_size}: the paged backend runs "
-                f"on one device; use 1 and more replicas"
+                f"engine.tensor_parallel_size is {config.tensor_parallel_size}: a paged backend in one "
+                f"process is one rank of {ranks.size}; use create_backend, which starts them"
             )
         is_fp8 = config.quantization == "fp8"
         if is_fp8:
             _check_fp8()
-        folder = check_model_folder(config.model)
+        files = arriving or Arriving.whole(check_model_folder(config.model).path)
+        folder = check_small_files(files.folder())
+        check_engine(folder, replace(config, backend="paged"))
         self.tokenizer = load_tokenizer(folder)
-        device_map = {"": 0} if torch.cuda.is_available() else None
-        loaded = load_model(folder, _without_fp8(config), device_map)
-        model = make_paged_model(loaded, _ops(), is_fp8=is_fp8)
+        loaded = _load(files, _without_fp8(config), ranks)
+        model = make_paged_model(loaded, _ops(), is_fp8=is_fp8, ranks=ranks)
         settings = PagedSettings.of(config, model)
         load_s = time.perf_counter() - started_at
         self._engine: PagedEngine | None
@@ -132,6 +151,16 @@ def _info(
         warmup_s=warmup_s,
         memory=plan.as_dict(),
     )
+
+
+def _load(files: Arriving, config: EngineConfig, ranks: TensorParallel) -> Any:
+    if ranks.size == 1:
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return load_arriving(files, config, device)
+    from inference.partition import load_partition
+    from inference.world import current_device
+
+    return load_partition(check_model_folder(files.wait_for_all()), config, ranks, current_device())
 
 
 def _ops() -> ModuleType:

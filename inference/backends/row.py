@@ -44,6 +44,11 @@ class Row:
         return len(self.sequence.prompt_token_ids) + len(self.token_ids)
 
     @property
+    def max_num_tokens(self) -> int:
+        """Most prompt and completion tokens it can come to."""
+        return len(self.sequence.prompt_token_ids) + self.max_tokens
+
+    @property
     def all_token_ids(self) -> list[int]:
         """Prompt, then completion so far."""
         return [*self.sequence.prompt_token_ids, *self.token_ids]

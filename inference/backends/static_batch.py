@@ -16,9 +16,12 @@ from inference.sampler import NO_TOKEN, SamplerRow, sample
 class StaticBatch:
     """Rows that run together, left-padded to one length."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[Row], max_pass_tokens: int) -> None:
         self.rows = rows
         self.is_new = True
+        """Whether prompts are still to be run."""
+
+        self._max_pass_tokens = max_pass_tokens
         self.num_columns = max(row.num_tokens for row in rows)
         # Prompts run for the first time; a recomputed row's was counted before.
         self.num_prompt_tokens = sum(
@@ -28,12 +31,16 @@ class StaticBatch:
         self._num_slots = len(rows)
         self._cache: ModelCache | None = None
 
-    def forward(self, model: Any, device: torch.device) -> Tensor:
-        """Return the logits after each open row's last token, [B, V]."""
+    def forward(self, model: Any, device: torch.device) -> Tensor | None:
+        """Run one pass; return the logits after each open row's last token, [B, V].
+
+        None while prompts are longer than the passes so far.
+        """
         if self._cache is None:
-            self._cache = ModelCache(model, device)
-            logits_BV = self._cache.prefill([row.all_token_ids for row in self.rows])
-            self.is_new = False
+            self._cache = ModelCache(model, device, [row.all_token_ids for row in self.rows])
+        if self.is_new:
+            logits_BV = self._cache.prefill(max(1, self._max_pass_tokens // len(self.rows)))
+            self.is_new = logits_BV is None
             return logits_BV
         if len(self._slots) <= self._num_slots * 3 // 4 and self._cache.can_select:
             self._cache.select(self._slots)  # copies the cache, so only when a quarter is gone

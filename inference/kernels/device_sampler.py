@@ -1,6 +1,10 @@
 """Sampling on the device: what `inference.sampler` does, for rows that need no tokens of the past.
 
-R rows that sample   V vocabulary
+Under tensor parallel each rank searches its columns and the ranks gather the best of each part: a few numbers
+a row. Floors (top-k, top-p, min-p) need all columns: ranks exchange them so that each finds the floors of some
+rows, with the kernel that one rank uses.
+
+R rows that sample   V vocabulary   W columns of a rank (V if alone)   C parts of these   N ranks
 """
 
 import torch
@@ -9,13 +13,15 @@ from torch import Tensor
 
 from inference.batch import NUM_SAMPLES
 from inference.kernels.sampling import commit_kernel, draws_kernel, floors_kernel, maxima_kernel
+from inference.tensor_parallel import TensorParallel
+from inference.vocabulary import PartitionedVocabulary, WholeVocabulary
 
 _PARTS = 8
 """Programs over one row's vocabulary."""
 
 
 def sample(
-    logits_RV: Tensor,
+    logits_RW: Tensor,
     slots_R: Tensor,
     positions_R: Tensor,
     counts: Tensor,
@@ -25,38 +31,34 @@ def sample(
     *,
     has_draws: bool,
     has_floors: bool,
+    vocabulary: WholeVocabulary | None = None,
+    ranks: TensorParallel | None = None,
 ) -> None:
     """Choose every row's token as `inference.sampler` does; leave it in `last_token` and `result_R`."""
-    num_rows, vocab = logits_RV.shape
+    ranks = ranks or TensorParallel.alone()
+    start = 0
+    if isinstance(vocabulary, PartitionedVocabulary):
+        logits_RW, start = vocabulary.padded(logits_RW), vocabulary.start
+    num_rows, width = logits_RW.shape
     block = 2048
-    part = triton.cdiv(triton.cdiv(vocab, _PARTS), block) * block
-    num_parts = triton.cdiv(vocab, part)
-    pad = max(2, triton.next_power_of_2(num_parts))
-    value = logits_RV.new_empty(num_rows, num_parts, dtype=torch.float32)
-    index = logits_RV.new_empty(num_rows, num_parts, dtype=torch.int32)
+    part = triton.cdiv(triton.cdiv(width, _PARTS), block) * block
+    num_parts = triton.cdiv(width, part)
+    value = logits_RW.new_empty(num_rows, num_parts, dtype=torch.float32)
+    index = logits_RW.new_empty(num_rows, num_parts, dtype=torch.int32)
     grid = (num_rows, num_parts)
-    maxima_kernel[grid](logits_RV, value, index, vocab, PART=part, BLOCK=block, num_warps=4)
+    maxima_kernel[grid](logits_RW, value, index, width, start, PART=part, BLOCK=block, num_warps=4)
+    value, index = _side_by_side(value, ranks), _side_by_side(index, ranks)
+    all_parts = value.shape[1]
+    pad = max(2, triton.next_power_of_2(all_parts))
     draw_value, draw_index = value, index
     if has_draws:
-        draw_value, draw_index = torch.empty_like(value), torch.empty_like(index)
+        draw_value = value.new_empty(num_rows, num_parts)
+        draw_index = index.new_empty(num_rows, num_parts)
         floors = index
         if has_floors:
-            floors = logits_RV.new_empty(num_rows, dtype=torch.int32)
-            floors_kernel[(num_rows,)](
-                logits_RV,
-                value,
-                slots_R,
-                params,
-                floors,
-                vocab,
-                C=num_parts,
-                C_PAD=pad,
-                LOW_BITS=16 if logits_RV.dtype == torch.bfloat16 else 0,
-                BLOCK=4096,
-                num_warps=8,
-            )
+            floors = _floors(logits_RW, value, slots_R, params, pad, vocabulary, ranks)
         draws_kernel[grid](
-            logits_RV,
+            logits_RW,
             value,
             slots_R,
             positions_R,
@@ -64,14 +66,17 @@ def sample(
             floors,
             draw_value,
             draw_index,
-            vocab,
-            C=num_parts,
+            width,
+            start,
+            C=all_parts,
             C_PAD=pad,
             PART=part,
             HAS_FLOORS=has_floors,
             BLOCK=block,
             num_warps=4,
         )
+        draw_value = _side_by_side(draw_value, ranks)
+        draw_index = _side_by_side(draw_index, ranks)
     commit_kernel[(num_rows,)](
         value,
         index,
@@ -82,8 +87,60 @@ def sample(
         params,
         last_token,
         result_R,
-        C=num_parts,
+        C=all_parts,
         C_PAD=pad,
         HAS_DRAWS=has_draws,
         num_warps=1,
     )
+
+
+def _side_by_side(parts_RC: Tensor, ranks: TensorParallel) -> Tensor:
+    """[R,C] of each rank -> [R,NC]"""
+    if ranks.size == 1:
+        return parts_RC
+    return ranks.gather(parts_RC).transpose(0, 1).flatten(1)
+
+
+def _floors(
+    logits_RW: Tensor,
+    value: Tensor,
+    slots_R: Tensor,
+    params: Tensor,
+    pad: int,
+    vocabulary: WholeVocabulary | None,
+    ranks: TensorParallel,
+) -> Tensor:
+    """Return the rows' floors as ordered bits, each found by one rank from the whole row."""
+    num_rows = logits_RW.shape[0]
+    if vocabulary is None or ranks.size == 1:
+        return _floors_of(logits_RW, value, slots_R, params, pad)
+    share = triton.cdiv(num_rows, ranks.size)
+    missing = share * ranks.size - num_rows
+    logits_RW = torch.nn.functional.pad(logits_RW, (0, 0, 0, missing))
+    whole = ranks.exchange(logits_RW.view(ranks.size, share, -1))
+    whole = whole.transpose(0, 1).flatten(1)[:, : vocabulary.size].contiguous()
+    mine = torch.arange(share, device=whole.device) + ranks.rank * share
+    mine = mine.clamp(max=num_rows - 1)  # rows that pad the last rank's share are not looked at
+    floors = _floors_of(whole, value[mine], slots_R[mine], params, pad)
+    return ranks.gather(floors).flatten()[:num_rows]
+
+
+def _floors_of(
+    logits_RV: Tensor, value: Tensor, slots_R: Tensor, params: Tensor, pad: int
+) -> Tensor:
+    num_rows, vocab = logits_RV.shape
+    floors = logits_RV.new_empty(num_rows, dtype=torch.int32)
+    floors_kernel[(num_rows,)](
+        logits_RV,
+        value,
+        slots_R,
+        params,
+        floors,
+        vocab,
+        C=value.shape[1],
+        C_PAD=pad,
+        LOW_BITS=16 if logits_RV.dtype == torch.bfloat16 else 0,
+        BLOCK=4096,
+        num_warps=8,
+    )
+    return floors

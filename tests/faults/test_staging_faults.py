@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from storage import model_caches
 from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace, StoreUnavailable
 from storage.object_store import StorageConfig
 from storage.s3_client import RetryPolicy, make_client
 from storage.staging import StagedModel, stage_model
 from tests.faults.fault_proxy import FaultProxy
 from tests.model_files import folder_bytes, write_model
+from tests.pipeline import CASES, Nightjar, expected
 from tests.seaweed import Seaweed
 
 MIB = 1 << 20
@@ -277,6 +280,64 @@ def test_a_full_staging_disk_is_said_and_the_next_try_starts_clean(
     subprocess.run(["umount", str(small_disk)], check=True)
     with stage_model(str(model), config=StorageConfig(), stage_to=str(small_disk)) as staged:
         assert folder_bytes(staged.path) == folder_bytes(model)
+
+
+def test_a_run_whose_staging_disk_is_full_ends_in_one_line_and_the_next_one_answers(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nightjar, case = Nightjar(tmp_path, capsys), "I10-staging-folder-full"
+    (small_disk / "full").write_bytes(bytes(80 << 10))
+    settings = {"hardware__stage_to": str(small_disk)}
+    done = nightjar.run("chain-a", CASES / case / "input.parquet", **settings)
+    assert done.code == 2
+    assert re.search(rf"{small_disk}.*: \d+ bytes needed, \d+ free; make room", done.err)
+    assert not is_whole(small_disk)
+    assert not list(tmp_path.glob("out/*/completions/*"))
+    (small_disk / "full").unlink()
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    done = nightjar.run("chain-a", CASES / case / "input.parquet", **settings)
+    assert done.code == 0, done.err
+    assert is_whole(small_disk)
+    answers = {row_id: row["completion"].strip() for row_id, row in done.by_id().items()}
+    assert answers == expected(case)["run_2"]
+
+
+READER = """
+import sys
+from storage.object_store import StorageConfig
+from storage.staging import stage_model
+source, endpoint, cache = sys.argv[1:]
+config = StorageConfig(endpoint_url=endpoint, region="us-east-1")
+with stage_model(source, config=config, stage_to=cache) as staged:
+    print(staged.path, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_model_is_not_evicted_under_a_reader_and_is_once_the_reader_was_killed(
+    proxy: FaultProxy, source: str, cache: Path, model: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", READER, source, proxy.endpoint_url, str(cache)]
+    reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert reader.stdout is not None
+        path = Path(reader.stdout.readline().strip())
+        (kept,) = model_caches.evict(source, roots=[cache])
+        assert kept.kept_because == "a process is using it"
+        other = write_model(tmp_path / "other", num_weight_files=1, weight_bytes=20 * MIB)
+        with pytest.raises(NoSpace, match="pinned or in use"):
+            stage_model(
+                str(other), config=StorageConfig(), stage_to=str(cache), budget_bytes=45 * MIB
+            )
+        assert folder_bytes(path) == folder_bytes(model), "the reader's files were touched"
+    finally:
+        reader.kill()
+        reader.communicate()
+    with stage_model(
+        str(other), config=StorageConfig(), stage_to=str(cache), budget_bytes=45 * MIB
+    ) as staged:
+        assert len(staged.report.evicted) == 1
+    assert not path.exists()
 
 
 def test_a_disk_that_fits_only_by_evicting_makes_room(small_disk: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A budget refuses before, or stops cleanly; a run that stopped goes on."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -84,6 +86,15 @@ def test_the_command_says_partial_and_why(rows, tmp_path, capsys):
     stopped = nightjar.run("tiny-a", rows, **settings)
     assert stopped.code == 3
     assert "budget.usd is 0.50" in stopped.err
+    (run,) = (tmp_path / "out").glob("case-*")
+    watching = [sys.executable, "-m", "flows.cli", "status", str(run), "--watch", "--every", "0.2"]
+    with subprocess.Popen(
+        watching, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as watch:
+        assert watch.stdout.readline().startswith("not published | ")
+        watch.stdout.close()  # as `head -1` does
+        assert watch.stderr.read() == ""
+    assert watch.returncode == 3
 
 
 def test_a_run_forecast_over_the_budget_is_refused_before_it_starts(rows, tmp_path, capsys):

@@ -5,11 +5,14 @@ the `provision-test` extra; without it those tests are skipped and say so.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import uuid
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,12 +20,16 @@ import yaml
 from prefect.client.schemas.objects import Flow, FlowRun
 from prefect.utilities.templating import apply_values
 
+from flows.cli import build_parser
+from flows.config import load_job
+from flows.inbox_jobs import InboxJobs
+from flows.served import check_paths
 from inference.model_config import model_shape
 from inference.roofline import Workload
 from inference.tier import Options
 from inference.tiers import choose_tier
 from tasks.hardware import load_hardware
-from tasks.job_variables import check_job_variables
+from tasks.job_variables import ProvisionError, check_job_variables
 from tasks.provision import Placement, launch_of
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +71,57 @@ TIERS = {
     "70b-zero-1xh100": (LLAMA_70B, "H100", Options(**PLAIN, backend="zero", tensor_parallel_size=1, replicas=1), NODE),
     "405b-16xh100": (LLAMA_405B, "H100", Options(**PLAIN, tensor_parallel_size=16, replicas=1), NODE),
 }  # fmt: skip
+
+
+# Every GPU type there is: one card, a whole host, and two hosts where there is tensor parallel over hosts.
+EVERY_TIER = [
+    (gpu.name, ranks)
+    for gpu in GPUS.values()
+    for ranks in (1, gpu.gpus_per_host, 2 * gpu.gpus_per_host)
+]
+# The templates ask for nvidia.com/gpu; a card of another maker needs a template of its own.
+NVIDIA = [(gpu, ranks) for gpu, ranks in EVERY_TIER if gpu != "MI300X"]
+
+
+def variables_of(gpu, ranks, provider):
+    """Job variables of a replica of 65 GB of weights on so many cards."""
+    model, _, options, _ = TIERS["8b-1xl4"]
+    some = choose_tier(model, [GPUS["L4"]], WORKLOAD, options=options)
+    tier = dataclasses.replace(some, gpu=gpu, num_gpus=ranks, tensor_parallel_size=ranks)
+    launch = launch_of(
+        tier,
+        GPUS[gpu],
+        provider=provider,
+        weight_file_bytes=65 * 10**9,
+        placement=Placement(launcher="srun --nodes={hosts} --gres=gpu:{gpus} --mem={memory_mib}M"),
+    )
+    return launch.job_variables
+
+
+def test_the_job_variables_of_every_tier_on_every_provider_are_as_recorded():
+    found = {}
+    for gpu, ranks in EVERY_TIER:
+        for provider in ("process", "kubernetes", "ecs", "command"):
+            try:
+                values = variables_of(gpu, ranks, provider)
+            except ProvisionError as error:
+                values = str(error)
+            found[f"{ranks}x {gpu} by {provider}"] = values
+    recorded = SNAPSHOTS / "job_variables.json"
+    if os.environ.get("NIGHTJAR_RECORD"):
+        recorded.write_text(json.dumps(found, indent=1) + "\n")
+    assert found == json.loads(recorded.read_text())
+    refused = {name for name, values in found.items() if isinstance(values, str)}
+    over_two_hosts = {
+        f"{ranks}x {gpu} by {provider}"
+        for gpu, ranks in EVERY_TIER
+        for provider in ("process", "ecs")
+        if ranks > GPUS[gpu].gpus_per_host
+    }
+    not_nvidia = {
+        f"{ranks}x MI300X by {kind}" for ranks in (1, 8, 16) for kind in ("kubernetes", "ecs")
+    }
+    assert refused == over_two_hosts | not_nvidia
 
 
 def variables(name, provider):
@@ -119,8 +177,8 @@ def test_shared_memory_and_gpus_of_a_job_are_within_its_limits(name):
     assert (spec["completions"] > 1) == (spec["completionMode"] == "Indexed")
 
 
-@pytest.mark.parametrize("name", TIERS)
-def test_the_real_kubernetes_worker_makes_a_manifest_of_strict_schema(name):
+def kubernetes_manifest(values):
+    """The manifest that the real worker sends, checked by the strict schema."""
     worker = pytest.importorskip(
         "prefect_kubernetes.worker", reason="needs the provision-test extra"
     )
@@ -129,7 +187,7 @@ def test_the_real_kubernetes_worker_makes_a_manifest_of_strict_schema(name):
     )
     # Its client looks for a cluster when it is resolved against a server; a template needs neither.
     configuration = worker.KubernetesWorkerJobConfiguration(
-        **render("kubernetes", {**variables(name, "kubernetes"), "namespace": "batch"})
+        **render("kubernetes", {**values, "namespace": "batch"})
     )
     flow_run = FlowRun(flow_id=uuid.uuid4(), name="replica-0", parameters={})
     configuration.prepare_for_flow_run(flow_run, flow=Flow(name="generate-shards"))
@@ -138,12 +196,42 @@ def test_the_real_kubernetes_worker_makes_a_manifest_of_strict_schema(name):
     for key in ("completions", "parallelism"):
         manifest["spec"]["template"]["spec"].pop(key)
     kubernetes_validate.validate(manifest, "1.37", strict=True)
+    return manifest
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_the_real_kubernetes_worker_makes_a_manifest_of_strict_schema(name):
+    manifest = kubernetes_manifest(variables(name, "kubernetes"))
     container = manifest["spec"]["template"]["spec"]["containers"][0]
     env = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert env["NIGHTJAR_LEADER"] == "$(JOB_NAME)-0.nightjar-ranks"
     # A name is expanded from variables that come before it.
     names = [entry["name"] for entry in container["env"]]
     assert names.index("JOB_NAME") < names.index("NIGHTJAR_LEADER")
+
+
+@pytest.mark.parametrize(("gpu", "ranks"), NVIDIA)
+def test_every_tier_s_manifest_is_of_strict_schema_and_indexed_over_its_hosts(gpu, ranks):
+    spec = kubernetes_manifest(variables_of(gpu, ranks, "kubernetes"))["spec"]
+    hosts = -(-ranks // GPUS[gpu].gpus_per_host)
+    assert (spec["completions"], spec["parallelism"]) == (hosts, hosts)
+    assert spec["completionMode"] == ("Indexed" if hosts > 1 else "NonIndexed")
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] * hosts == ranks
+    env = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert env["NIGHTJAR_NUM_HOSTS"] == str(hosts)
+    assert int(env["NIGHTJAR_GPUS_PER_HOST"]) * hosts == ranks
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ranks"), [(gpu, n) for gpu, n in NVIDIA if n <= GPUS[gpu].gpus_per_host]
+)
+def test_every_tier_s_ecs_task_passes_botocore_and_asks_for_its_gpus(gpu, ranks):
+    task = render("ecs", variables_of(gpu, ranks, "ecs"))["task_definition"]
+    task |= {"cpu": str(task["cpu"]), "memory": str(task["memory"])}
+    assert ecs_report("RegisterTaskDefinition", task) == ""
+    (container,) = task["containerDefinitions"]
+    assert container["resourceRequirements"] == [{"type": "GPU", "value": str(ranks)}]
 
 
 def test_the_strict_schema_refuses_a_misspelt_field():
@@ -161,13 +249,18 @@ def test_the_strict_schema_refuses_a_misspelt_field():
         kubernetes_validate.validate(manifest, "1.37", strict=True)
 
 
+@cache
+def ecs_model():
+    import botocore.session
+
+    return botocore.session.get_session().get_service_model("ecs")
+
+
 def ecs_report(operation, params):
     """Botocore's opinion of a request; empty when it is right."""
-    import botocore.session
     from botocore.validate import ParamValidator
 
-    model = botocore.session.get_session().get_service_model("ecs")
-    found = ParamValidator().validate(params, model.operation_model(operation).input_shape)
+    found = ParamValidator().validate(params, ecs_model().operation_model(operation).input_shape)
     return found.generate_report()
 
 
@@ -214,11 +307,16 @@ def test_what_the_real_ecs_worker_sends_passes_botocore():
     assert request["placementConstraints"][0]["expression"].endswith("p4de.*")
 
 
-def test_compose_starts_server_database_store_and_workers_from_one_image():
-    compose = yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())
+@pytest.fixture
+def compose():
+    return yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())
+
+
+def test_compose_starts_server_database_store_and_workers_from_one_image(compose):
     services = compose["services"]
-    assert set(services) == {"postgres", "prefect", "store", "worker", "replicas"}
-    assert services["prefect"]["image"] == services["worker"]["image"] == "nightjar"
+    assert set(services) == {"postgres", "prefect", "store", "setup", "worker", "replicas"}
+    ours = ("prefect", "setup", "worker", "replicas")
+    assert {services[name]["image"] for name in ours} == {"nightjar"}
     pools = [services[name]["command"][6] for name in ("worker", "replicas")]
     assert pools == ["nightjar", "gpu-process"]
     assert services["replicas"]["environment"] == services["worker"]["environment"]
@@ -229,6 +327,38 @@ def test_compose_starts_server_database_store_and_workers_from_one_image():
     keys = json.loads(compose["configs"]["s3"]["content"])["identities"][0]["credentials"][0]
     assert keys["accessKey"] == services["worker"]["environment"]["AWS_ACCESS_KEY_ID"]
     assert keys["secretKey"] == services["worker"]["environment"]["AWS_SECRET_ACCESS_KEY"]
+
+
+def test_compose_sets_up_a_nightly_job_and_an_inbox_whose_jobs_the_workers_can_run(compose):
+    shell, flag, script = compose["services"]["setup"]["command"]
+    assert (shell, flag) == ("sh", "-c")
+    words = shlex.split(script.partition("&& exec ")[2])
+    args = build_parser().parse_args(words[1:])
+    assert args.command == "deploy"
+    assert (args.job, args.inbox_job) == ("/jobs/nightly.yaml", "/jobs/inbox.yaml")
+    for name in ("setup", "worker", "replicas"):
+        assert "./jobs:/jobs:ro" in compose["services"][name]["volumes"]
+    jobs = ROOT / "deployments" / "jobs"
+    nightly = load_job(jobs / "nightly.yaml")
+    check_paths(nightly)
+    check_paths(InboxJobs.read(str(jobs / "inbox.yaml")).any_job)
+    assert nightly.output.uri.startswith(f"{args.inbox}/results/")
+    in_image = Path(str(nightly.input.uri)).relative_to("/opt/nightjar")
+    assert (ROOT / in_image).exists()
+
+
+def test_the_build_context_holds_what_the_image_copies_and_nothing_else_large():
+    ignored, *kept = (ROOT / ".dockerignore").read_text().split()
+    assert ignored == "*"
+    lines = (ROOT / "deployments" / "Dockerfile").read_text().splitlines()
+    copied = {
+        word.split("/")[0]
+        for line in lines
+        if line.startswith("COPY") and "--from" not in line
+        for word in line.split()[1:-1]
+        if not word.startswith("--")
+    }
+    assert copied <= {name.removeprefix("!") for name in kept if name.startswith("!")}
 
 
 def test_the_image_runs_as_nobody_special_and_copies_what_exists():

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -7,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from inference.content_id import NUM_BLOCKS, WeightSample, sample_spans
+from inference.weights import check_model_folder, check_sampled_folder
 from storage import hub_source
 from storage.errors import AccessDenied, CorruptObject, NotFound, StoreUnavailable
 from storage.object_store import StorageConfig
-from storage.staging import resolve_model, stage_model
+from storage.peek import Peeked, peek_model
+from storage.staging import stage_model
 from tests.fake_hub import COMMIT, FakeHub
-from tests.model_files import folder_bytes, write_model
+from tests.model_files import folder_bytes, safetensors_bytes, write_model
+from tests.pipeline import CASES, MODELS, Nightjar
 
 CONFIG = StorageConfig()
 SOURCE = "hf://org/model@main"
@@ -49,14 +54,42 @@ def test_a_repo_is_staged_pinned_and_verified(hub: FakeHub, tmp_path: Path) -> N
     assert len(hub.requests) == before, "the second stage asks the Hub nothing"
 
 
-def test_the_pinned_commit_is_what_replicas_are_given(hub: FakeHub) -> None:
-    resolved = resolve_model(SOURCE, config=CONFIG)
-    assert resolved.uri == f"hf://org/model@{COMMIT}"
-    with stage_model(resolved.uri, config=CONFIG) as staged:
-        assert staged.content_id == resolved.content_id
+def look(folder: Path) -> Peeked:
+    folder.mkdir(exist_ok=True)
+    seen = peek_model(SOURCE, folder, config=CONFIG, spans=sample_spans)
+    assert seen is not None
+    return seen
+
+
+def test_a_look_moves_no_weights_and_tells_the_same_id_as_the_whole_model(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.files["model-00002-of-00002.safetensors"] = safetensors_bytes(9_000_000, name="w1")
+    seen = look(tmp_path / "seen")
+    assert seen.uri == f"hf://org/model@{COMMIT}"
+    assert not list((tmp_path / "seen").rglob("*.safetensors"))
+    found = check_sampled_folder(tmp_path / "seen", (WeightSample(*file) for file in seen.files))
+    with stage_model(seen.uri, config=CONFIG) as staged:
+        assert check_model_folder(staged.path).content_id == found.content_id
+    assert hub.count("GET /org/model/resolve") < 2 * (NUM_BLOCKS + 1) + 4 + 6
 
 
 STAGE = "import sys; from storage.staging import stage_model; from storage.object_store import StorageConfig; print(stage_model(sys.argv[1], config=StorageConfig()).report.outcome)"
+
+
+def test_a_run_names_the_commit_it_was_planned_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NIGHTJAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "")
+    with FakeHub(folder_bytes(MODELS / "tiny-a")) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        table = CASES / "A1-left-pad" / "input.parquet"
+        done = Nightjar(tmp_path, capsys).run("none", table, model__source=SOURCE)
+    assert done.code == 0, done.err
+    assert done.run is not None
+    record = json.loads((done.run / "run.json").read_text())
+    assert record["job"]["model"]["source"] == f"hf://org/model@{COMMIT}"
 
 
 def test_many_processes_in_a_storm_of_429_resolve_once_and_download_once(hub: FakeHub) -> None:
@@ -87,11 +120,11 @@ def test_whoever_waited_for_a_failed_resolve_does_not_ask_again(
     assert all("StoreUnavailable" in error and "429" in error for error in errors)
     assert hub.count(RESOLVE) == 6
     hub.refusals = 0
-    assert resolve_model(SOURCE, config=CONFIG).uri.endswith(COMMIT), "a failure is not remembered"
+    assert look(tmp_path / "seen").uri.endswith(COMMIT), "a failure is not remembered"
 
 
 def test_refused_file_requests_are_repeated(hub: FakeHub, quick: None, tmp_path: Path) -> None:
-    resolve_model(SOURCE, config=CONFIG)
+    look(tmp_path / "seen")
     hub.refusals = 4
     with stage_model(SOURCE, config=CONFIG) as staged:
         assert folder_bytes(staged.path) == folder_bytes(tmp_path / "model")

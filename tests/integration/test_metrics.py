@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from flows.config import load_job
 from inference.backends.dummy import DummyBackend
 from tasks.drain import drain, new_invocation
-from tasks.gpu_sample import DeviceSampler, open_gpu
+from tasks.gpu_sample import DeviceSampler, GpuSample, open_gpu, summary
 from tasks.latency import Latencies
 from tasks.progress import Progress
 from tasks.run import prepare
@@ -190,6 +190,16 @@ def test_latencies_are_counted_as_prometheus_has_them():
         latencies.add(seconds)
     found = dict(latencies.cumulative())
     assert (found["0.1"], found["3.0"], found["3600.0"], found["+Inf"]) == (2, 3, 3, 4)
+
+
+def test_a_device_that_tells_only_some_readings_gives_those():
+    told = [
+        GpuSample(utilisation=None, memory_bytes=5, power_w=100.0),
+        GpuSample(utilisation=None, memory_bytes=7, power_w=None),
+    ]
+    assert summary(told) == {"peak_memory_bytes": 7, "mean_power_w": 100.0}
+    assert summary([GpuSample(utilisation=None, memory_bytes=None, power_w=None)]) is None
+    assert summary([]) is None
 
 
 def test_a_machine_without_a_gpu_has_no_device_readings():

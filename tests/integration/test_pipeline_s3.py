@@ -22,7 +22,7 @@ from tests.processes import results
 from tests.seaweed import Seaweed
 
 # Of a shard that is done at the first attempt: its claim, its files, its commit, and what is read of it later.
-MAX_REQUESTS_PER_SHARD = 19
+MAX_REQUESTS_PER_SHARD = 20.5
 
 
 @pytest.fixture

@@ -14,11 +14,17 @@ import pytest
 import yaml
 
 from flows.cli import main
-from tests.prefect_server import ROOT, PrefectLab, end, wait_for
+from tests.prefect_server import PREFECT, ROOT, PrefectLab, end, wait_for
 
 pytestmark = pytest.mark.slow
 
 MARKER = "okapi-7c41-marker"
+SECRETS = {
+    name: f"secret-{number}-c9d2"
+    for number, name in enumerate(
+        ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "DATABASE_PASSWORD")
+    )
+}
 NUM_ROWS = 60
 
 # Fifty milliseconds at each of these moments of a shard: a run long enough to be interrupted.
@@ -78,7 +84,7 @@ def case(tmp_path: Path) -> Case:
 
 
 def watched(lab: PrefectLab, job: Path) -> subprocess.CompletedProcess[str]:
-    command = ("prefect", "deployment", "run", "batch-generate/adhoc", "-p", f"job={job}")
+    command = (*PREFECT, "deployment", "run", "batch-generate/adhoc", "-p", f"job={job}")
     return lab.call(*command, "--watch", "--watch-timeout", "100")
 
 
@@ -167,7 +173,7 @@ def nightjar(lab: PrefectLab, *args: str, **env: str) -> subprocess.Popen[str]:
 def test_nightjar_run_is_a_flow_run_of_the_configured_server_with_the_same_exit_codes(
     prefect_lab: PrefectLab, case: Case
 ) -> None:
-    run = nightjar(prefect_lab, "run", str(case.job), "--json")
+    run = nightjar(prefect_lab, "run", str(case.job), "--json", **SECRETS)
     out, err = run.communicate(timeout=100)
     assert run.returncode == 0, err
     assert json.loads(out.splitlines()[-1])["is_published"]
@@ -176,11 +182,41 @@ def test_nightjar_run_is_a_flow_run_of_the_configured_server_with_the_same_exit_
     assert recorded["deployment_id"] is None
     assert len(task_run_names(prefect_lab, recorded["id"], 32)) == 32
 
-    wrong = nightjar(prefect_lab, "run", str(case.job), "--set", "input.id_column=nowhere")
+    strict = nightjar(prefect_lab, "run", str(case.job), "--json", "--set", "max_failed_rows=0")
+    out, err = strict.communicate(timeout=100)
+    assert strict.returncode == 5, err
+    failed = latest_run(prefect_lab, case.job)
+    assert failed["state_type"] == "FAILED"
+    assert failed["state"]["message"].endswith("1 rows failed, max_failed_rows allows 0")
+
+    url = f"https://me:{SECRETS['DATABASE_PASSWORD']}@store.example"
+    places = ("--set", f"storage.endpoint_url={url}", "--set", "output.uri=s3://bucket/runs")
+    wrong = nightjar(prefect_lab, "run", str(case.job), *places, **SECRETS)
     out, err = wrong.communicate(timeout=100)
     assert wrong.returncode == 2, err
     assert err.strip().splitlines()[-1].startswith("nightjar run: ")
-    assert latest_run(prefect_lab, case.job)["state_type"] == "FAILED"
+    refused = latest_run(prefect_lab, case.job)
+    assert refused["state_type"] == "FAILED"
+    assert "user or password" in refused["state"]["message"]
+    stored = prefect_lab.everything_stored()
+    for secret in SECRETS.values():
+        assert secret not in out + err
+        assert secret.encode() not in stored
+
+
+def test_nightjar_run_cancelled_by_the_marker_is_partial_and_its_flow_run_cancelled(
+    prefect_lab: PrefectLab, case: Case
+) -> None:
+    run = nightjar(prefect_lab, "run", str(case.job), NIGHTJAR_FAILPOINT=SLOW)
+    try:
+        wait_for(lambda: case.num_commits() >= 1, "a shard is committed", 60)
+        assert main(["cancel", str(case.run)]) == 0
+        _, err = run.communicate(timeout=60)
+    finally:
+        end(run, signal.SIGKILL)
+    assert run.returncode == 3, err
+    assert latest_run(prefect_lab, case.job)["state_type"] == "CANCELLED"
+    assert case.held_leases() == []
 
 
 def test_nightjar_run_stopped_by_sigterm_leaves_a_run_that_resumes(

@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,19 +13,24 @@ import pytest
 import yaml
 
 from flows.cli import main
-from tests.prefect_server import PrefectLab, wait_for
+from tests.listener import listening
+from tests.prefect_server import PrefectLab, children_of, wait_for
+from tests.waves_case import (
+    MARKER,
+    NUM_ROWS,
+    NUM_SHARDS,
+    SLOW,
+    Case,
+    ended_replicas,
+    replicas,
+)
 
 pytestmark = pytest.mark.slow
 
-MARKER = "wombat-2b90-marker"
-NUM_ROWS, NUM_SHARDS = 80, 40
-
-STEPS = (
-    *("after_lease", "after_claim", "before_commit", "after_copy"),
-    *("local_before_link", "local_after_link", "local_before_rename"),
-)
-SLOW = ",".join(f"{name}:sleep:1:1" for name in STEPS)
 PROCESS = {"provider": "process", "replicas": 2}
+
+
+KINDS = ("deployments", "automations", "work_pools")
 
 
 @pytest.fixture(scope="module")
@@ -38,83 +41,14 @@ def lab(prefect_lab: PrefectLab) -> Iterator[PrefectLab]:
         prefect_lab.stop_worker(worker, signal.SIGKILL)
 
 
-class Case:
-    """One job of 40 shards for two replicas, in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        texts = [f"{MARKER} tell me {row} things" for row in range(NUM_ROWS)]
-        pq.write_table(pa.table({"id": range(NUM_ROWS), "prompt": texts}), folder / "in.parquet")
-        placement = {"env": {"NIGHTJAR_FAILPOINT": SLOW}}
-        self.values = {
-            "name": "case",
-            "model": {"source": "none"},
-            "input": {"uri": str(folder / "in.parquet"), "prompt_column": "prompt"},
-            "output": {"uri": str(folder / "out")},
-            "sampling": {"max_tokens": 8},
-            "shards": {"max_rows": NUM_ROWS // NUM_SHARDS},
-            "engine": {"backend": "dummy"},
-            "hardware": {**PROCESS, "placement": placement},
-        }
-        self.job = folder / "job.yaml"
-        self.job.write_text(yaml.safe_dump(self.values))
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        return {"job": str(self.job)}
-
-    @property
-    def run(self) -> Path:
-        (found,) = (self.folder / "out").glob("case-*")
-        return found
-
-    def num_commits(self) -> int:
-        return len(list((self.folder / "out").glob("case-*/commits/*.json")))
-
-    def holders(self) -> set[int]:
-        """Process ids that hold a lease."""
-        leases = self.run.glob("_leases/0*.json")
-        names = [json.loads(path.read_text())["holder"] for path in leases]
-        return {int(name.split("/")[2]) for name in names if name}
-
-    def is_whole(self) -> bool:
-        return main(["verify", str(self.run), "--json"]) == 0
-
-
-def replicas(lab: PrefectLab, parent_id: str) -> list[dict[str, object]]:
-    where = {"flow_runs": {"tags": {"all_": [f"owner:{parent_id}"]}}}
-    return list(lab.api("/flow_runs/filter", where))
-
-
-def ended_replicas(lab: PrefectLab, parent_id: str) -> list[dict[str, object]]:
-    """The replicas of a flow run once all have ended; empty before."""
-    ended = ("CANCELLED", "COMPLETED", "CRASHED", "FAILED")
-    found = replicas(lab, parent_id)
-    return found if all(run["state_type"] in ended for run in found) else []
-
-
-def children_of(parent: int) -> set[int]:
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent:
-            found.add(int(stat.parent.name))
-    return found
-
-
 def test_two_replicas_drain_a_run_a_killed_one_is_replaced_and_every_row_is_there_once(
     lab: PrefectLab, tmp_path: Path
 ) -> None:
     case = Case(tmp_path)
-    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
-    wait_for(lambda: case.num_commits() >= 2 and len(case.holders()) == 2, "two at work", 60)
+    run_id = case.start(lab)
+    case.wait_for_work()
     os.kill(case.holders().pop(), signal.SIGKILL)
-    done = lab.wait_for_state(run_id, timeout_s=120)
-    assert done["state_type"] == "COMPLETED", done["state"]["message"]
-    assert case.is_whole()
+    case.wait_until_published(lab, run_id, timeout_s=120)
     found = wait_for(partial(ended_replicas, lab, run_id), "all replicas have ended", 30)
     assert len(found) == 3
     assert [run["state_type"] for run in found].count("CRASHED") == 1
@@ -126,8 +60,8 @@ def test_cancelling_stops_every_replica_within_a_minute_and_a_retry_finishes_the
     lab: PrefectLab, tmp_path: Path
 ) -> None:
     case = Case(tmp_path)
-    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
-    wait_for(lambda: case.num_commits() >= 2 and len(case.holders()) == 2, "two at work", 60)
+    run_id = case.start(lab)
+    case.wait_for_work()
     lab.cancel(run_id)
     lab.wait_for_state(run_id, "CANCELLED", timeout_s=60)
     wait_for(partial(ended_replicas, lab, run_id), "no replica outlives its parent", 60)
@@ -143,13 +77,33 @@ def test_cancelling_stops_every_replica_within_a_minute_and_a_retry_finishes_the
     assert len(replicas(lab, run_id)) == 2
 
 
+def test_replicas_behind_a_launcher_that_takes_a_shell_drain_a_run_and_are_stopped(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    worker = lab.start_worker("gpu-command", kind="command")
+    # `env sh -s` stands for `ssh host sh -s`: nothing reaches it but standard input.
+    variables = {"send_env": "stdin", "grace_s": 20}
+    case = Case(
+        tmp_path,
+        provider="command",
+        placement={"launcher": "env", "env": SLOW, "job_variables": variables},
+    )
+    run_id = case.start(lab)
+    case.wait_for_work()
+    lab.cancel(run_id)
+    wait_for(partial(ended_replicas, lab, run_id), "no replica outlives its parent", 60)
+    assert case.holders() == set()
+    assert case.num_commits() < NUM_SHARDS
+    case.wait_until_published(lab, case.start(lab), timeout_s=120)
+    assert MARKER.encode() not in lab.everything_stored()
+    lab.stop_worker(worker, signal.SIGKILL)
+
+
 def test_a_misspelt_job_variable_is_refused_before_any_replica_is_started(
     lab: PrefectLab, tmp_path: Path
 ) -> None:
-    case = Case(tmp_path)
-    case.values["hardware"]["placement"] = {"job_variables": {"workng_dir": "/"}}
-    case.job.write_text(yaml.safe_dump(case.values))
-    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
+    case = Case(tmp_path, placement={"job_variables": {"workng_dir": "/"}})
+    run_id = case.start(lab)
     done = lab.wait_for_state(run_id)
     assert done["state_type"] == "FAILED"
     assert done["state"]["message"].endswith("did you mean working_dir?")
@@ -159,31 +113,31 @@ def test_a_misspelt_job_variable_is_refused_before_any_replica_is_started(
 def test_a_second_nightly_start_is_cancelled_while_the_first_runs(
     lab: PrefectLab, tmp_path: Path
 ) -> None:
-    case = Case(tmp_path)
-    case.values["hardware"] = {"provider": "local"}
-    case.job.write_text(yaml.safe_dump(case.values))
-    slowly = {"env": {"NIGHTJAR_FAILPOINT": SLOW}}
-    first = lab.run_deployment("batch-generate/nightly", case.parameters, job_variables=slowly)
+    case = Case(tmp_path, provider="local")
+    first = case.start(lab, "nightly", job_variables={"env": SLOW})
     lab.wait_for_state(first, "RUNNING")
-    second = lab.run_deployment("batch-generate/nightly", case.parameters)
+    second = case.start(lab, "nightly")
     assert lab.wait_for_state(second)["state_type"] == "CANCELLED"
-    done = lab.wait_for_state(first, timeout_s=100)
-    assert done["state_type"] == "COMPLETED", done["state"]["message"]
-    assert case.is_whole()
+    case.wait_until_published(lab, first, timeout_s=100)
 
 
 def test_setting_up_again_changes_nothing_and_keeps_the_user_s_time_zone(
     lab: PrefectLab, tmp_path: Path
 ) -> None:
-    def standing() -> list[tuple[str, str]]:
-        kinds = ("deployments", "automations", "work_pools")
-        found = [(kind, item["name"]) for kind in kinds for item in lab.api(f"/{kind}/filter", {})]
-        return sorted(found)
+    def standing() -> dict[str, dict[str, object]]:
+        """All there is, by id, without when it was last touched or found ready."""
+        passing = ("updated", "created", "status", "last_polled", "schedules", "next_run")
+        found = [(kind, lab.api(f"/{kind}/filter", {})) for kind in KINDS]
+        return {
+            f"{kind} {item['name']}": {k: v for k, v in item.items() if k not in passing}
+            for kind, items in found
+            for item in items
+        }
 
     schedule = ("--job", "/etc/nightjar/n.yaml", "--cron=30 2 * * *", "--timezone=Europe/Berlin")
     lab.deploy(*schedule)
     before = standing()
-    assert ("automations", "nightjar: silent flow runs are crashed") in before
+    assert "automations nightjar: silent flow runs are crashed" in before
     lab.deploy(*schedule)
     assert standing() == before
     deployment = lab.api("/deployments/name/batch-generate/nightly")
@@ -196,36 +150,12 @@ def test_setting_up_again_changes_nothing_and_keeps_the_user_s_time_zone(
     assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
 
 
-@pytest.fixture
-def listener() -> Iterator[tuple[str, list[dict[str, str]]]]:
-    heard: list[dict[str, str]] = []
-
-    class Listener(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *args: object) -> None:
-            return
-
-    server = HTTPServer(("127.0.0.1", 0), Listener)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/", heard
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_a_failure_is_told_to_the_webhook_in_one_line(
-    lab: PrefectLab, tmp_path: Path, listener: tuple[str, list[dict[str, str]]]
-) -> None:
-    url, heard = listener
-    lab.deploy("--webhook", url)
-    run_id = lab.run_deployment("batch-generate/adhoc", {"job": str(tmp_path / "absent.yaml")})
-    lab.wait_for_state(run_id, "FAILED")
-    wait_for(lambda: heard, "the webhook is called", 40)
+def test_a_failure_is_told_to_the_webhook_in_one_line(lab: PrefectLab, tmp_path: Path) -> None:
+    with listening() as (url, heard):
+        lab.deploy("--webhook", url)
+        run_id = lab.run_deployment("batch-generate/adhoc", {"job": str(tmp_path / "absent.yaml")})
+        lab.wait_for_state(run_id, "FAILED")
+        wait_for(lambda: heard, "the webhook is called", 40)
     assert "absent.yaml: not found" in heard[0]["body"]
     assert "batch-generate" in heard[0]["subject"]
 
@@ -248,7 +178,7 @@ def test_a_dropped_file_is_published_by_the_inbox_and_noted_as_done(
     first = lab.run_deployment("scan-inbox/inbox", look)
     assert lab.wait_for_state(first)["state"]["message"] == "1 accepted, 1 in work"
     (letter,) = box.glob("accepted/*/preflight.json")
-    assert MARKER in json.loads(letter.read_text())["first_prompt"]
+    assert MARKER in json.loads(letter.read_text())["preflight"]["first_prompt"]
     run = Path(json.loads(letter.read_text())["run_uri"])
     wait_for((run / "manifest.json").exists, "the run is published", 60)
     again = lab.run_deployment("scan-inbox/inbox", look)
@@ -262,7 +192,7 @@ def test_losing_the_server_and_its_database_in_the_middle_loses_no_work(
     lab: PrefectLab, tmp_path: Path
 ) -> None:
     case = Case(tmp_path)
-    lab.run_deployment("batch-generate/adhoc", case.parameters)
+    case.start(lab)
     wait_for(lambda: case.num_commits() >= 2, "shards are committed", 60)
     for worker in list(lab.workers):
         flow_runs = children_of(worker.pid)
@@ -278,7 +208,68 @@ def test_losing_the_server_and_its_database_in_the_middle_loses_no_work(
     lab.deploy()
     lab.start_worker()
     lab.start_worker("gpu-process")
+    run_id = case.start(lab)
+    case.wait_until_published(lab, run_id, timeout_s=120)
+
+
+def test_a_canary_is_one_replica_and_a_bad_one_ends_the_night_before_there_is_another(
+    lab: PrefectLab, tmp_path: Path
+) -> None:
+    case = Case(tmp_path)
+    limit = {"rows": 8, "max_truncated_rate": 0.01}
+    values = {**case.values, "hardware": PROCESS, "canary": limit}
+    case.job.write_text(yaml.safe_dump(values))
+    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
+    done = lab.wait_for_state(run_id, timeout_s=120)
+    assert done["state_type"] == "FAILED"
+    assert "truncated_rate is" in done["state"]["message"], done["state"]["message"]
+    found = wait_for(partial(ended_replicas, lab, run_id), "the replica has ended", 60)
+    assert len(found) == 1
+    assert pq.read_table(case.run / "_canary.parquet").num_rows == 8
+    assert case.num_commits() == 0
+    told = (case.run / "_canary.json").read_bytes()
+
+    # The limit was wrong, not the prompt: the sample is not run again, and its answers are kept. The budget
+    # then ends the run after some shards, and a larger one finishes it.
+    dollars = {"hardware": {**PROCESS, "price_per_hour": 3600.0}}
+    slow = {"placement": {"env": SLOW}}
+    poor = {"hardware": {**dollars["hardware"], **slow}, "budget": {"usd": 3.0}}
+    case.job.write_text(yaml.safe_dump({**values, "canary": {"rows": 8}, **poor}))
+    run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
+    done = lab.wait_for_state(run_id, timeout_s=120)
+    assert done["state_type"] == "FAILED"
+    assert "budget.usd is 3.00" in done["state"]["message"], done["state"]["message"]
+    committed = {path: path.read_bytes() for path in case.run.glob("commits/*.json")}
+    assert 0 < len(committed) < NUM_SHARDS
+    assert (case.run / "_canary.json").read_bytes() == told
+
+    rich = {**dollars, "budget": {"usd": 10_000.0}, "deadline": "2026-01-01T00:00+00:00"}
+    case.job.write_text(yaml.safe_dump({**values, "canary": {"rows": 8}, **rich}))
     run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
     done = lab.wait_for_state(run_id, timeout_s=120)
     assert done["state_type"] == "COMPLETED", done["state"]["message"]
+    assert {path: path.read_bytes() for path in committed} == committed
     assert case.is_whole()
+    assert_artifacts(lab, run_id)
+    where = {"logs": {"flow_run_id": {"any_": [run_id]}}}
+    said = wait_for(
+        lambda: [
+            log["message"] for log in lab.api("/logs/filter", where) if "late" in log["message"]
+        ],
+        "the flow's log says that it is late",
+        30,
+    )
+    assert "past the deadline 2026-01-01T00:00+00:00" in said[0]
+    assert MARKER.encode() not in lab.everything_stored()
+
+
+def assert_artifacts(lab: PrefectLab, run_id: str) -> None:
+    """A progress bar and a table, one of each, that say how the run ended."""
+    where = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}
+    artifacts = {found["type"]: found for found in lab.api("/artifacts/filter", where)}
+    assert set(artifacts) == {"progress", "table"}
+    assert artifacts["progress"]["data"] == 100.0
+    table = {row["what"]: row["value"] for row in json.loads(artifacts["table"]["data"])}
+    assert table["rows"] == f"{NUM_ROWS} of {NUM_ROWS}"
+    assert table["shards"] == f"{NUM_SHARDS} of {NUM_SHARDS}"
+    assert float(table["spent, $"]) > 0

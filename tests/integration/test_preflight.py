@@ -47,7 +47,7 @@ def test_a_plan_says_what_is_in_the_input_and_writes_nothing(nightjar, rows, tmp
         (1, "invalid_input"),
         (2, "overlong"),
     ]
-    assert found["num_repeated_ids"] == 1
+    assert (found["num_repeated_ids"], found["num_repeated_prompts"]) == (1, 0)
     assert sum(found["prompt_tokens_histogram"].values()) == 3
     assert found["first_prompt_row"] == 0
     assert "Say: one" in found["first_prompt"]

@@ -40,6 +40,7 @@ def test_publishing_draws_one_page_that_needs_nothing_else(nightjar, tmp_path):
     assert "published" in page
     assert re.search(r"<td>invalid_input</td><td class=\"number\">10</td>", page)
     assert "column &#39;...&#39; is null" in page
+    assert re.search(r"tokens/s per replica; the largest loss, \d+ %, was ", page)
     assert page.count("<figure>") == 4
     assert page.count("<pre>") == 10
     assert "$0.00" in page

@@ -16,8 +16,12 @@ from safetensors.torch import load_file, save_file
 from inference.backends.transformers import TransformersBackend
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, EngineFault, ModelError
+from inference.loading import load_model
+from inference.offload import Room
+from inference.placement import accelerate_options
 from inference.sampling import SamplingParams, draw_seed
 from inference.sequence import Completion, Sequence
+from inference.weights import ModelFolder
 
 DATA = Path(__file__).parents[1] / "data"
 MODELS = DATA / "models"
@@ -96,13 +100,90 @@ def test_every_batch_size_gives_the_text_of_one_row_at_a_time(case, model, max_t
         )
 
 
-def test_tied_weights_are_right_with_a_device_map_too():
-    config = EngineConfig(model=str(MODELS / "tiny-tied-sharded"), backend="transformers")
-    backend = TransformersBackend(config, device_map={"": "cpu"})
-    rows = rows_of("I2-tied-and-sharded")
-    found = complete(backend, rows, "raw_prompt", SamplingParams(max_tokens=8))
-    for row_id, right in expectation("I2-tied-and-sharded")["per_id"].items():
+class Placed(TransformersBackend):
+    """Loads with a device map of the test's own."""
+
+    device_map: dict[str, str]
+
+    def _load(self, folder, config):
+        model = load_model(folder, config, self.device_map)
+        return model, torch.device("cpu")
+
+
+HOST = {
+    "model.embed_tokens": "cpu",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "model"),
+    [("I2-tied-and-sharded", "tiny-tied-sharded"), ("A1-left-pad", "tiny-a")],
+)
+@pytest.mark.parametrize("places", ["cpu", "disk", "mixed"])
+def test_weights_on_the_host_and_on_disk_give_the_same_tokens(case, model, places, tmp_path):
+    Placed.device_map = {"": places} if places == "cpu" else HOST | {
+        "model.layers.0": "disk" if places == "disk" else "cpu", "model.layers.1": "disk"
+    }  # fmt: skip
+    backend = build(model, kind=Placed, max_num_seqs=5, nvme_path=str(tmp_path))
+    where = {p.device.type for p in backend._model.model.layers[1].parameters()}
+    assert where == {"cpu" if places == "cpu" else "meta"}
+    per_id = expectation(case).get("per_id")
+    found = complete(backend, rows_of(case), "raw_prompt", SamplingParams(max_tokens=8))
+    for row_id, right in per_id.items():
         assert list(found[row_id].token_ids) == right["raw_prompt"]["token_ids"]
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("devices", "host", "knobs", "expected"),
+    [
+        ([80], 100, {}, {"device_map": {"": 0}}),
+        ([], 100, {}, {}),
+        ([40], 100, {}, ("auto", {0: 34, "cpu": 85}, None)),
+        ([40, 40], 100, {"offload": "none"}, ("auto", {0: 34, 1: 34, "cpu": 0}, None)),
+        ([40], 10, {"offload": "nvme", "nvme_path": "/nvme"}, ("auto", {0: 34, "cpu": 8.5}, "/nvme")),
+        ([40], 10, {"quantization": "nf4"}, {"device_map": {"": 0}}),
+    ],
+)  # fmt: skip
+def test_weights_are_spread_only_when_one_device_does_not_hold_them(devices, host, knobs, expected):
+    found = accelerate_options(
+        Sixty(),
+        EngineConfig(model="", **knobs),
+        [n * GB for n in devices],
+        Room(host * GB, 500 * GB),
+    )
+    if isinstance(expected, tuple):
+        kind, memory, folder = expected
+        sizes = {place: int(size * GB) for place, size in memory.items()}
+        expected = {"device_map": kind, "max_memory": sizes, "offload_folder": folder}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "host", "offload", "words"),
+    [
+        ([40], 100, "none", "60.0 GB of weights; devices take 34.0 GB, host memory 0.0, NVMe 0.0"),
+        ([], 50, "cpu", "devices take 0.0 GB, host memory 42.5, NVMe 0.0 .*offload cpu or nvme"),
+    ],
+)
+def test_weights_that_fit_nowhere_are_refused_with_the_arithmetic(devices, host, offload, words):
+    config = EngineConfig(model="", offload=offload)
+    with pytest.raises(EngineConfigError, match=words):
+        accelerate_options(Sixty(), config, [n * GB for n in devices], Room(host * GB, 500 * GB))
+
+
+class Sixty(ModelFolder):
+    """A folder with 60 GB of weights."""
+
+    num_weight_bytes = 60 * GB
+
+    def __init__(self) -> None:
+        super().__init__(path=Path("/m"), config={}, weight_files=(), content_id="")
 
 
 def test_three_files_one_after_the_other_are_all_right():
@@ -237,19 +318,6 @@ def test_settings_that_cannot_work_are_refused(knobs, words):
         build("tiny-a", **knobs)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="nf4 works on CUDA")
-def test_four_bit_weights_are_refused_on_the_cpu():
-    with pytest.raises(EngineConfigError, match="nf4: needs a CUDA device"):
-        build("tiny-a", quantization="nf4")
-
-
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_eight_bit_weights_without_bitsandbytes_say_what_to_install():
-    with pytest.raises(EngineConfigError, match="int8: needs bitsandbytes; pip install"):
-        build("tiny-a", quantization="int8")
-
-
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_eight_bit_weights_are_smaller_and_every_row_is_there():
     backend = build("tiny-a", quantization="int8", max_num_seqs=8)

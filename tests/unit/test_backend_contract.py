@@ -10,7 +10,7 @@ from inference.config import EngineConfig
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
 
-BACKENDS = ("dummy", "transformers", "paged")
+BACKENDS = ("dummy", "transformers", "paged", "zero")
 MODEL = Path(__file__).parents[1] / "data" / "models" / "tiny-a"
 
 Make = Callable[..., Backend]

@@ -5,7 +5,7 @@ from datetime import datetime
 import pytest
 
 from storage.errors import BadInput
-from tasks.deadline import next_time
+from tasks.deadline import deadline_at, next_time
 
 
 def at(text):
@@ -34,3 +34,9 @@ def test_the_next_time_of_day_is_local(text, now, expected):
 def test_what_is_no_time_of_day_is_refused_with_an_example(text):
     with pytest.raises(BadInput, match="Europe/Berlin"):
         next_time(text, timezone="UTC", now=at("2026-06-01T00:00+00:00"))
+
+
+@pytest.mark.parametrize("text", ["06:00 Europe", "06:00 Mars/Olympus", "0001-01-01T00:00+14:00"])
+def test_a_zone_that_is_none_and_a_day_beyond_the_calendar_are_refused(text):
+    with pytest.raises(BadInput):
+        deadline_at(text, start=at("2026-06-01T00:00+00:00"))

@@ -107,6 +107,39 @@ def test_the_same_work_is_forecast_to_take_as_long_as_it_took():
     assert "as in run r1" in made.sentence
 
 
+def test_a_tail_is_paid_for_once_with_the_tokens_it_makes_however_many_rows_there_are():
+    # 16 sequences at a time, 10 ms a step; the last 200 steps run ever emptier.
+    def took(num_tokens):
+        return (num_tokens - 1_600) / 16 * 0.01, 200 * 0.01, 1_600
+
+    decode_s, tail_s, in_tail = took(8_000)
+    first = dataclasses.replace(
+        PAST,
+        num_replicas=1,
+        num_rows=80,
+        num_completion_tokens=8_000,
+        num_tail_tokens=in_tail,
+        replica_seconds={"decode": decode_s, "tail": tail_s, "load": 3.0},
+    )
+    speed = speed_of(first)
+    for num_rows in (20, 80, 800):
+        decode_s, tail_s, _ = took(num_rows * 100)
+        wanted = 3.0 + decode_s + tail_s
+        found = speed.seconds(Work(num_sequences=num_rows, num_prefill_tokens=0), 100.0, 1)
+        assert found == pytest.approx(wanted)
+    nearly_nothing = speed.seconds(Work(num_sequences=1, num_prefill_tokens=0), 16.0, 1)
+    assert nearly_nothing == pytest.approx(3.0 + tail_s * 16 / 1_600)
+
+
+def test_p90_follows_the_scatter_of_earlier_runs_on_such_a_device():
+    slower = dataclasses.replace(PAST, replica_seconds={"decode": 140.0, "tail": 10.0})
+    elsewhere = dataclasses.replace(slower, device="cpu")
+    alone = speed_of(PAST, History((elsewhere, PAST))).spread
+    assert alone == speed_of(PAST).spread == 0.25
+    assert speed_of(PAST, History((PAST, PAST, PAST))).spread == 0.10
+    assert speed_of(PAST, History((slower, PAST))).spread > 0.3
+
+
 def test_without_history_max_tokens_bounds_the_lengths_and_the_sentence_says_so():
     made = forecast(
         work=Work(num_sequences=10, num_prefill_tokens=100),

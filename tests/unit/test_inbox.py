@@ -13,7 +13,7 @@ import yaml
 from flows.cli import main
 from flows.inbox_jobs import InboxJobs
 from storage.object_store import open_store
-from tasks.inbox import scan, submit
+from tasks.inbox import KEEP, scan, submit
 
 NOW = datetime(2026, 11, 25, 18, 0, tzinfo=UTC)
 
@@ -53,7 +53,7 @@ class Inbox:
         return scan(self.store, storage=jobs.storage, jobs=jobs, work_dir=work, now=NOW, **changes)
 
     def names(self):
-        return sorted(info.key for info in self.store.list())
+        return sorted(info.key for info in self.store.list() if info.key != KEEP)
 
     def letter(self, state):
         (key,) = [k for k in self.names() if k.startswith(f"{state}/") and k.endswith(".json")]
@@ -70,18 +70,21 @@ def test_a_good_file_gets_a_letter_and_a_job_that_publishes_and_is_then_done(inb
     found = inbox.scan()
     assert found.accepted == ["night.parquet"]
     letter = inbox.letter("accepted")
-    assert letter["num_rows"] == 4
-    assert letter["bad_rows"] == {"invalid_input": 1}
-    assert [row["row_index"] for row in letter["bad_row_examples"]] == [2]
-    assert letter["num_repeated_prompts"] == 1
-    assert letter["first_prompt"] == "<|user|>Say: one\n<|assistant|>"
+    told = letter["preflight"]
+    assert told["num_rows"] == 4
+    assert told["bad_rows_by_state"] == {"invalid_input": 1}
+    assert [row["row_index"] for row in told["bad_row_examples"]] == [2]
+    assert told["num_repeated_prompts"] == 1
+    assert told["first_prompt"] == "<|user|>Say: one\n<|assistant|>"
+    assert told["forecast"]["starts_at"].startswith("2026-11-25T18:00:00")
     (submission,) = found.queued
     assert submission.after is None
     folder = f"accepted/{submission.submission_id}/"
     names = ["job.yaml", "night.parquet", "preflight.json", "preflight.md"]
     assert inbox.names() == [folder + name for name in names]
     text = inbox.store.get(f"{folder}preflight.md").decode()
-    assert "| 2 | invalid_input |" in text
+    assert "      row 2: invalid_input: " in text
+    assert "    forecast   finish: not known" in text
     assert "accepted" in text.splitlines()[0]
 
     assert main(["run", submission.job_uri, "--json"]) == 0
@@ -97,6 +100,7 @@ def test_the_same_file_twice_is_one_submission_and_another_content_is_another(in
     inbox.drop("night.parquet", ["one"])
     (first,) = inbox.scan().queued
     before = inbox.names()
+    assert (inbox.folder / "box" / "inbox").is_dir(), "the next file can be copied into it"
     inbox.drop("night.parquet", ["one"])
     assert inbox.scan().queued == [first]
     assert inbox.names() == before
@@ -149,11 +153,25 @@ def test_settings_beside_a_file_go_over_the_inbox_s_own_and_may_say_when(inbox, 
     submit(inbox.store, source, settings=settings, after="20:00 Europe/Berlin")
     inbox.age(tmp_path / "box" / "inbox" / "mine.parquet", 60)
     (submission,) = inbox.scan().queued
-    assert "Shout: one" in inbox.letter("accepted")["first_prompt"]
+    assert "Shout: one" in inbox.letter("accepted")["preflight"]["first_prompt"]
     assert submission.after == NOW.replace(hour=19)
     job = yaml.safe_load(inbox.store.get(f"accepted/{submission.submission_id}/job.yaml"))
     assert job["sampling"]["max_tokens"] == 3
     assert job["input"]["id_column"] == "id"
+
+
+def test_the_letter_is_the_plan_of_the_job_and_keeps_a_private_jobs_text_to_itself(inbox, tmp_path):
+    inbox.drop("open.parquet", ["zanzibar", "two"])
+    sidecar = inbox.drop("shut.parquet", ["zanzibar", "two"]).with_name("shut.parquet.yaml")
+    sidecar.write_text("output: {private: true}\n")
+    assert inbox.scan().accepted == ["open.parquet", "shut.parquet"]
+    texts = {}
+    for key in inbox.names():
+        if key.startswith("accepted/") and "/preflight." in key:
+            texts.setdefault(key.split("/")[1].split("-")[0], []).append(inbox.store.get(key))
+    assert all(b"zanzibar" in text for text in texts["open"])
+    assert not any(b"zanzibar" in text for text in texts["shut"])
+    assert all(b"2 of 2 rows" in text for text in texts["shut"])
 
 
 def test_wrong_settings_beside_a_file_reject_it_by_name_until_they_are_right(inbox):
@@ -165,6 +183,42 @@ def test_wrong_settings_beside_a_file_reject_it_by_name_until_they_are_right(inb
     inbox.drop("night.parquet", ["one"])
     assert inbox.scan().accepted == ["night.parquet"]
     assert not [key for key in inbox.names() if key.startswith("rejected/")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ("storage: {endpoint_url: 'https://elsewhere.example'}", "storage"),
+        ("hardware: {provider: command, placement: {launcher: rm}}", "hardware.provider"),
+        ("hardware: {placement: {env: {LD_PRELOAD: x}}}", "hardware.placement"),
+        ("hardware: {stage_to: /etc}", "hardware.stage_to"),
+        ("metrics: {textfile_dir: /etc}", "metrics"),
+        ("input: {uri: /etc/passwd}", "input.uri"),
+        ("input: {chat_template: /etc/passwd}", "input.chat_template"),
+        ("model: {source: /root}", "model.source"),
+        ("model: {source: 'file:///root'}", "model.source"),
+        ("output: {uri: s3://elsewhere}", "output.uri"),
+        ("output: {uri: OUT-of-reach/x}", "output.uri"),
+        ("output: {uri: OUT/../x}", "output.uri"),
+        ("output: {history: /tmp}", "output.history"),
+        ("run_id: other", "run_id"),
+    ],
+)
+def test_what_is_the_inbox_s_own_cannot_be_set_beside_a_file(inbox, settings, named):
+    sidecar = inbox.drop("night.parquet", ["one"]).with_name("night.parquet.yaml")
+    sidecar.write_text(settings.replace("OUT", str(inbox.folder / "results")))
+    assert inbox.scan().rejected == ["night.parquet"]
+    reason = inbox.letter("rejected")["reason"]
+    assert reason.startswith(f"night.parquet.yaml: {named}: ")
+    assert "\n" not in reason
+
+
+def test_a_place_below_the_inbox_s_own_output_may_be_asked_for(inbox):
+    sidecar = inbox.drop("night.parquet", ["one"]).with_name("night.parquet.yaml")
+    place = str(inbox.folder / "results" / "mine")
+    sidecar.write_text(f"output: {{uri: {place}}}\nmodel: {{source: none}}\n")
+    assert inbox.scan().accepted == ["night.parquet"]
+    assert inbox.letter("accepted")["run_uri"].startswith(f"{place}/")
 
 
 def test_a_scan_killed_before_the_file_left_the_inbox_is_repeated_without_harm(inbox):

@@ -149,3 +149,67 @@ def test_a_job_file_that_is_a_list_is_refused(tmp_path):
 def test_yaml_scalars_are_what_people_mean(text, value):
     assert parse_yaml(text) == value
     assert type(parse_yaml(text)) is type(value)
+
+
+LAUGHS = ", ".join(
+    ["&a0 [x, x, x, x, x, x, x, x, x, x]"]
+    + [f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("input: {chat_template_kwargs: " + "[" * 3000 + "]" * 3000 + "}", "nested"),
+        ("[" * 500_000, "nested too deeply"),
+        (f"sampling: {{stop: [{LAUGHS}]}}", "more than 100000 values"),
+        (f"input: {{chat_template_kwargs: {{a: [{LAUGHS}]}}}}", "more than 100000 values"),
+        ("input: &a {chat_template_kwargs: {k: *a}}", "contains itself"),
+        ("sampling: {stop: &a [*a]}", "contains itself"),
+        ("name: " + "x" * 2_000_000, "2000006 characters"),
+        ("input: {chat_template_kwargs: {1: 2}}", "put it in quotes"),
+        ("input: {chat_template_kwargs: {a: !!binary aGk=}}", "not for job files"),
+        ("!!python/object/apply:os.system [id]", "not for job files"),
+    ],
+    ids=range(10),
+)
+def test_a_job_file_that_means_harm_is_refused_at_once_in_one_line(tmp_path, text, said):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(JobError, match=said) as caught:
+        load_job(path)
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("timezone=Europe", "timezone: 'Europe' is not known"),  # a folder of zones
+        ("timezone=/etc/passwd", "timezone: "),
+        ("input.chat_template_kwargs={a: .nan}", "input: cannot be kept as JSON"),
+        ("budget.usd=.inf", "budget: cannot be kept as JSON"),
+        ('input.prompt="\\ud800"', "input: has half a surrogate pair"),
+        ("sampling.top_p=" + "x" * 5000, "sampling.top_p: got 'xxx"),
+        ('"a\nb"=1', '"a\\nb": unknown key'),
+    ],
+)
+def test_what_cannot_be_kept_or_shown_is_refused_in_one_short_line(override, named):
+    message = refused(override)
+    assert message.startswith(named)
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        "{env: {HF_TOKEN: x}}",
+        "{env: {AWS_SECRET_ACCESS_KEY: x}}",
+        "{job_variables: {env: {db_password: x}}}",
+    ],
+)
+def test_a_credential_in_the_job_is_refused_because_the_job_is_recorded(placement):
+    message = refused(f"hardware.placement={placement}")
+    assert "looks like a credential" in message
+    job = load_job(BASE, overrides=["hardware.placement={env: {NCCL_DEBUG: INFO}}"])
+    assert job.hardware.placement.env == {"NCCL_DEBUG": "INFO"}

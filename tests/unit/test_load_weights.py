@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from inference import load_weights as module
-from inference import weight_reader
 from inference.errors import ModelError
 from inference.load_weights import load_weights
-from inference.weight_reader import Slice, WeightFileReader
+from inference.weight_reader import BUFFER_BYTES, Slice, WeightFileReader
 
 METHODS = ["safetensors", "parallel"]
 
@@ -48,20 +47,18 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     )
 
 
-@pytest.fixture(params=[None, 4096 * 3])
-def buffer_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[BUFFER_BYTES, 4096 * 3])
+def buffer_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Once with buffers that hold any tensor here, once with buffers that hold few."""
-    if request.param:
-        monkeypatch.setattr(weight_reader, "BUFFER_BYTES", request.param)
-        monkeypatch.setattr(weight_reader, "_CHUNK_BYTES", request.param - 8192)
-        monkeypatch.setattr(module, "MAX_AHEAD_BYTES", 10_000)
+    monkeypatch.setattr(module, "MAX_AHEAD_BYTES", 10_000)
+    return int(request.param)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_tensor_arrives_as_it_was_saved(
-    paths: list[Path], tensors: dict[str, torch.Tensor], method: str, buffer_bytes: None
+    paths: list[Path], tensors: dict[str, torch.Tensor], method: str, buffer_bytes: int
 ) -> None:
-    found = dict(load_weights(paths, method=method))  # type: ignore[arg-type]
+    found = dict(load_weights(paths, method=method, buffer_bytes=buffer_bytes))  # type: ignore[arg-type]
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
         assert_equal(found[name], tensor)
@@ -82,11 +79,13 @@ def test_a_rank_gets_its_slice_and_whole_tensors_otherwise(
     tensors: dict[str, torch.Tensor],
     method: str,
     part: Slice,
-    buffer_bytes: None,
+    buffer_bytes: int,
 ) -> None:
     slicer: Callable[[str, tuple[int, ...]], Slice | None]
     slicer = lambda name, shape: part if name == "big" else None  # noqa: E731
-    found = dict(load_weights(paths, method=method, slicer=slicer))  # type: ignore[arg-type]
+    found = dict(
+        load_weights(paths, method=method, slicer=slicer, buffer_bytes=buffer_bytes)  # type: ignore[arg-type]
+    )
     dim, start, stop = part
     assert_equal(found["big"], tensors["big"].narrow(dim, start, stop - start))
     assert_equal(found["ids"], tensors["ids"])
@@ -117,7 +116,7 @@ def test_a_file_cut_while_it_is_read_is_an_error_not_garbage(paths: list[Path]) 
     reader = WeightFileReader(paths[0], direct=False)
     os.truncate(paths[0], 100)
     with pytest.raises(ModelError, match=r"a\.safetensors: ends at byte"):
-        reader.read(0, memoryview(bytearray(200)))
+        reader.read(0, [memoryview(bytearray(200))])
     reader.close()
 
 
@@ -150,11 +149,11 @@ def test_reads_past_the_page_cache_are_the_same_bytes(paths: list[Path]) -> None
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_weights_on_the_device_are_those_in_the_file(
-    paths: list[Path], tensors: dict[str, torch.Tensor], buffer_bytes: None
+    paths: list[Path], tensors: dict[str, torch.Tensor], buffer_bytes: int
 ) -> None:
     parts = {"big": Slice(1, 3, 60), "half": Slice(0, 1, 4)}
     for slicer in (lambda name, shape: None, lambda name, shape: parts.get(name)):
-        found = dict(load_weights(paths, device="cuda", slicer=slicer))
+        found = dict(load_weights(paths, device="cuda", slicer=slicer, buffer_bytes=buffer_bytes))
         torch.cuda.synchronize()
         for name, tensor in tensors.items():
             part = slicer(name, tuple(tensor.shape))

@@ -169,13 +169,17 @@ def test_a_sliding_window_is_noted_only_when_it_is_in_use():
     assert model_shape(config | {"use_sliding_window": False}).sliding_window is None
 
 
-def test_weights_stored_quantised_are_sized_as_stored():
+def test_weights_stored_quantised_are_sized_as_they_are_loaded():
     config = PUBLISHED["Qwen3-8B"][0]
     fp8 = model_shape(config | {"quantization_config": {"quant_method": "fp8"}})
     gptq = model_shape(
         config | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
     )
-    assert fp8.weight_bytes() == model_shape(config).weight_bytes(quantization="fp8")
+    # Blocks of fp8 become full precision again, or what the engine quantises itself.
+    assert fp8.weight_bytes() == model_shape(config).weight_bytes()
+    assert fp8.weight_bytes(quantization="fp8") == model_shape(config).weight_bytes(
+        quantization="fp8"
+    )
     assert gptq.stored_bits == pytest.approx(4.156, abs=0.001)
     assert gptq.weight_bytes() < fp8.weight_bytes()
 

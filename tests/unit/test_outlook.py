@@ -176,6 +176,8 @@ def test_a_forecast_over_the_budget_refuses_the_run_with_what_it_rests_on():
     speed = Speed(
         basis="history",
         start_s=0.0,
+        tail_s=0.0,
+        tail_tokens=0.0,
         prefill_s_per_token=0.0,
         decode_s_per_token=0.1,
         other_s_per_sequence=0.0,

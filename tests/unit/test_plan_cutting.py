@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inference.sampling import SamplingParams
 from storage.errors import CorruptObject
 from storage.manifest import Shard
 from tasks.feed_batches import Counter, from_counts, key_digest, to_counts
@@ -28,7 +29,7 @@ def row(index, num_tokens, state=None, key=None):
 
 
 def counts(rows, *, has_id=False):
-    return from_counts(to_counts(rows, Counter(), has_id=has_id))
+    return from_counts(to_counts(rows, Counter(), has_id=has_id, run=SamplingParams()))
 
 
 def cut(tokens, *, batch=1000, **config):
@@ -115,6 +116,14 @@ def test_a_damaged_files_rows_are_taken_out_without_a_trace(before, lost):
 def test_the_histogram_counts_runnable_rows_by_powers_of_two():
     stats = cut([1, 2, 3, 4, 5, 900]).stats
     assert stats["prompt_tokens_histogram"] == {"1": 1, "2": 1, "4": 2, "8": 1, "1024": 1}
+
+
+def test_prompts_that_repeat_are_counted_whatever_their_ids():
+    rows = [row(index, n, key=f"k{index}") for index, n in enumerate([3, 4, 3, 3, 5])]
+    rows.append(row(5, 0, "invalid_input"))
+    cutter = ShardCutter(ShardConfig())
+    cutter.add(counts(rows, has_id=True), 0)
+    assert cutter.finish([]).stats["num_repeated_prompts"] == 2
 
 
 def test_shared_prefixes_are_estimated():

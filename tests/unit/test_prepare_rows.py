@@ -181,3 +181,13 @@ def test_a_column_that_is_not_there_is_nulls():
 def test_a_timestamp_beyond_python_is_text():
     records = pa.RecordBatch.from_pydict({"t": pa.array([10**17], pa.timestamp("s"))})
     assert isinstance(cells(records, "t")[0], str)
+
+
+def test_a_refusal_that_quotes_half_a_character_or_a_line_break_can_be_stored(prepare):
+    part = {"type": "image\ud800\nurl"}
+    (row,) = prepare(CHAT, messages=[json.dumps([{"role": "user", "content": [part]}])])
+    assert row.state == "invalid_input"
+    assert row.error == r"message 0 has content of type image\ud800\nurl"
+    schema = pa.schema([pa.field("messages", pa.string())])
+    batch = pa.RecordBatch.from_arrays([pa.array(["x"])], schema=schema)
+    assert from_rows(to_rows([row], batch), 0, RUN).rows[0].error == row.error

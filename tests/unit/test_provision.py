@@ -9,7 +9,7 @@ import pytest
 from inference.tier import Tier
 from tasks.hardware import load_hardware
 from tasks.job_variables import ProvisionError, check_job_variables, unused_variables
-from tasks.provision import Placement, launch_of
+from tasks.provision import Placement, launch_of, unsized_launch_of
 
 GPUS = {gpu.name: gpu for gpu in load_hardware()}
 TEMPLATES = {
@@ -187,3 +187,35 @@ def test_memory_grows_with_the_gpus_of_a_host_only():
     four = launch(tier(tp=4), "ecs").job_variables["memory"]
     assert two == many_replicas
     assert four - two == 2 * 4 * 1024
+
+
+def test_without_a_tier_the_owner_s_placement_still_holds():
+    placement = Placement(
+        image="registry/nightjar:3",
+        node_selector={"pool": "cpu"},
+        launcher="srun --gres=gpu:{gpus} --cpus-per-task={cpus}",
+        env={"A": "placement", "B": "placement"},
+        job_variables={"env": {"B": "variables"}},
+    )
+    env = {"A": "placement", "B": "variables"}
+    found = {
+        provider: unsized_launch_of(provider, placement).job_variables
+        for provider in ("process", "kubernetes", "ecs", "command")
+    }
+    assert found == {
+        "process": {"env": env},
+        "kubernetes": {
+            "env": env,
+            "image": "registry/nightjar:3",
+            "node_selector": {"pool": "cpu"},
+        },
+        "ecs": {"env": env, "image": "registry/nightjar:3"},
+        "command": {"env": env, "launcher": "srun --gres=gpu:0 --cpus-per-task=4"},
+    }
+
+
+def test_environment_of_the_job_variables_goes_over_that_of_the_tier_key_by_key():
+    placement = Placement(job_variables={"env": {"NCCL_DEBUG": "INFO"}})
+    env = launch(tier(), "kubernetes", placement=placement).job_variables["env"]
+    assert env["NCCL_DEBUG"] == "INFO"
+    assert env["NIGHTJAR_NUM_HOSTS"] == "1"

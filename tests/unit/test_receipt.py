@@ -120,3 +120,39 @@ def test_nothing_generated_is_said_plainly_and_rates_are_null():
 )
 def test_a_completion_that_ends_in_circles_is_noticed(tokens, expected):
     assert is_repetitive(tokens) is expected
+
+
+def test_a_shard_that_ended_with_the_one_before_has_no_rate_of_its_own():
+    meter = Meter()
+    found = shard_receipt(
+        info=INFO,
+        stats=EngineStats(),
+        before=Mark(at=5.0),
+        after=Mark.take(EngineStats(), meter, at=5.0004),
+        facts=ShardFacts(
+            states=Counter(ok=10), tokens=Counter(prompt=100, completion=900), lengths={"90": 10}
+        ),
+        yardstick=Yardstick(),
+    )
+    assert found["completion_tokens_per_s"] is None
+    assert found["summary"].startswith("It ended in the same step as the shard before it")
+
+
+def test_reused_answers_are_told_apart_from_what_took_the_time():
+    stats = EngineStats(decode_s=8.0, num_steps=100, num_prompt_tokens=50)
+    found = shard_receipt(
+        info=INFO,
+        stats=stats,
+        before=Mark(at=0.0),
+        after=Mark.take(stats, Meter(step_s=8.0), at=10.0),
+        facts=ShardFacts(
+            states=Counter(ok=100),
+            tokens=Counter(prompt=1000, completion=9000, context=90_000),
+            lengths={"90": 100},
+            reused=Counter(rows=92, completion=8280, context=80_000),
+        ),
+        yardstick=Yardstick(),
+    )
+    assert (found["num_sequences"], found["num_reused_rows"]) == (8, 92)
+    assert (found["num_completion_tokens"], found["num_reused_completion_tokens"]) == (9000, 8280)
+    assert found["completion_tokens_per_s"] == 72.0

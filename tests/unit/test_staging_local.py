@@ -13,7 +13,7 @@ from storage.destinations import CACHE_VARIABLE, HostMemory
 from storage.errors import BadInput, CorruptObject, NotFound
 from storage.model_manifest import ModelManifest
 from storage.object_store import StorageConfig
-from storage.staging import resolve_model, stage_model
+from storage.staging import find_model, stage_model
 from tests.model_files import folder_bytes, write_model
 
 CONFIG = StorageConfig()
@@ -74,12 +74,25 @@ def test_the_content_id_is_the_same_wherever_the_model_is_read(model: Path, tmp_
     in_place = stage_model(str(model), config=CONFIG)
     with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "c")) as copied:
         assert in_place.content_id == copied.content_id
-    assert resolve_model(f"file://{model}", config=CONFIG).content_id == in_place.content_id
+    assert stage_model(f"file://{model}", config=CONFIG).content_id == in_place.content_id
     os.utime(model / "config.json")
-    assert resolve_model(str(model), config=CONFIG).content_id == in_place.content_id
+    assert stage_model(str(model), config=CONFIG).content_id == in_place.content_id
     weights = model / "model-00002-of-00003.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    assert resolve_model(str(model), config=CONFIG).content_id != in_place.content_id
+    assert stage_model(str(model), config=CONFIG).content_id != in_place.content_id
+
+
+def test_a_model_is_found_without_moving_it_only_where_it_is(model: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    in_place = find_model(str(model), config=CONFIG)
+    assert in_place is not None
+    assert in_place.path == model
+    assert find_model(str(model), config=CONFIG, stage_to=cache) is None
+    stage_model(str(model), config=CONFIG, stage_to=cache).close()
+    found = find_model(str(model), config=CONFIG, stage_to=cache)
+    assert found is not None
+    assert found.report.outcome == "hit"
+    found.close()
 
 
 def test_files_are_announced_as_they_become_whole_and_weights_last(

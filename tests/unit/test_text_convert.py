@@ -1,4 +1,5 @@
 import json
+import struct
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,7 +182,7 @@ VALUES = st.recursive(
     | st.booleans()
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_characters="\0"), max_size=6),
+    | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, max_size=3)
@@ -214,3 +215,16 @@ def test_any_json_survives_conversion_but_for_nulls_in_structs(tmp_path, values)
     if JSON_PREFIX + "v" in table.schema.names:
         raw = [None if t is None else json.loads(t) for t in column(table, JSON_PREFIX + "v")]
         assert raw == values
+
+
+def test_arrow_offsets_that_lead_nowhere_are_refused(tmp_path):
+    sink = pa.BufferOutputStream()
+    table = pa.table({"prompt": ["abcde", "fgh"]})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data, offsets = sink.getvalue().to_pybytes(), struct.pack("<iii", 0, 5, 8)
+    assert data.count(offsets) == 1
+    path = tmp_path / "rows.arrow"
+    path.write_bytes(data.replace(offsets, struct.pack("<iii", 0, 2**31 - 1, 8)))
+    with pytest.raises(BadInput, match=r"rows\.arrow: not a readable Arrow file"):
+        convert_arrow(path, tmp_path / "out.parquet", name="rows.arrow")

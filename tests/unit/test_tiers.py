@@ -2,14 +2,18 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from inference.backends import check_engine
+from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.model_config import model_shape
 from inference.roofline import Workload
 from inference.tier import Options
 from inference.tiers import choose_tier, size_model, tiers_table
+from inference.weights import SmallFiles
 from tasks.hardware import load_hardware
 
 GPUS = {gpu.name: gpu for gpu in load_hardware()}
@@ -39,10 +43,8 @@ QWEN3_14B = shape(40, 5120, 17408, 40, 8)
 QWEN3_32B = shape(64, 5120, 25600, 64, 8)
 LLAMA_70B = shape(80, 8192, 28672, 64, 8, family="llama", vocab=128256)
 LLAMA_405B = shape(126, 16384, 53248, 128, 8, family="llama", vocab=128256)
-QWEN3_235B = shape(
-    94, 4096, 12288, 64, 4,
-    family="qwen3_moe", num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536,
-)  # fmt: skip
+EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536}
+QWEN3_235B = shape(94, 4096, 12288, 64, 4, family="qwen3_moe", **EXPERTS)
 
 
 def smallest(model, gpu, quantization="none"):
@@ -87,7 +89,7 @@ def priced(*names):
         (QWEN3_235B, "H200", "none", (4, 4, "none")),
         (LLAMA_405B, "H100", "fp8", (8, 8, "none")),
         (LLAMA_405B, "H200", "none", (8, 8, "none")),
-        (LLAMA_405B, "H100", "nf4", (4, 4, "none")),
+        (LLAMA_405B, "H100", "nf4", None),
         # and where it fits on no number of cards, from host memory or NVMe
         (QWEN3_235B, "H100", "none", (6, 1, "cpu")),
         (QWEN3_235B, "A100-80", "none", (6, 1, "cpu")),
@@ -95,7 +97,7 @@ def priced(*names):
     ],
 )
 def test_the_smallest_tier_of_each_size(model, gpu, quantization, expected):
-    if expected[2] == "none":
+    if expected is None or expected[2] == "none":
         assert smallest(model, gpu, quantization) == expected
     else:
         sizing = size_model(model, [GPUS[gpu]], WORKLOAD, options=Options(quantizations=("none",)))
@@ -233,6 +235,50 @@ def test_a_checkpoint_stored_quantised_is_not_quantised_again():
     sizing = size_model(stored, [GPUS["T4"]], WORKLOAD)
     assert {tier.quantization for tier in sizing.tiers} == {"none"}
     assert any("stored as gptq already" in refusal.reason for refusal in sizing.refusals)
+
+
+STORED = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+}
+
+
+@pytest.mark.parametrize("stored", [None, *STORED])
+@pytest.mark.parametrize("model", ["dense 8B", "dense 70B", "experts 235B"])
+def test_whatever_the_sizing_offers_a_backend_accepts(model, stored):
+    sizes = {
+        "dense 8B": (36, 4096, 12288, 32, 8, {}),
+        "dense 70B": (80, 8192, 28672, 64, 8, {}),
+        "experts 235B": (94, 4096, 12288, 64, 4, {"family": "qwen3_moe", **EXPERTS}),
+    }
+    *numbers, extra = sizes[model]
+    written = {} if stored is None else {"quantization_config": STORED[stored]}
+    sizing = size_model(shape(*numbers, **extra, **written), list(GPUS.values()), WORKLOAD)
+    folder = SmallFiles(path=Path("model"), config=written)
+    for tier in sizing.tiers:
+        config = EngineConfig(
+            model="model",
+            backend=tier.backend,
+            quantization=tier.quantization,
+            kv_cache_dtype=tier.kv_cache_dtype,
+            tensor_parallel_size=tier.tensor_parallel_size,
+            offload=tier.offload if tier.backend == "zero" else "auto",
+            nvme_path="/nvme" if tier.offload == "nvme" else None,
+        )
+        check_engine(folder, config, is_here=False)
+    if stored is not None:
+        assert {tier.tensor_parallel_size for tier in sizing.tiers} <= {1}
+    assert sizing.tiers or (model, stored) == ("experts 235B", "fp8")  # in bfloat16 on one GPU
+
+
+def test_a_checkpoint_in_fp8_blocks_may_run_in_fp8_and_else_takes_its_full_size():
+    stored = replace(QWEN3_8B, stored_quantization="fp8", stored_bits=8.0)
+    for quantization in ("none", "fp8"):
+        options = Options(quantizations=(quantization,))
+        whole = size_model(QWEN3_8B, [GPUS["H100"]], WORKLOAD, options=options).tiers
+        assert size_model(stored, [GPUS["H100"]], WORKLOAD, options=options).tiers[0] == whole[0]
 
 
 def test_a_bfloat16_model_runs_in_float16_where_bfloat16_is_missing():

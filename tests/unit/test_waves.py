@@ -13,6 +13,7 @@ from flows.config import load_job
 from storage.attempts import claim_attempt, record_failure
 from storage.errors import CorruptObject, StoreUnavailable
 from tasks.budget import BudgetSpent
+from tasks.canary import CanaryFailed
 from tasks.cancel import cancel
 from tasks.drain import drain
 from tasks.job import BudgetConfig
@@ -73,6 +74,9 @@ class Threads:
     def num_running(self):
         return self.num_live()
 
+    def last_words(self):
+        return "flow run bold-owl: no image"
+
     def dismiss(self):
         """Threads start at once."""
 
@@ -116,7 +120,7 @@ def test_replicas_that_do_nothing_are_bounded_and_the_reason_is_told(run):
     fleet = Threads(run, work=lambda: None)
     given_up = waves(run, fleet)
     assert set(given_up) == set(range(NUM_SHARDS))
-    assert "committed nothing" in given_up[0]
+    assert given_up[0] == "3 waves of replicas committed nothing; flow run bold-owl: no image"
     assert [wave for wave, _ in fleet.launched] == list(range(MAX_IDLE_WAVES))
 
 
@@ -215,3 +219,70 @@ def test_no_replica_is_launched_once_the_budget_is_spent(run):
     with pytest.raises(BudgetSpent, match=r"budget\.usd"):
         waves(run, fleet)
     assert fleet.launched == []
+
+
+def test_one_replica_is_there_until_it_may_grow_and_then_the_rest_come(run):
+    is_good = threading.Event()
+
+    def work():
+        is_good.wait(30)
+        drain(run, invocation="inv", progress=Progress(), should_stop=fleet.stop)
+
+    fleet = Threads(run, work=work)
+    looks = 0
+
+    def may_grow():
+        nonlocal looks
+        looks += 1
+        if looks == 5:
+            is_good.set()
+        return looks >= 5
+
+    given_up = drain_by_waves(
+        run,
+        fleet,
+        invocation="inv",
+        limits=limits(replicas=3),
+        should_stop=StopSignal(),
+        may_grow=may_grow,
+    )
+    assert given_up == {}
+    assert fleet.launched[0] == (0, 1)
+    assert sum(count for _, count in fleet.launched) == 3
+
+
+def test_a_canary_that_dies_each_time_ends_the_waves_with_one_replica_at_a_time(run):
+    fleet = Threads(run, work=lambda: None)
+    given_up = drain_by_waves(
+        run,
+        fleet,
+        invocation="inv",
+        limits=limits(replicas=3),
+        should_stop=StopSignal(),
+        may_grow=lambda: False,
+    )
+    assert set(given_up) == set(range(NUM_SHARDS))
+    assert fleet.launched == [(wave, 1) for wave in range(MAX_IDLE_WAVES)]
+
+
+def test_a_bad_canary_stops_the_replica_that_is_there_and_launches_no_other(run):
+    fleet = Threads(run, work=lambda: fleet.stop.wait(30))
+    looks = iter([False, False])
+
+    def may_grow():
+        for look in looks:
+            return look
+        raise CanaryFailed("canary of 2 rows: error_rate is 1.00")
+
+    with pytest.raises(CanaryFailed):
+        drain_by_waves(
+            run,
+            fleet,
+            invocation="inv",
+            limits=limits(replicas=3),
+            should_stop=StopSignal(),
+            may_grow=may_grow,
+        )
+    assert fleet.launched == [(0, 1)]
+    assert fleet.num_live() == 0
+    assert run.commits() == {}

@@ -47,6 +47,8 @@ def _row_lines(found: Preflight) -> list[str]:
         lines.append(f"  and {found.num_bad_rows - len(found.bad_row_examples):,} more")
     if found.num_repeated_ids:
         lines.append(f"  {found.num_repeated_ids:,} rows repeat an id of an earlier row")
+    if found.num_repeated_prompts:
+        lines.append(f"  {found.num_repeated_prompts:,} rows repeat the prompt of an earlier row")
     if found.num_truncated_prompts:
         lines.append(f"  {found.num_truncated_prompts:,} prompts are cut to fit")
     return lines
@@ -77,10 +79,11 @@ def _prompt_lines(found: Preflight) -> list[str]:
 
 
 def _run_lines(found: Preflight) -> list[str]:
+    reused = f", {found.num_reused:,} more are copied from earlier runs" if found.num_reused else ""
     rate = found.planning["prompt_tokens_per_s"] or 0.0
     return [
         f"planned    in {found.planning['seconds']:.1f} s, {rate:,.0f} prompt tokens/s",
-        f"run        {found.num_sequences:,} completions in {found.num_shards:,} shards",
+        f"run        {found.num_sequences:,} completions in {found.num_shards:,} shards{reused}",
         f"hardware   {found.hardware['reason']}",
         f"forecast   {found.forecast.sentence}",
     ]

@@ -1,0 +1,106 @@
+"""One rank of a replica: `python -m inference [DOCUMENT]`, started once a device by a launcher.
+
+DOCUMENT is a JSON file with the engine's configuration, written by `inference.backends.ranked`; only the first
+rank reads it and tells the others. So further hosts of a replica need no more than
+
+    torchrun --nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr HOST0 --master-port PORT -m inference
+
+with the model's folder at the same path. How a rank's process ends is a contract: see `inference.rank_exit`.
+"""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+
+from inference.backends.base import Backend
+from inference.config import DistributedConfig, EngineConfig, config_from_json
+from inference.errors import InferenceError
+from inference.preflight_collective import check_fabric
+from inference.rank_exit import ExitCode, code_of
+from inference.rank_group import SOCKET_VARIABLE
+from inference.rank_link import LinkHandler, RankLink
+from inference.rank_loop import serve
+from inference.tensor_parallel import TensorParallel
+from inference.world import (
+    Place,
+    current_device,
+    join_world,
+    leave_world,
+    tensor_parallel_group,
+)
+
+
+def main(arguments: list[str]) -> ExitCode:
+    """Run one rank to its end."""
+    link: RankLink | None = None
+    try:
+        place = Place.from_environment()
+        path = os.environ.get(SOCKET_VARIABLE)
+        link = RankLink(path, place.rank) if path else None
+        if link is not None and place.rank == 0:
+            logging.getLogger().addHandler(LinkHandler(link))
+        run_rank(Path(arguments[0]).read_text() if place.rank == 0 else "", place, link)
+    except Exception as error:  # whatever it is, the replica must hear of it
+        code = code_of(error)
+        if code == ExitCode.FAULT or not isinstance(error, InferenceError):
+            traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        if link is not None:
+            text = (
+                lines[0]
+                if isinstance(error, InferenceError)
+                else f"{type(error).__name__}: {lines[0]}"
+            )
+            link.send({"kind": "failed", "code": int(code), "error": text[:1000]})
+            link.flush()
+        return code
+    return ExitCode.FINISHED
+
+
+def run_rank(document: str, place: Place, link: RankLink | None) -> None:
+    """Join the world, build this rank's part of the engine and serve until told to stop.
+
+    `document` is the first rank's.
+    """
+    config = meet(document, place)
+    timeout_s = config.distributed.timeout_s
+    ranks = tensor_parallel_group(config.tensor_parallel_size, timeout_s=timeout_s)
+    fabric = check_fabric(ranks, current_device(), config.distributed)
+    backend = _build(config, ranks)
+    backend.stats.extra["all_reduce_gb_per_s"] = round(fabric.bandwidth, 3)
+    serve(backend, ranks, link)
+    backend.close()
+    leave_world()
+
+
+def _build(config: EngineConfig, ranks: TensorParallel) -> Backend:
+    """Build this rank's part of the engine; its device is chosen by now."""
+    if config.backend == "zero":
+        from inference.backends.zero import ZeroBackend
+
+        return ZeroBackend(config)
+    from inference.backends.paged import PagedBackend
+
+    return PagedBackend(config, ranks=ranks)
+
+
+def meet(document: str, place: Place) -> EngineConfig:
+    """Join the world and hear from its first rank what is to be built."""
+    config = config_from_json(json.loads(document)) if document else None
+    timeout_s = config.distributed.timeout_s if config else DistributedConfig().timeout_s
+    join_world(place, timeout_s=timeout_s)
+    told = TensorParallel.of(dist.group.WORLD).broadcast(document.encode())
+    return config or config_from_json(json.loads(told))
+
+
+if __name__ == "__main__":
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads of a broken process group must not keep a failed rank alive.
+    os._exit(exit_code)

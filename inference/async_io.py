@@ -1,0 +1,106 @@
+"""DeepSpeed's async_io operator, which reads and writes NVMe: built before it is needed, and never waited for in vain.
+
+torch builds an operator under a lock file and waits for as long as that file exists. A build that was killed
+leaves it behind, and every later one would hang. So the lock is looked at first: whoever builds keeps it
+open, and one that nobody has open is removed; one that somebody has is waited for, but not for ever.
+
+    python -m inference.async_io          build it now, for instance in an image: minutes on a small machine
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from inference.errors import EngineConfigError, EngineFault
+
+logger = logging.getLogger(__name__)
+
+BUILD_DEADLINE_S = 1200.0
+_OPERATORS = ("pin_memory", "async_io")  # in the order they are built
+_POLL_S = 0.5
+
+
+def load_async_io(deadline_s: float = BUILD_DEADLINE_S) -> Any:
+    """Return the operator, built if it is not yet.
+
+    Raises:
+        EngineConfigError: this machine lacks what it is built from.
+        EngineFault: the build failed, or another process has been at it for longer than `deadline_s`.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder: Any = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise EngineConfigError(
+            "engine.offload is nvme: needs libaio and its headers; apt-get install libaio-dev, or use "
+            "engine.offload cpu"
+        )
+    for name in _OPERATORS:
+        clear_build_lock(build_folder(name) / "lock", deadline_s)
+    try:
+        return builder.load(verbose=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        line = (str(error).strip().splitlines() or [""])[0][:200]
+        raise EngineFault(
+            f"engine.offload is nvme: async_io does not build: {line}; see `ds_report`, or use "
+            f"engine.offload cpu"
+        ) from error
+
+
+def build_folder(name: str) -> Path:
+    """Return the folder where torch builds an operator."""
+    from torch.utils import cpp_extension
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root is not None:
+        return Path(root) / name
+    default: str = cpp_extension._get_build_directory(name, verbose=False)
+    return Path(default)
+
+
+def clear_build_lock(lock: Path, deadline_s: float = BUILD_DEADLINE_S) -> None:
+    """Return once no build holds the lock; one that was left behind is removed.
+
+    Raises:
+        EngineFault: another process still holds it after `deadline_s`; the message says which and where.
+    """
+    waited_since = time.monotonic()
+    while lock.exists():
+        holders = list(_holders(lock))
+        if not holders:
+            logger.warning("%s was left behind by a build that was killed: removing it", lock)
+            lock.unlink(missing_ok=True)
+            return
+        if time.monotonic() - waited_since > deadline_s:
+            raise EngineFault(
+                f"{lock}: process {holders[0]} has been building for over {deadline_s:.0f} s; end it and "
+                f"remove the file"
+            )
+        time.sleep(_POLL_S)
+
+
+def _holders(lock: Path) -> Iterator[int]:
+    """Processes of this machine that have the file open, as far as they may be seen."""
+    target = str(lock.resolve())
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            is_holder = any(os.readlink(fd) == target for fd in (process / "fd").iterdir())
+        except OSError:  # it ended, or is another user's
+            continue
+        if is_holder:
+            yield int(process.name)
+
+
+if __name__ == "__main__":
+    from inference.deepspeed_setup import import_deepspeed
+
+    import_deepspeed()
+    started_at = time.monotonic()
+    load_async_io()
+    sys.stdout.write(f"async_io is built, {time.monotonic() - started_at:.0f} s\n")

@@ -1,0 +1,246 @@
+"""One rank's part of a model: built without weights, cut to this rank's shapes, then filled from its slices.
+
+No rank ever reads or holds more than its own part. What is partitioned:
+
+    attention and MLP linears   as DeepSpeed's AutoTP cuts them (`inference.autotp`)
+    experts                     every rank has all of them, each cut along its intermediate size; transformers'
+                                own module runs them (grouped GEMMs where torch has them) and one
+                                all-reduce follows
+    output head                 rows of the vocabulary, unless it is tied to the embedding
+    all else                    whole on every rank
+
+E experts   I intermediate size of an expert   D hidden size
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inference.autotp import partition_linears
+from inference.config import EngineConfig
+from inference.errors import EngineConfigError, ModelError
+from inference.heads import check_heads, check_quantization
+from inference.load_weights import load_weights
+from inference.tensor_parallel import TensorParallel
+from inference.vocabulary import columns_of
+from inference.weight_reader import Slice
+from inference.weights import ModelFolder
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+_EXPERT_MODEL_TYPES = ("qwen3_moe",)
+_SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts")
+
+
+def load_partition(
+    folder: ModelFolder, config: EngineConfig, ranks: TensorParallel, device: torch.device
+) -> Any:
+    """Return this rank's part of the folder's causal language model, on `device`, in evaluation mode.
+
+    Raises:
+        EngineConfigError: the model cannot be partitioned so.
+        ModelError: weights are missing or of another shape than config.json says.
+    """
+    check_quantization(
+        ranks.size, config.quantization, is_stored=bool(folder.config.get("quantization_config"))
+    )
+    model = _empty_model(folder, config)
+    text = model.config.get_text_config()
+    check_heads(
+        ranks.size,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+    )
+    parts = cut(model, ranks)
+    _allocate(model, device)
+    _fill(model, parts, folder)
+    return model.eval()
+
+
+def cut(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
+    """Give a model on the meta device this rank's shapes; return what of each parameter is here, by name.
+
+    Raises:
+        EngineConfigError: part of the model is of a kind that cannot be partitioned.
+    """
+    experts = _cut_experts(model, ranks)
+    return partition_linears(model, ranks) | experts | _cut_head(model, ranks)
+
+
+def _empty_model(folder: ModelFolder, config: EngineConfig) -> Any:
+    """Build the model with parameters on the meta device and buffers, such as rotary frequencies, real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    classes: Any = AutoModelForCausalLM
+    try:
+        found = AutoConfig.from_pretrained(
+            str(folder.path), trust_remote_code=False, local_files_only=True
+        )
+        wanted = found.dtype or torch.float32
+        if config.dtype != "auto":
+            wanted = getattr(torch, config.dtype)
+        with init_empty_weights(include_buffers=False):
+            model = classes.from_config(found, dtype=wanted)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder.path}: no usable model: {type(error).__name__}") from error
+    model.tie_weights()
+    return model
+
+
+def _cut_experts(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
+    """Give 3-D experts this rank's shapes: gate and up [E,2I,D] each cut along I, down [E,D,I] along I."""
+    parts = {}
+    for name, module in model.named_modules():
+        if any(part in _SHARED_EXPERT_NAMES for part in name.split(".")):
+            raise EngineConfigError(
+                f"engine.tensor_parallel_size is {ranks.size}: {name} is a shared expert, which cannot "
+                f"be partitioned yet; use 1"
+            )
+        if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+            continue
+        model_type = model.config.get_text_config().model_type
+        if model_type not in _EXPERT_MODEL_TYPES:
+            raise EngineConfigError(
+                f"engine.tensor_parallel_size is {ranks.size}: experts of model_type {model_type} "
+                f"cannot be partitioned yet, those of {', '.join(_EXPERT_MODEL_TYPES)} can; use 1"
+            )
+        num_experts, width_2i, hidden = module.gate_up_proj.shape
+        width = width_2i // 2
+        if width % ranks.size:
+            raise EngineConfigError(
+                f"engine.tensor_parallel_size is {ranks.size}: does not divide the experts' "
+                f"intermediate size {width}"
+            )
+        here = width // ranks.size
+        part = Slice(0, ranks.rank * here, ranks.rank * here + here)
+        parts[f"{name}.gate_up_proj"] = part
+        parts[f"{name}.down_proj"] = part
+        module.gate_up_proj = _meta(module.gate_up_proj, (num_experts, 2 * here, hidden))
+        module.down_proj = _meta(module.down_proj, (num_experts, hidden, here))
+        module.intermediate_dim = here
+        module.register_forward_hook(lambda module, inputs, out: ranks.all_reduce(out))
+    return parts
+
+
+def _cut_head(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        return {}  # the embedding is whole on every rank; the head is a view of it
+    vocab, hidden = head.weight.shape
+    part = Slice(0, *columns_of(vocab, ranks.rank, ranks.size))
+    name = next(name for name, module in model.named_modules() if module is head)
+    head.weight = _meta(head.weight, (part.stop - part.start, hidden))
+    if head.bias is None:
+        return {f"{name}.weight": part}
+    head.bias = _meta(head.bias, (part.stop - part.start,))
+    return {f"{name}.weight": part, f"{name}.bias": part}
+
+
+def _meta(like: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=like.dtype, device="meta"), requires_grad=False)
+
+
+def _allocate(model: Any, device: torch.device) -> None:
+    """Put real memory under every parameter; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in made:
+                real = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                made[id(parameter)] = nn.Parameter(real, requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+class _Targets:
+    """Where each tensor of the files goes: the memory to fill, and the slice of the tensor that fills it."""
+
+    def __init__(self, model: Any, parts: dict[str, Slice]) -> None:
+        # A head tied to the embedding is not among them: a copy of it in the files is not read.
+        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._parts = parts
+        self._missing = {name: self._num_pieces(name) for name in self._parameters}
+
+    def _num_pieces(self, name: str) -> int:
+        """Tensors that fill one parameter: experts come one by one."""
+        parameter = self._parameters[name]
+        if name.endswith(".experts.gate_up_proj"):
+            return 2 * parameter.shape[0]
+        return parameter.shape[0] if name.endswith(".experts.down_proj") else 1
+
+    def find(self, name: str) -> tuple[Tensor, Slice | None] | None:
+        """Return the memory and the slice of one tensor; None for a tensor the model has no use for."""
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            parameter = self._parameters.get(name)
+            return None if parameter is None else (parameter.data, self._parts.get(name))
+        experts, index, kind = match[1], int(match[2]), match[3]
+        owner = f"{experts}.down_proj" if kind == "down" else f"{experts}.gate_up_proj"
+        if owner not in self._parameters or index >= self._parameters[owner].shape[0]:
+            return None
+        target, part = self._parameters[owner].data[index], self._parts[owner]
+        if kind == "down":
+            return target, part._replace(dim=1)
+        half = target.shape[0] // 2
+        return (target[:half] if kind == "gate" else target[half:]), part
+
+    def filled(self, name: str) -> None:
+        """Note that a tensor has arrived."""
+        match = _EXPERT.fullmatch(name)
+        if match is not None:
+            name = f"{match[1]}.{'down' if match[3] == 'down' else 'gate_up'}_proj"
+        if name in self._missing:
+            self._missing[name] -= 1
+
+    def missing(self) -> list[str]:
+        """Parameters that the files do not fill."""
+        return sorted(name for name, count in self._missing.items() if count > 0)
+
+
+def _fill(model: Any, parts: dict[str, Slice], folder: ModelFolder) -> None:
+    """Read this rank's slices into the parameters.
+
+    Raises:
+        ModelError: the files do not belong to config.json.
+    """
+    targets = _Targets(model, parts)
+    device = next(model.parameters()).device
+
+    def slicer(name: str, shape: tuple[int, ...]) -> Slice | None:
+        found = targets.find(name)
+        if found is None:
+            return Slice(0, 0, 0) if shape else None  # nothing of it is read
+        target, part = found
+        _check_shape(folder, name, shape, target, part)
+        return part
+
+    def destination(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        found = targets.find(name)
+        return found[0] if found and found[0].dtype == dtype else None
+
+    files = [file.path for file in folder.weight_files]
+    for name, tensor in load_weights(files, device=device, slicer=slicer, destination=destination):
+        found = targets.find(name)
+        if found is not None:
+            if tensor.data_ptr() != found[0].data_ptr():
+                found[0].copy_(tensor)
+            targets.filled(name)
+    if targets.missing():
+        raise ModelError(
+            f"{folder.path}: {len(targets.missing())} weights with missing keys, first "
+            f"{targets.missing()[0]}; the files do not belong to this config.json"
+        )
+
+
+def _check_shape(
+    folder: ModelFolder, name: str, shape: tuple[int, ...], target: Tensor, part: Slice | None
+) -> None:
+    here = part.shape_of(shape) if part and len(shape) > part.dim else shape
+    if here != tuple(target.shape) or (part and part.stop > shape[part.dim]):
+        raise ModelError(
+            f"{folder.path}: {name} has shape {shape}, of which this rank wants {tuple(target.shape)}; "
+            f"the files do not belong to this config.json"
+        )

@@ -1,0 +1,91 @@
+"""TensorParallel: the ranks that hold one model between them, and what they say to each other.
+
+Every rank runs the same engine on the same sequences and makes the same decisions: only weights, heads and
+the vocabulary's logits are partitioned. What is exchanged goes through this class, on a process group of its
+own, so several groups can share one world (data parallel times tensor parallel).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TensorParallel:
+    """One rank's view of its group. `alone` is a group of one, which exchanges nothing."""
+
+    def __init__(self, rank: int, size: int, group: Any) -> None:
+        self.rank = rank
+        """This rank's place within the group, not within the world."""
+
+        self.size = size
+        self.group = group
+        """A torch process group with gloo for host tensors and, on CUDA, NCCL for device tensors."""
+
+    @classmethod
+    def alone(cls) -> "TensorParallel":
+        """A group of one."""
+        return cls(0, 1, None)
+
+    @classmethod
+    def of(cls, group: Any) -> "TensorParallel":
+        """The view of the calling rank, which belongs to the group."""
+        import torch.distributed as dist
+
+        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Replace the tensor by the sum over ranks, in place: the same bits on every rank."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return every rank's tensor, [size, *shape]; all must have the same shape."""
+        if self.size == 1:
+            return tensor[None]
+        import torch.distributed as dist
+
+        out = tensor.new_empty(self.size, *tensor.shape)
+        # Renamed in torch 2.13, with a warning under the old name.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(out.flatten(), tensor.contiguous().flatten(), group=self.group)
+        return out
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """Send row block r of [size, ...] to rank r; return the blocks the ranks sent here, likewise."""
+        if self.size == 1:
+            return tensor
+        import torch.distributed as dist
+
+        out = torch.empty_like(tensor)
+        dist.all_to_all_single(out, tensor.contiguous(), group=self.group)
+        return out
+
+    def broadcast(self, data: bytes) -> bytes:
+        """Return what the group's first rank gives; the others' argument is ignored."""
+        if self.size == 1:
+            return data
+        import torch.distributed as dist
+
+        length = torch.tensor([len(data)], dtype=torch.int64)
+        dist.broadcast(length, group=self.group, group_src=0)
+        if not int(length):
+            return b""
+        payload = torch.empty(int(length), dtype=torch.uint8)
+        if self.rank == 0:
+            payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(payload, group=self.group, group_src=0)
+        return payload.numpy().tobytes()
+
+    def agree_on_least(self, value: int) -> int:
+        """Return the least of the ranks' values."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        least = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.group)
+        return int(least)

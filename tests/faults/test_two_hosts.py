@@ -1,0 +1,141 @@
+"""One replica over two hosts: network namespaces joined by a cable, which is then cut.
+
+Needs root and Debian's iproute2, to make namespaces; skipped without.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from inference.backends.paged import PagedBackend
+from inference.config import DistributedConfig, EngineConfig
+from tests.processes import REPOSITORY, children, is_alive, wait_for
+from tests.ranked_owner import prompts
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: tensor parallel needs it")
+
+MODEL = str(REPOSITORY / "tests" / "data" / "models" / "tiny-a")
+CABLE = "fabric0"
+TIMEOUT_S = 20.0
+PATIENCE_S = 240.0
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[str]]:
+    """Yield the names of two namespaces, 10.77.0.1 and 10.77.0.2, joined by a cable."""
+    hosts = [f"nightjar-{os.getpid()}-{index}" for index in range(2)]
+    made = []
+    try:
+        for host in hosts:
+            ip("netns", "add", host)
+            made.append(host)
+        ip(
+            "link",
+            "add",
+            CABLE,
+            "netns",
+            hosts[0],
+            "type",
+            "veth",
+            "peer",
+            CABLE,
+            "netns",
+            hosts[1],
+        )
+        for index, host in enumerate(hosts):
+            ip("-n", host, "addr", "add", f"10.77.0.{index + 1}/24", "dev", CABLE)
+            ip("-n", host, "link", "set", CABLE, "up")
+            ip("-n", host, "link", "set", "lo", "up")
+        yield hosts
+    finally:
+        for host in made:
+            ip("netns", "del", host)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    if os.geteuid() or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2 to make network namespaces")
+    try:
+        context = two_hosts()
+        made = context.__enter__()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    yield made
+    context.__exit__(None, None, None)
+
+
+def start(host: str, *command: str, **env: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        ["ip", "netns", "exec", host, *command],
+        cwd=REPOSITORY,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def config(**changes: Any) -> EngineConfig:
+    return EngineConfig(model=MODEL, backend="paged", dtype="float32", **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_hosts_give_the_tokens_of_one_and_a_cut_cable_ends_the_replica(hosts):
+    alone = PagedBackend(config())
+    alone.submit(prompts())
+    expected: dict[int, tuple[int, ...]] = {}
+    while alone.num_unfinished:
+        expected.update({c.seq_id: c.token_ids for c in alone.step()})
+    settings = DistributedConfig(
+        num_hosts=2, rendezvous="10.77.0.1:29511", interface=CABLE, timeout_s=TIMEOUT_S
+    )
+    document = json.dumps(dataclasses.asdict(config(tensor_parallel_size=2, distributed=settings)))
+    leader = start(hosts[0], sys.executable, "-m", "tests.ranked_owner", document)
+    follower = start(
+        hosts[1],
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--node-rank=1"),
+        *("--nproc-per-node=1", "--master-addr=10.77.0.1", "--master-port=29511"),
+        *("-m", "inference"),
+        GLOO_SOCKET_IFNAME=CABLE,
+    )
+    assert leader.stdout is not None
+    try:
+        pids = json.loads(leader.stdout.readline())
+        assert len(pids) == 2  # the launcher and this host's rank
+        found = json.loads(leader.stdout.readline())
+        assert [tuple(token_ids) for token_ids in found] == [expected[i] for i in range(8)]
+        ranks = children(follower.pid, "-m inference")
+        ip("-n", hosts[1], "link", "set", CABLE, "down")
+        cut_at = time.monotonic()
+        name, text = json.loads(leader.stdout.readline())
+        assert name == "EngineFault"
+        assert text.startswith("rank 0 (process ")
+        assert text.endswith("all ranks were stopped")
+        assert time.monotonic() - cut_at < 3 * TIMEOUT_S
+        wait_for(
+            lambda: not any(map(is_alive, [*pids, *ranks])),
+            timeout_s=PATIENCE_S,
+            what="the ranks of both hosts to end",
+        )
+    finally:
+        for process in (leader, follower):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+            print(out, err)

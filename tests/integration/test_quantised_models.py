@@ -1,0 +1,168 @@
+"""Quantised weights: bitsandbytes on this machine, checkpoints that are quantised already, and what is refused."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig
+
+from inference.backends import create_backend
+from inference.config import EngineConfig
+from inference.errors import EngineConfigError, ModelError
+from inference.sampling import SamplingParams
+from inference.sequence import Completion, Sequence
+from tests.pipeline import CASES, MODELS, Nightjar
+from tests.tiny_models import EXPERTS, SIZES, make_model
+
+BLOCK = 4  # Qwen publishes blocks of 128x128; tiny models have no such widths
+
+
+def sequences(num: int = 12) -> list[Sequence]:
+    return [
+        Sequence(i, [3 + (7 * i + 11 * k) % 250 for k in range(1 + (17 * i) % 30)],
+                 SamplingParams(max_tokens=8, ignore_eos=True))
+        for i in range(num)
+    ]  # fmt: skip
+
+
+def run(model: Path, backend: str = "transformers", **knobs: Any) -> dict[int, Completion]:
+    engine = create_backend(EngineConfig(model=str(model), backend=backend, **knobs))
+    engine.submit(sequences())
+    found: dict[int, Completion] = {}
+    while engine.num_unfinished:
+        found |= {completion.seq_id: completion for completion in engine.step()}
+    engine.close()
+    return found
+
+
+def quantised_in_blocks(source: Path, folder: Path) -> tuple[Path, Path]:
+    """A checkpoint in fp8 blocks, and the full-precision one that it stands for."""
+    stored, whole = (Path(shutil.copytree(source, folder / name)) for name in ("fp8", "whole"))
+    weights = load_file(source / "model.safetensors")
+    blocks: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        if "_proj" not in name:
+            blocks[name] = weight
+            continue
+        rows, columns = weight.shape[0] // BLOCK, weight.shape[1] // BLOCK
+        tiles = weight.view(rows, BLOCK, columns, BLOCK)
+        scales = tiles.abs().amax(dim=(1, 3), keepdim=True) / 448
+        tiles_8 = (tiles / scales).to(torch.float8_e4m3fn)
+        blocks[name] = tiles_8.view(weight.shape)
+        blocks[f"{name}_scale_inv"] = scales[:, 0, :, 0].clone()
+        weights[name] = (tiles_8.float() * scales).view(weight.shape)
+    save_file(blocks, stored / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+    store(stored, settings | {"weight_block_size": [BLOCK, BLOCK]})
+    return stored, whole
+
+
+def store(folder: Path, settings: dict[str, Any]) -> Path:
+    """Make config.json say how the weights are stored."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["transformers", "paged"])
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_weights_stored_in_fp8_blocks_give_the_tokens_of_what_they_stand_for(
+    kind, backend, tmp_path
+):
+    source = MODELS / "tiny-a"
+    if kind == "experts":
+        source = make_model(tmp_path / "source", Qwen3MoeConfig(**SIZES, **EXPERTS))
+    stored, whole = quantised_in_blocks(source, tmp_path)
+    found = run(stored, backend)
+    assert found == run(whole, backend)
+    assert found != run(source, backend)
+
+
+@pytest.mark.parametrize(
+    ("settings", "backend", "words"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "transformers", "gptq: needs gptqmodel and optimum; pip"),
+        ({"quant_method": "awq", "bits": 4}, "transformers", "awq: needs gptqmodel; pip install gptqmodel"),
+        ({"quant_method": "gptq", "bits": 4}, "paged", "gptq, which the paged backend cannot read; use"),
+        ({"quant_method": "fp8"}, "paged", "fp8 without weight_block_size"),
+        ({"quant_method": "quip"}, "transformers", "quip, which no backend reads; use the unquantised"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused_by_name_with_the_remedy(settings, backend, words, tmp_path):
+    folder = store(Path(shutil.copytree(MODELS / "tiny-a", tmp_path / "model")), settings)
+    with pytest.raises(EngineConfigError, match=words):
+        run(folder, backend)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_stored_quantisation_is_not_quantised_again(kind, tmp_path):
+    stored, _ = quantised_in_blocks(MODELS / "tiny-a", tmp_path)
+    with pytest.raises(EngineConfigError, match=f"{kind}, but .* stored as fp8 already; use none"):
+        run(stored, quantization=kind)
+
+
+def test_a_scale_grid_that_does_not_fit_is_refused(tmp_path):
+    stored, _ = quantised_in_blocks(MODELS / "tiny-a", tmp_path)
+    weights = load_file(stored / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    weights[name] = torch.ones(5, 7)
+    save_file(weights, stored / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        run(stored)
+
+
+@pytest.mark.parametrize("backend", ["transformers", "paged"])
+def test_four_bit_weights_run_whatever_their_sizes_and_do_not_depend_on_the_batch(backend):
+    pytest.importorskip("bitsandbytes")
+    model = MODELS / "tiny-a"  # widths that 32 does not divide
+    found = run(model, backend, quantization="nf4", max_num_seqs=8)
+    assert found == run(model, "transformers", quantization="nf4", max_num_seqs=1)
+    assert found != run(model)
+
+
+def test_eight_bit_weights_run_on_the_paged_backend_too():
+    pytest.importorskip("bitsandbytes")
+    found = run(MODELS / "tiny-a", "paged", quantization="int8")
+    reference = run(MODELS / "tiny-a", "transformers", quantization="int8")
+    same = sum(found[i] == reference[i] for i in found)
+    assert (
+        same > len(found) // 2
+    )  # the rest are near ties, which batches of other sizes decide otherwise
+
+
+def test_bitsandbytes_asks_no_hub_for_code(caplog):
+    pytest.importorskip("bitsandbytes")
+    run(MODELS / "tiny-a", quantization="nf4")
+    assert sys.modules.get("kernels", "untouched") is not None
+    assert "kernels-community" not in caplog.text
+
+
+def test_without_bitsandbytes_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(EngineConfigError, match="int8: needs bitsandbytes; pip install"):
+        run(MODELS / "tiny-a", quantization="int8")
+
+
+def test_quantised_and_full_texts_are_never_mixed_in_one_run(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    nightjar = Nightjar(tmp_path, capsys)
+    source = CASES / "A1-left-pad" / "input.parquet"
+    knobs = {"run_id": "one", "engine__max_num_seqs": 8}
+    done = nightjar.run("tiny-a", source, model__quantization="int8", **knobs)
+    assert (done.code, len(done.rows)) == (0, 24)
+    assert all(row["completion"] is not None for row in done.rows)
+    record = json.loads((done.run / "run.json").read_text())
+    assert record["fingerprint_fields"]["model.quantization"] == "int8"
+    assert record["job"]["engine"]["max_num_seqs"] == 8
+    before = pq.read_table(done.run / "completions")
+    again = nightjar.run("tiny-a", source, model__quantization="none", **knobs)
+    assert again.code == 2
+    assert 'model.quantization was "int8", now "none"' in again.err
+    assert pq.read_table(done.run / "completions").equals(before)

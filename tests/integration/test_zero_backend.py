@@ -1,0 +1,223 @@
+"""Models larger than the device, through DeepSpeed: the reference's tokens, wherever the weights are kept."""
+
+import logging
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3MoeConfig
+
+from inference.backends import create_backend
+from inference.backends.transformers import TransformersBackend
+from inference.config import EngineConfig
+from inference.errors import EngineConfigError
+from inference.offload import Room, resolve_place
+from inference.sampling import SamplingParams
+from inference.sequence import Completion, Sequence
+from tests.tiny_models import EXPERTS, MODELS, SIZES, make_model
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+from inference.async_io import load_async_io
+from inference.backends.zero import ZeroBackend
+from inference.deepspeed_setup import import_deepspeed
+
+
+def config(model: Path, **knobs: Any) -> EngineConfig:
+    return EngineConfig(**{"model": str(model), "backend": "zero", "max_num_seqs": 4} | knobs)
+
+
+def sequences(num: int, **fields: Any) -> list[Sequence]:
+    return [
+        Sequence(
+            i,
+            [3 + (7 * i + 11 * k) % 250 for k in range(1 + (17 * i) % 30)],
+            SamplingParams(**{"max_tokens": 2 + i % 7, "temperature": 0.7 * (i % 2)} | fields),
+            draw_seed=i,
+        )
+        for i in range(num)
+    ]
+
+
+def run(backend: Any, given: list[Sequence]) -> dict[int, Completion]:
+    backend.submit(given)
+    found = {}
+    while backend.num_unfinished:
+        found |= {completion.seq_id: completion for completion in backend.step()}
+    backend.close()
+    return found
+
+
+def expected(model: Path, given: list[Sequence], **knobs: Any) -> dict[int, Completion]:
+    return run(TransformersBackend(config(model, backend="transformers", **knobs)), given)
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense in bfloat16", "tied", "experts"])
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_tokens_are_the_references(kind, offload, tmp_path):
+    model = MODELS / ("tiny-tied-sharded" if kind == "tied" else "tiny-a")
+    if kind == "experts":
+        model = make_model(tmp_path, Qwen3MoeConfig(**SIZES, **EXPERTS))
+    knobs = {"dtype": "bfloat16"} if "bfloat16" in kind else {}
+    found = run(ZeroBackend(config(model, offload=offload, **knobs)), sequences(10))
+    assert found == expected(model, sequences(10), **knobs)
+
+
+def test_long_prompts_run_in_several_passes_and_change_nothing():
+    backend = ZeroBackend(config(MODELS / "tiny-a", max_num_batched_tokens=16))
+    prefills = []
+
+    def watch(module: Any, args: Any, kwargs: Any) -> None:
+        prefills.append(tuple(kwargs["input_ids"].shape))
+
+    backend._model.register_forward_pre_hook(watch, with_kwargs=True)
+    found = run(backend, sequences(12))
+    assert found == expected(MODELS / "tiny-a", sequences(12))
+    assert max(rows * columns for rows, columns in prefills) == 16
+    assert backend.stats.num_prompt_tokens == sum(len(s.prompt_token_ids) for s in sequences(12))
+
+
+def test_between_passes_no_matrix_is_on_the_device():
+    backend = ZeroBackend(config(MODELS / "tiny-a"))
+    backend.submit(sequences(2))
+    backend.step()
+    held = {
+        n for n, p in backend._model.named_parameters() if p.numel() and p.ds_shape.numel() > 64
+    }
+    assert held == set()
+    assert backend.info.memory == {
+        "host_weights": 4 * sum(p.ds_numel for p in backend._model.parameters())
+    }
+    backend.close()
+
+
+def test_nothing_of_deepspeed_is_left_in_the_process():
+    backend = ZeroBackend(config(MODELS / "tiny-a"))
+    linear = torch.nn.functional.linear
+    plain = TransformersBackend(config(MODELS / "tiny-a", backend="transformers"))
+    assert not hasattr(next(plain._model.parameters()), "ds_id")
+    assert "LOCAL_RANK" not in os.environ
+    assert torch.nn.functional.linear is linear
+    assert "deepspeed" not in linear.__module__
+    backend.close()
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_token(caplog):
+    backend = ZeroBackend(config(MODELS / "tiny-a", max_num_seqs=8))
+
+    def hold(module: Any, args: Any) -> None:
+        if args[0].shape[0] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    backend._model.model.layers[1].register_forward_pre_hook(hold)
+    with caplog.at_level(logging.WARNING, "inference"):
+        found = run(backend, sequences(16))
+    assert found == expected(MODELS / "tiny-a", sequences(16))
+    assert "going on with at most 2 at once" in caplog.text
+
+
+def test_ranks_that_run_out_of_rows_leave_no_other_waiting():
+    ranks = create_backend(config(MODELS / "tiny-a", tensor_parallel_size=2))
+    one = sequences(1, max_tokens=8)
+    ranks.submit(one)
+    found = {}
+    while ranks.num_unfinished:
+        found |= {completion.seq_id: completion for completion in ranks.step()}
+    assert found == expected(MODELS / "tiny-a", one)
+    # Six of one rank end while the other's long one runs on; then there is more.
+    lengths = [40, 1, 2, 3, 2, 1, 3]
+    uneven = [replace(s, sampling=replace(s.sampling, max_tokens=n, ignore_eos=True))
+              for s, n in zip(sequences(8)[1:], lengths, strict=True)]  # fmt: skip
+    assert run(ranks, uneven) == expected(MODELS / "tiny-a", uneven)
+    assert ranks.stats.num_prompt_tokens == sum(len(s.prompt_token_ids) for s in [*one, *uneven])
+
+
+@pytest.fixture(scope="module")
+def async_io() -> None:
+    """DeepSpeed's NVMe operator; minutes to build, so only where it has been built before."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    from inference.async_io import build_folder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio is not installed")
+    if not (build_folder("async_io") / "async_io.so").exists():
+        pytest.skip("async_io is not built; python -m inference.async_io")
+    import_deepspeed()
+    load_async_io()
+
+
+@pytest.mark.usefixtures("async_io")
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_weights_on_nvme_give_the_references_tokens_and_are_gone_afterwards(kind, tmp_path):
+    sizes = SIZES | {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    sizes |= {
+        "head_dim": 64,
+        "num_key_value_heads": 8,
+    }  # files hold parameters of a megabyte and more
+    experts = EXPERTS | {"moe_intermediate_size": 256}
+    kinds = {"dense": Qwen3Config(**sizes), "experts": Qwen3MoeConfig(**sizes, **experts)}
+    model = make_model(tmp_path / "model", kinds[kind])
+    disk = tmp_path / "nvme"
+    disk.mkdir()
+    backend = ZeroBackend(config(model, offload="nvme", nvme_path=str(disk)))
+    swapped = sum(path.stat().st_size for path in disk.rglob("*.swp"))
+    assert swapped > 0.9 * (model / "model.safetensors").stat().st_size - 4 * 2 * 320 * 512
+    found = run(backend, sequences(6))
+    assert list(disk.iterdir()) == []
+    assert found == expected(model, sequences(6))
+
+
+ROOMY = Room(host=100 * 10**9, disk=500 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "gigabytes", "place"),
+    [
+        ({}, 80, "cpu"),
+        ({"nvme_path": "/"}, 80, "cpu"),
+        ({"nvme_path": "/"}, 90, "nvme"),
+        ({"offload": "nvme", "nvme_path": "/"}, 1, "nvme"),
+        ({"offload": "none"}, 9000, "none"),
+    ],
+)
+def test_weights_go_where_they_fit(knobs, gigabytes, place):
+    assert resolve_place(config(MODELS, **knobs), gigabytes * 10**9, ROOMY) == place
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({}, "90.0 GB of weights, 100.0 GB of host memory free, of which 85% .* nvme with"),
+        ({"offload": "cpu", "nvme_path": "/"}, "is cpu: 90.0 GB of weights, 100.0 GB of host"),
+        ({"offload": "nvme", "nvme_path": "/"}, "90.0 GB of weights, 50.0 GB free in /"),
+    ],
+)
+def test_weights_that_fit_nowhere_are_refused_with_the_arithmetic(knobs, words):
+    with pytest.raises(EngineConfigError, match=words):
+        resolve_place(config(MODELS, **knobs), 90 * 10**9, Room(100 * 10**9, 50 * 10**9))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"quantization": "int8"}, "int8: the zero backend moves weights as they are stored"),
+        ({"quantization": "fp8"}, "fp8: the zero backend"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8"),
+        ({"offload": "nvme"}, "nvme_path is not set"),
+        ({"offload": "nvme", "nvme_path": "/no/such"}, "/no/such: no such folder"),
+        ({"tensor_parallel_size": 2}, "is 2: .* there are 1; start it through the launcher"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(knobs, words):
+    with pytest.raises(EngineConfigError, match=words):
+        ZeroBackend(config(MODELS / "tiny-a", **knobs))
+
+
+def test_without_deepspeed_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(EngineConfigError, match=r"pip install --no-build-isolation 'deepspeed"):
+        ZeroBackend(config(MODELS / "tiny-a"))
