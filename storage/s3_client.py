@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-_DAMAGED = (FlexibleChecksumError, ChecksumError, IncompleteReadError)
+_DAMAGED = (FlexibleChecksumError, ChecksumError)
+_CUT_SHORT = (HTTPClientError, ConnectionError, IncompleteReadError, HTTPError)
 _PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504, 507, 509}
 _PASSING_CODES = {
     "RequestTimeout",
@@ -190,7 +191,7 @@ def as_storage_error(error: Exception, what: str) -> StorageError:
         return AccessDenied(f"{what}: {error}; set AWS_ACCESS_KEY_ID or storage.profile")
     if isinstance(error, _DAMAGED):
         return CorruptObject(f"{what}: {error}; the bytes are not what the store promised")
-    if isinstance(error, HTTPClientError | ConnectionError | HTTPError):
+    if isinstance(error, _CUT_SHORT):
         return StoreUnavailable(f"{what}: {error}; is the store up and reachable?")
     return StorageError(f"{what}: {error}")
 

@@ -6,7 +6,7 @@ from typing import Any
 import boto3
 import pytest
 from botocore.awsrequest import AWSResponse
-from botocore.exceptions import ClientError, ReadTimeoutError
+from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
 from moto import mock_aws
 
 from storage import probe
@@ -72,6 +72,7 @@ def refusal(status: int, code: str) -> ClientError:
         (refusal(501, "NotImplemented"), StoreUnfit),
         (refusal(400, "InvalidArgument"), StorageError),
         (ReadTimeoutError(endpoint_url="http://x"), StoreUnavailable),
+        (IncompleteReadError(actual_bytes=1, expected_bytes=2), StoreUnavailable),
     ],
 )
 def test_each_refusal_has_its_type(error: Exception, expected: type[StorageError]) -> None:
