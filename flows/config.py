@@ -22,6 +22,7 @@ from storage.errors import NotFound
 from storage.object_store import StorageConfig, open_store
 from tasks.job import RunConfig
 
+_SECRET = re.compile(r"(?i)token|secret|passw|credential|(api|access|private)_?key")
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
 
 
@@ -46,6 +47,7 @@ def load_job(
     _refuse_unknown_keys(values, RunConfig, path="")
     job = _build(values)
     _check(job)
+    _check_secrets(job)
     _check_storable(job)
     return _with_dates(job, now or datetime.now(UTC))
 
@@ -198,6 +200,18 @@ def _check(job: RunConfig) -> None:
         raise JobError(
             f"timezone: {clipped(job.timezone)} is not known; use a name such as Europe/Berlin"
         ) from error
+
+
+def _check_secrets(job: RunConfig) -> None:
+    """Refuse credentials in the job: it is kept in run.json and, for replicas, by Prefect."""
+    placement = job.hardware.placement
+    more = placement.job_variables.get("env")
+    for name in [*placement.env, *(more if isinstance(more, dict) else ())]:
+        if _SECRET.search(name):
+            raise JobError(
+                f"hardware.placement: {printable(name)[:100]} looks like a credential, which would be "
+                "recorded; set it where the worker runs, or in the pool's own template"
+            )
 
 
 def _check_storable(job: RunConfig) -> None:

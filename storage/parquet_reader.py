@@ -49,6 +49,12 @@ class ParquetInput:
         except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
             # ValueError: a column name that is not UTF-8.
             raise BadInput(f"{name}: not a readable Parquet file: {_line(error)}") from None
+        metadata = self._file.metadata
+        counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if any(count < 0 for count in counts) or sum(counts) != self.num_rows:
+            raise BadInput(
+                f"{name}: damaged: the footer tells {self.num_rows} rows, its row groups {sum(counts)}"
+            )
         twice = sorted({column for column in names if names.count(column) > 1})
         if twice:
             raise BadInput(f"{name}: column {twice[0]!r} appears twice; rename one")

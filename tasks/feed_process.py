@@ -42,6 +42,10 @@ from tasks.prompt_columns import PromptColumns
 
 _STDERR_TAIL = 2000
 _MAX_THREADS = 8
+_KNOWN = {
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH", "LD_PRELOAD", "XDG_CACHE_HOME", "HF_HOME", "NIGHTJAR_FAILPOINT",
+}  # fmt: skip
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 
 
@@ -279,12 +283,18 @@ class FeedProcess:
         self._replies = self._child.stdout.fileno()
 
 
+def _is_needed(name: str) -> bool:
+    """What the child may know of this process's environment: no credentials, by whatever name."""
+    return name in _KNOWN or name.startswith(("PYTHON", "LC_"))
+
+
 def _environment(limits: FeedLimits) -> dict[str, str]:
     num_threads = limits.num_threads or min(_MAX_THREADS, os.cpu_count() or 1)
     root = str(Path(tasks.__file__).resolve().parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    known = {name: value for name, value in os.environ.items() if _is_needed(name)}
     return {
-        **os.environ,
+        **known,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONHASHSEED": "0",
         # Arenas reserve address space that would count against the limit.

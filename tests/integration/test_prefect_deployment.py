@@ -19,6 +19,12 @@ from tests.prefect_server import PREFECT, ROOT, PrefectLab, end, wait_for
 pytestmark = pytest.mark.slow
 
 MARKER = "okapi-7c41-marker"
+SECRETS = {
+    name: f"secret-{number}-c9d2"
+    for number, name in enumerate(
+        ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "DATABASE_PASSWORD")
+    )
+}
 NUM_ROWS = 60
 
 # Fifty milliseconds at each of these moments of a shard: a run long enough to be interrupted.
@@ -167,7 +173,7 @@ def nightjar(lab: PrefectLab, *args: str, **env: str) -> subprocess.Popen[str]:
 def test_nightjar_run_is_a_flow_run_of_the_configured_server_with_the_same_exit_codes(
     prefect_lab: PrefectLab, case: Case
 ) -> None:
-    run = nightjar(prefect_lab, "run", str(case.job), "--json")
+    run = nightjar(prefect_lab, "run", str(case.job), "--json", **SECRETS)
     out, err = run.communicate(timeout=100)
     assert run.returncode == 0, err
     assert json.loads(out.splitlines()[-1])["is_published"]
@@ -183,11 +189,19 @@ def test_nightjar_run_is_a_flow_run_of_the_configured_server_with_the_same_exit_
     assert failed["state_type"] == "FAILED"
     assert failed["state"]["message"].endswith("1 rows failed, max_failed_rows allows 0")
 
-    wrong = nightjar(prefect_lab, "run", str(case.job), "--set", "input.id_column=nowhere")
+    url = f"https://me:{SECRETS['DATABASE_PASSWORD']}@store.example"
+    places = ("--set", f"storage.endpoint_url={url}", "--set", "output.uri=s3://bucket/runs")
+    wrong = nightjar(prefect_lab, "run", str(case.job), *places, **SECRETS)
     out, err = wrong.communicate(timeout=100)
     assert wrong.returncode == 2, err
     assert err.strip().splitlines()[-1].startswith("nightjar run: ")
-    assert latest_run(prefect_lab, case.job)["state_type"] == "FAILED"
+    refused = latest_run(prefect_lab, case.job)
+    assert refused["state_type"] == "FAILED"
+    assert "user or password" in refused["state"]["message"]
+    stored = prefect_lab.everything_stored()
+    for secret in SECRETS.values():
+        assert secret not in out + err
+        assert secret.encode() not in stored
 
 
 def test_nightjar_run_cancelled_by_the_marker_is_partial_and_its_flow_run_cancelled(

@@ -198,3 +198,18 @@ def test_what_cannot_be_kept_or_shown_is_refused_in_one_short_line(override, nam
     message = refused(override)
     assert message.startswith(named)
     assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        "{env: {HF_TOKEN: x}}",
+        "{env: {AWS_SECRET_ACCESS_KEY: x}}",
+        "{job_variables: {env: {db_password: x}}}",
+    ],
+)
+def test_a_credential_in_the_job_is_refused_because_the_job_is_recorded(placement):
+    message = refused(f"hardware.placement={placement}")
+    assert "looks like a credential" in message
+    job = load_job(BASE, overrides=["hardware.placement={env: {NCCL_DEBUG: INFO}}"])
+    assert job.hardware.placement.env == {"NCCL_DEBUG": "INFO"}

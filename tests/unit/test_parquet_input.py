@@ -221,3 +221,16 @@ def test_a_column_name_that_is_not_utf8_is_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"prompt", b"pr\xeempt"))
     with pytest.raises(BadInput, match=r"rows\.parquet: not a readable Parquet file"):
         read(path)
+
+
+@pytest.mark.parametrize("num_rows", [4, 6, -5])
+def test_a_footer_that_miscounts_its_rows_is_refused(tmp_path, num_rows):
+    table = pa.table({"v": pa.array([1, 2, 3, 4, 5], pa.int8())})
+    path = write(tmp_path, table, store_schema=False, compression="none", use_dictionary=False)
+    data = path.read_bytes()
+    # In the footer, after the schema: field 3, a zigzag varint.
+    at = data.rindex(b"\x16\x0a\x19\x1c")
+    zigzag = num_rows * 2 if num_rows >= 0 else -num_rows * 2 - 1
+    path.write_bytes(data[: at + 1] + bytes([zigzag]) + data[at + 2 :])
+    with pytest.raises(BadInput, match=f"the footer tells {num_rows} rows, its row groups 5"):
+        read(path)
