@@ -7,13 +7,20 @@ BIN := $(VENV)/bin
 DEMO := .demo
 MODEL := $(DEMO)/smollm2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint campaign soak clean
 
 demo: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/nightjar run configs/demo.yaml
 
 test: $(VENV)/.installed $(MODEL)/config.json
 	OMP_NUM_THREADS=1 NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# An hour of kills and store faults, and two hours of runs under faults: by hand, never in CI.
+campaign: $(VENV)/.installed
+	$(BIN)/python -m tests.faults.campaign
+
+soak: $(VENV)/.installed $(MODEL)/config.json
+	$(BIN)/python -m tests.faults.soak --hours 2 --model $(CURDIR)/$(MODEL)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

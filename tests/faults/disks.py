@@ -11,7 +11,7 @@ from storage.object_store import StorageConfig, open_store
 from tests.faults.forked import Forks
 from tests.faults.store_checks import Watcher, check_run
 
-_FIRST_KIB, _STEP_KIB = 64, 24
+_FIRST_KIB, _STEP_KIB = 96, 24
 
 
 @contextmanager
@@ -28,18 +28,20 @@ def small_disk(folder: Path, kib: int = _FIRST_KIB) -> Iterator[Path | None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def full_disk(forks: Forks, disk: Path, job: Path, num_rows: int) -> tuple[int, int, list[str]]:
+def full_disk(
+    forks: Forks, disk: Path, job: Path, num_rows: int, *, step_kib: int = _STEP_KIB
+) -> tuple[int, int, list[str]]:
     """Run a job whose results go to `disk` until it is published.
 
     Returns:
         How often the disk was full, how many processes were killed, and what was wrong.
     """
     num_full = num_killed = 0
-    size, wrong = _FIRST_KIB, list[str]()
+    size, wrong = os.statvfs(disk).f_blocks * os.statvfs(disk).f_frsize >> 10, list[str]()
     watcher: Watcher | None = None
     while num_full < 200:
-        failpoint = "after_data:kill:0.2:{size}" if num_full % 3 == 0 else ""
-        child = forks.call(["run", str(job), "--json"], failpoint=failpoint.format(size=size))
+        failpoint = f"after_data:kill:0.2:{size}" if num_full % 3 == 0 else ""
+        child = forks.call(["run", str(job), "--json"], failpoint=failpoint)
         if watcher is None and (plans := list(disk.glob("*/plan.json"))):
             watcher = Watcher(open_store(str(plans[0].parent), StorageConfig()), 1.0)
         if watcher is not None:
@@ -53,7 +55,7 @@ def full_disk(forks: Forks, disk: Path, job: Path, num_rows: int) -> tuple[int, 
             wrong.append(f"full disk: exit {child.status}: {child.said()}")
             break
         num_full += 1
-        size += _STEP_KIB
+        size += step_kib
         subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
     if watcher is None or child.status != 0:
         return num_full, num_killed, [*wrong, "full disk: never published"]

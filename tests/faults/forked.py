@@ -153,6 +153,10 @@ class Forks:
 
 
 def serve() -> None:
+    from functools import cache
+
+    from botocore import loaders
+
     import flows.cli
     import flows.commands
     import storage.s3_store
@@ -161,6 +165,10 @@ def serve() -> None:
     import tasks.verify
     import tests.faults.commit_worker
 
+    # Every S3 client reads a megabyte of JSON; read once, it is there in every fork.
+    load = cache(loaders.JSONFileLoader().load_file)
+    loaders.JSONFileLoader.load_file = lambda _, path: load(path)  # type: ignore[method-assign]
+    storage.s3_store.make_client().close()
     warm = (flows.cli, flows.commands, storage.s3_store, tasks.drain, tasks.orchestrate)
     assert all((*warm, tasks.verify, tests.faults.commit_worker))
     living: set[int] = set()
@@ -178,6 +186,8 @@ def serve() -> None:
                     become(order)
                 living.add(pid)
                 tell({"number": order["number"], "pid": pid, "log": order["log"]})
+            for pid in () if is_open else living:
+                os.kill(pid, signal.SIGKILL)  # whoever asked for them is gone
         while living:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:

@@ -63,11 +63,14 @@ def stages_damage(port: int, bucket: str, folder: Path) -> bool:
 def trusting_journal() -> Iterator[None]:
     """Plant the bug: what the journal notes is taken to be on the disk."""
 
-    def resume(self: PartialFile) -> int:
-        self._checksums.update(self._noted())
-        return sum(end - start for start, end in map(self.span, self._checksums))
-
     right = PartialFile.resume
+
+    def resume(self: PartialFile) -> int:
+        noted = self._noted()
+        right(self)
+        self._checksums.update(noted)
+        return sum(end - start for start, end in map(self.span, noted))
+
     PartialFile.resume = resume  # type: ignore[method-assign]
     try:
         yield

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from storage.commits import all_commits, read_commits
+from storage.commits import CommitCache, all_commits, read_commits
 from storage.garbage import collect_garbage
 from storage.manifest import RunManifest, digest
 from storage.object_store import ObjectStore
@@ -51,13 +51,17 @@ class Race:
     seed: int
     tally: Tally
     variant: str = "right"
+    deadliness: float = 1.0
+    """Times the chances of `FAILPOINTS`."""
+
     num_started: int = 0
     told: list[tuple[str, ...]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def run(self) -> list[str]:
         """Run it to its end; return what is wrong."""
-        with Watcher(self.store, 0.2 if self.variant == "right" else 0.05) as watcher:
+        every_s = 0.05 if self.variant != "right" else 1.0 if self.endpoint_url else 0.2
+        with Watcher(self.store, every_s) as watcher:
             self._work(watcher)
         if not self.wrong and not watcher.wrong:
             self.wrong += self._check()
@@ -69,17 +73,19 @@ class Race:
     def _work(self, watcher: Watcher) -> None:
         deadline = time.monotonic() + TIME_LIMIT_S
         workers: list[Child] = []
+        cache: CommitCache = {}
         try:
             while not self.wrong and not watcher.wrong:
                 workers = [worker for worker in workers if not self._is_over(worker)]
-                is_done = len(read_commits(self.store, PLAN).current) == NUM_SHARDS
+                standing = read_commits(self.store, PLAN, cache=cache).current
+                is_done = len(standing) == NUM_SHARDS
                 if is_done and not workers:
                     return
                 while len(workers) < NUM_WORKERS and not is_done:
                     workers.append(self._start())
                 if time.monotonic() > deadline:
                     self.wrong.append(f"not finished after {TIME_LIMIT_S:.0f} s")
-                time.sleep(0.05)
+                time.sleep(0.2)
         finally:
             for worker in workers:
                 worker.kill()
@@ -89,7 +95,9 @@ class Race:
         self.num_started += 1
         self.tally.started += 1
         seed = self.seed * 1000 + self.num_started
-        points = ",".join(f"{name}:kill:{chance}:{seed}" for name, chance in FAILPOINTS.items())
+        points = ",".join(
+            f"{name}:kill:{chance * self.deadliness}:{seed}" for name, chance in FAILPOINTS.items()
+        )
         arguments = [self.store.uri, self.endpoint_url, NUM_SHARDS, NUM_ROWS, seed, self.variant]
         return self.forks.start(["commit-worker", *arguments], failpoint=points)
 
