@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from storage import formats
+from storage import formats, keys
 from storage.errors import BadInput, InputChanged, NotFound, PreconditionFailed
 from storage.globs import has_wildcard, literal_prefix, matches
 from storage.hub_inputs import HUB_SCHEME, HubInputs
@@ -148,6 +148,8 @@ class InputFiles:
 
     def _in_store(self, root: str, key: str, entry: str) -> Iterator[SourceFile]:
         store = self._store(root)
+        if key.rstrip("/"):
+            _safe(key.rstrip("/"), entry)
         if key and not key.endswith("/"):
             info = _head(store, key)
             if info is not None:
@@ -160,6 +162,7 @@ class InputFiles:
         for info in [store.head(name) for name in saved] or store.list(prefix):
             shown, below = f"{root}/{info.key}", info.key.removeprefix(prefix)
             if saved or _is_wanted(below, key=info.key, pattern=pattern, shown=shown):
+                _safe(info.key, shown)
                 yield SourceFile(shown, info.size, info.etag)
 
     def _fetch_remote(self, uri: str, etag: str) -> Path:
@@ -235,9 +238,21 @@ def _dataset_files(store: ObjectStore, prefix: str, shown: str) -> Iterable[str]
         return []
     try:
         state = json.loads(store.get(f"{prefix}{_STATE}"))
-        return [f"{prefix}{item['filename']}" for item in state["_data_files"]]
+        names = [item["filename"] for item in state["_data_files"]]
     except (ValueError, KeyError, TypeError):
         return []  # some other state.json
+    # The names come with the data: none of them may lead out of its folder.
+    return [f"{prefix}{_safe(name, f'{shown}/{_STATE}')}" for name in names]
+
+
+def _safe(key: str, shown: str) -> str:
+    """Return a name that somebody else chose. Raises BadInput when it could lead elsewhere."""
+    try:
+        return keys.check(key)
+    except (ValueError, TypeError) as error:
+        raise BadInput(
+            f"{ascii(shown)[1:-1]}: {error}; rename it or give a glob without it"
+        ) from None
 
 
 def _head(store: ObjectStore, key: str) -> ObjectInfo | None:

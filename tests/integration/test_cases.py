@@ -495,3 +495,12 @@ def test_sampling_hidden_in_the_model_is_not_used_and_the_real_one_recorded(nigh
     record = json.loads((done.run / "run.json").read_text())
     assert record["fingerprint_fields"]["sampling.temperature"] == 0.0
     assert record["fingerprint_fields"]["sampling.top_k"] == 0
+
+
+def test_more_replicas_than_rows_end_with_the_row(nightjar, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"id": "i4-0", "prompt": "Say 8"}\n')
+    done = nightjar.run("none", path, hardware__replicas=3, engine__backend="dummy")
+    assert done.code == 0, done.err
+    assert [row["id"] for row in done.rows] == ["i4-0"]
+    assert len(list(done.run.glob("completions/*"))) == 1
