@@ -9,13 +9,20 @@ DEMO := .demo
 MODEL := $(DEMO)/smollm2
 AUDIT := .audit
 
-.PHONY: demo test lint sbom audit clean
+.PHONY: demo test lint campaign soak sbom audit clean
 
 demo: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/nightjar run configs/demo.yaml
 
 test: $(VENV)/.installed $(MODEL)/config.json
 	OMP_NUM_THREADS=1 NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# An hour of kills and store faults, and two hours of runs under faults: by hand, never in CI.
+campaign: $(VENV)/.installed
+	$(BIN)/python -m tests.faults.campaign
+
+soak: $(VENV)/.installed $(MODEL)/config.json
+	$(BIN)/python -m tests.faults.soak --hours 2 --model $(CURDIR)/$(MODEL)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -44,6 +51,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt bitsandbytes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,test,lint]'
 	touch $@
 

@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> ExitCode:
                 else f"{type(error).__name__}: {lines[0]}"
             )
             link.send({"kind": "failed", "code": int(code), "error": text[:1000]})
+            link.flush()
         return code
     return ExitCode.FINISHED
 

@@ -7,7 +7,8 @@ The filler tells only of files whose bytes are verified and final, so the loader
 """
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from inference.errors import ModelError
@@ -23,6 +24,8 @@ class Arriving:
         self._is_done = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
+        self.waited_s = 0.0
+        """Seconds that loaders have waited for files."""
 
     @classmethod
     def whole(cls, folder: Path) -> "Arriving":
@@ -75,16 +78,14 @@ class Arriving:
     def folder(self) -> Path:
         """Wait until everything but the weights is there. Raises the filler's error."""
         with self._changed:
-            self._changed.wait_for(lambda: self._folder is not None or self._is_done)
-            self._raise_error()
+            self._wait_for(lambda: self._folder is not None)
             assert self._folder is not None, "finished before it began"
             return self._folder
 
     def wait_for_all(self) -> Path:
         """Wait until the folder is whole. Raises the filler's error."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_done)
-            self._raise_error()
+            self._wait_for(lambda: False)
         return self.folder()
 
     def weight_files(self) -> Iterator[Path]:
@@ -93,12 +94,15 @@ class Arriving:
         left = set(tensors.values()) if tensors else {"model.safetensors"}
         while left:
             with self._changed:
-                self._changed.wait_for(lambda: left & self._names or self._is_done)
-                self._raise_error()
+                self._wait_for(lambda: bool(left & self._names))
                 name = min(left & self._names or left)
             left.remove(name)
             yield self.folder() / name
 
-    def _raise_error(self) -> None:
+    def _wait_for(self, is_there: Callable[[], bool]) -> None:
+        """Wait for it, or for the end; the lock is held. Raises the filler's error."""
+        began = time.monotonic()
+        self._changed.wait_for(lambda: self._is_done or is_there())
+        self.waited_s += time.monotonic() - began
         if self._error is not None:
             raise self._error

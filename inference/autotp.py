@@ -56,12 +56,27 @@ def partition_linears(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
             _note(parts, name, module, 0, ranks.rank)
         elif isinstance(module, api.LinearAllreduce):
             _note(parts, name, module, 1, ranks.rank)
-        elif isinstance(module, nn.Linear) and ".layers." in f".{name}.":
+        elif reason := _unknown(name, module, model):
             raise EngineConfigError(
-                f"engine.tensor_parallel_size is {ranks.size}: no rule for layer {name} of "
-                f"model_type {config.model_type}; use 1"
+                f"engine.tensor_parallel_size is {ranks.size}: {reason}, of model_type "
+                f"{config.model_type}, which no rule of tensor parallel covers; use 1"
             )
+    if not parts:
+        raise EngineConfigError(
+            f"engine.tensor_parallel_size is {ranks.size}: no rule of tensor parallel covers any layer "
+            f"of model_type {config.model_type}; use 1"
+        )
     return parts
+
+
+def _unknown(name: str, module: Any, model: Any) -> str:
+    """Say what of a module would go wrong if its model were partitioned; empty if nothing does."""
+    if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+        return f"it has a layer {name}"
+    norm = getattr(module, "q_norm", None)
+    if norm is not None and norm.weight.shape[0] != getattr(module, "head_dim", 0):
+        return f"{name} normalises over all heads"
+    return ""
 
 
 def _note(parts: dict[str, Slice], name: str, module: Any, dim: int, rank: int) -> None:

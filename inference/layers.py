@@ -107,7 +107,6 @@ class FusedLayer:
         ranks: TensorParallel,
     ) -> None:
         self.index = index
-        self._ranks = ranks
         self._ops = ops
         self._is_fp8 = is_fp8
         self._options: dict[str, bool] = {"is_fp8": True} if is_fp8 else {}
@@ -126,7 +125,7 @@ class FusedLayer:
             self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], is_fp8)
             self._down = _reduced(mlp.down_proj, is_fp8, ranks)
         else:
-            self._mlp = mlp  # experts: the model's own module
+            self._mlp = mlp  # experts: the model's own module, which sums over ranks itself
 
     def first_norm(self, residual_TD: Tensor) -> Rows:
         """Return this layer's input when it is the first layer."""
@@ -168,7 +167,7 @@ class FusedLayer:
         if self._mlp is not None:
             assert isinstance(x, Tensor)
             out: Tensor = self._mlp(x[None])
-            return self._ranks.all_reduce(out[0])
+            return out[0]
         return self._down(ops.silu_mul(self._gate_up(x), **self._options))
 
     def _norm(

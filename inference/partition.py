@@ -3,7 +3,9 @@
 No rank ever reads or holds more than its own part. What is partitioned:
 
     attention and MLP linears   as DeepSpeed's AutoTP cuts them (`inference.autotp`)
-    experts                     every rank has all of them, each cut along its intermediate size
+    experts                     every rank has all of them, each cut along its intermediate size; transformers'
+                                own module runs them (grouped GEMMs where torch has them) and one
+                                all-reduce follows
     output head                 rows of the vocabulary, unless it is tied to the embedding
     all else                    whole on every rank
 
@@ -27,6 +29,7 @@ from inference.weight_reader import Slice
 from inference.weights import ModelFolder
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+_EXPERT_MODEL_TYPES = ("qwen3_moe",)
 _SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts")
 
 
@@ -49,12 +52,20 @@ def load_partition(
         num_heads=text.num_attention_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
     )
-    parts = partition_linears(model, ranks)
-    parts |= _cut_experts(model, ranks)
-    parts |= _cut_head(model, ranks)
+    parts = cut(model, ranks)
     _allocate(model, device)
     _fill(model, parts, folder)
     return model.eval()
+
+
+def cut(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
+    """Give a model on the meta device this rank's shapes; return what of each parameter is here, by name.
+
+    Raises:
+        EngineConfigError: part of the model is of a kind that cannot be partitioned.
+    """
+    experts = _cut_experts(model, ranks)
+    return partition_linears(model, ranks) | experts | _cut_head(model, ranks)
 
 
 def _empty_model(folder: ModelFolder, config: EngineConfig) -> Any:
@@ -89,6 +100,12 @@ def _cut_experts(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
             )
         if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
             continue
+        model_type = model.config.get_text_config().model_type
+        if model_type not in _EXPERT_MODEL_TYPES:
+            raise EngineConfigError(
+                f"engine.tensor_parallel_size is {ranks.size}: experts of model_type {model_type} "
+                f"cannot be partitioned yet, those of {', '.join(_EXPERT_MODEL_TYPES)} can; use 1"
+            )
         num_experts, width_2i, hidden = module.gate_up_proj.shape
         width = width_2i // 2
         if width % ranks.size:
@@ -103,6 +120,7 @@ def _cut_experts(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
         module.gate_up_proj = _meta(module.gate_up_proj, (num_experts, 2 * here, hidden))
         module.down_proj = _meta(module.down_proj, (num_experts, hidden, here))
         module.intermediate_dim = here
+        module.register_forward_hook(lambda module, inputs, out: ranks.all_reduce(out))
     return parts
 
 

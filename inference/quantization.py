@@ -19,9 +19,9 @@ import torch
 
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
+from inference.tier import BITSANDBYTES
 from inference.weights import SmallFiles
 
-BITSANDBYTES = ("int8", "nf4")
 _PACKAGES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",)}
 
 

@@ -4,6 +4,7 @@ A thread of its own reads it, so that the rank ends when the replica's process i
 waits for: a step, a peer, a device.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -18,24 +19,25 @@ from inference.rank_messages import Decoder, Message, encode, receive
 
 
 class RankLink:
-    """Connected on construction. `send` and `take` are for one thread; log records may come from any."""
+    """Connected on construction. Messages are written by a thread: a replica that is busy holds up no step."""
 
     def __init__(self, path: str, rank: int) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(path)
         self._folder = Path(path).parent
-        self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._outbox: queue.Queue[Message] = queue.Queue()
         self.send({"kind": "hello", "rank": rank, "pid": os.getpid()})
-        threading.Thread(target=self._read, name="nightjar-rank-link", daemon=True).start()
+        for target in (self._read, self._write):
+            threading.Thread(target=target, name="nightjar-rank-link", daemon=True).start()
 
     def send(self, message: Message) -> None:
-        """Send one message; a replica that is gone is met by the reader."""
-        try:
-            with self._lock:
-                self._socket.sendall(encode(message))
-        except OSError:
-            os._exit(ExitCode.ORPHANED)
+        """Send one message, in order, soon. Any thread may."""
+        self._outbox.put(message)
+
+    def flush(self) -> None:
+        """Wait until all that was sent is on its way."""
+        self._outbox.join()
 
     def take(self, timeout_s: float) -> list[Message]:
         """Return the messages that have come, waiting up to `timeout_s` for the first."""
@@ -48,6 +50,13 @@ class RankLink:
                 found.append(self._inbox.get_nowait())
         except queue.Empty:
             return found
+
+    def _write(self) -> None:
+        while True:
+            message = self._outbox.get()
+            with contextlib.suppress(OSError):  # a replica that is gone is met by the reader
+                self._socket.sendall(encode(message))
+            self._outbox.task_done()
 
     def _read(self) -> None:
         decoder = Decoder()

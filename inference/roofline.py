@@ -220,10 +220,8 @@ class Replica:
         return (layers + head) / self.tensor_parallel_size
 
     def _layer_dtype(self) -> str:
-        fp8 = self.quantization == "fp8" or (
-            self.shape.stored_bits == 8 and self.shape.stored_quantization != "bitsandbytes"
-        )
-        return "fp8" if fp8 and "fp8" in self.gpu.flops else self.dtype
+        is_fp8 = self.quantization == "fp8" and "fp8" in self.gpu.flops
+        return "fp8" if is_fp8 else self.dtype
 
     def _weight_read_s(self, tokens: float) -> float:
         shape, element = self.shape, DTYPE_BYTES[self.dtype]

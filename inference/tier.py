@@ -6,6 +6,7 @@ from inference.roofline import MAX_NUM_SEQS
 
 # Least change to the model first; `none` is the checkpoint as it is stored.
 QUANTIZATIONS = ("none", "fp8", "int8", "nf4")
+BITSANDBYTES = ("int8", "nf4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

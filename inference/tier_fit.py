@@ -11,7 +11,7 @@ from inference.heads import heads_refusal
 from inference.model_shape import ModelShape
 from inference.prediction import predict, predict_offloaded
 from inference.roofline import Replica, Workload
-from inference.tier import Options, Refusal, Tier
+from inference.tier import BITSANDBYTES, Options, Refusal, Tier
 
 # Start-up of a replica: processes, compilation and capture, then weights from disk. Not yet measured.
 STARTUP_S = 60.0
@@ -79,7 +79,7 @@ def _unusable(shape: ModelShape, gpu: GpuType, dtype: str, quantization: str) ->
         )
     if quantization == "fp8" and "fp8" not in gpu.flops:
         return "has no fp8 arithmetic; use int8 or nf4 for capacity"
-    if quantization in ("int8", "nf4") and shape.num_expert_params:
+    if quantization in BITSANDBYTES and shape.num_expert_params:
         return (
             f"bitsandbytes leaves the experts whole ({shape.num_expert_params / 1e9:.1f} of "
             f"{shape.num_params / 1e9:.1f} billion parameters); use fp8"
@@ -113,21 +113,23 @@ def _sizes(replica: Replica, count: int, options: Options) -> list[int]:
     ]
 
 
-def _blocked(shape: ModelShape, size: int) -> str:
-    """Why heads cannot be spread over `size` ranks; empty when they can."""
-    return heads_refusal(
+def _blocked(replica: Replica, size: int) -> str:
+    """Why `size` ranks cannot hold the model between them; empty when they can."""
+    shape = replica.shape
+    heads = heads_refusal(
         size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads
     )
-
-
-def _is_shareable(replica: Replica) -> bool:
-    """Whether ranks can hold parts of the weights: of those that somebody else quantised they cannot."""
-    return replica.quantization in ("none", "fp8") and replica.shape.stored_quantization is None
+    if heads or size == 1:
+        return heads
+    if shape.stored_quantization or replica.quantization in BITSANDBYTES:
+        method = shape.stored_quantization or replica.quantization
+        return f"ranks cannot share weights quantised as {method}"
+    return ""
 
 
 def _layouts(replica: Replica, count: int, workload: Workload, options: Options) -> Iterator[Tier]:
     for size in _sizes(replica, count, options):
-        if _blocked(replica.shape, size) or (size > 1 and not _is_shareable(replica)):
+        if _blocked(replica, size):
             continue
         candidate = replace(replica, tensor_parallel_size=size)
         if candidate.kv_tokens >= workload.max_sequence_tokens:
@@ -212,23 +214,17 @@ def _backend(replica: Replica, offload: str) -> str:
 
 def _refusal(replica: Replica, count: int, workload: Workload, options: Options) -> Refusal:
     """Say why no layout of `count` GPUs works, by the one that comes closest."""
-    shape = replica.shape
     sizes = _sizes(replica, count, options)
-    can_share = _is_shareable(replica)
-    possible = [size for size in sizes if not _blocked(shape, size) and (size == 1 or can_share)]
-    blocked = [size for size in sizes if _blocked(shape, size)]
+    possible = [size for size in sizes if not _blocked(replica, size)]
+    blocked = [size for size in sizes if _blocked(replica, size)]
     reason = (
         _too_small(replace(replica, tensor_parallel_size=max(possible)), workload)
         if possible
         else ""
     )
     if blocked:
-        heads = _blocked(shape, min(blocked))
-        reason = f"{reason}, and {heads}" if reason else heads
-    elif not can_share and max(sizes, default=1) > 1:
-        method = shape.stored_quantization or replica.quantization
-        shared = f"ranks cannot share weights quantised as {method}"
-        reason = f"{reason}, and {shared}" if reason else shared
+        why = _blocked(replica, min(blocked))
+        reason = f"{reason}, and {why}" if reason else why
     if not sizes:
         reason = (
             f"{count} GPUs do not divide into tensor parallel "

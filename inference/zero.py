@@ -6,8 +6,6 @@ pass moves all weights once, and pays when it carries many rows. All ranks must 
 """
 
 import re
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from inference.errors import EngineConfigError
 from inference.loading import empty_model, load_model
 from inference.offload import Place, check_offload, resolve_place
 from inference.quantization import stored_method
+from inference.swap_folder import SwapFolder
 from inference.weights import ModelFolder, SmallFiles
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -86,19 +85,19 @@ class ZeroModel:
         self.dtype: torch.dtype = empty.dtype
         self.sizes = ZeroSizes.of(empty)
         self.place: Place = resolve_place(config, self.num_weight_bytes)
-        self._swap_folder: Path | None = None
+        self._swap_folder: SwapFolder | None = None
         if self.place == "nvme":
             load_async_io()
-            self._swap_folder = Path(
-                tempfile.mkdtemp(prefix="nightjar-zero-", dir=config.nvme_path)
-            )
-        settings = zero_settings(self.sizes, self.dtype, self.place, self._swap_folder)
+            self._swap_folder = SwapFolder(str(config.nvme_path))
+        swap_path = self._swap_folder.path if self._swap_folder else None
+        settings = zero_settings(self.sizes, self.dtype, self.place, swap_path)
         try:
             with at_work(), _zero3_loading(settings):
                 self.module: Any = load_model(folder, config, is_placed=True)
                 engine = deepspeed.initialize(model=self.module, config=settings)[0]
         except BaseException:
-            self._remove_swap_folder()
+            if self._swap_folder is not None:
+                self._swap_folder.close()
             raise
         self._engine: Any = engine
         self.module.eval()
@@ -130,16 +129,12 @@ class ZeroModel:
         for parameter in self.module.parameters():
             parameter.ds_tensor = None
         self._engine = self.module = None
-        self._remove_swap_folder()
-
-    def _remove_swap_folder(self) -> None:
         if self._swap_folder is not None:
-            shutil.rmtree(self._swap_folder, ignore_errors=True)
-            self._swap_folder = None
+            self._swap_folder.close()
 
 
 def zero_settings(
-    sizes: ZeroSizes, dtype: torch.dtype, place: Place, swap_folder: Path | None
+    sizes: ZeroSizes, dtype: torch.dtype, place: Place, swap_path: Path | None
 ) -> dict[str, Any]:
     """Return DeepSpeed's settings: one layer runs while the next is fetched.
 
@@ -159,7 +154,7 @@ def zero_settings(
         zero["offload_param"] = {"device": place, "pin_memory": True}
     if place == "nvme":
         zero["offload_param"] |= {
-            "nvme_path": str(swap_folder),
+            "nvme_path": str(swap_path),
             "buffer_count": 2 * sizes.layer_count + 1,
             "buffer_size": sizes.largest,
         }

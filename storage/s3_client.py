@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-_DAMAGED = (FlexibleChecksumError, ChecksumError, IncompleteReadError)
+_DAMAGED = (FlexibleChecksumError, ChecksumError)
+_CUT_SHORT = (HTTPClientError, ConnectionError, IncompleteReadError, HTTPError)
 _PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504, 507, 509}
 _PASSING_CODES = {
     "RequestTimeout",
@@ -96,19 +97,21 @@ class Caller:
         Raises:
             StorageError: typed; StoreUnavailable or CorruptObject once the attempts are used up.
         """
-        attempt = 0
+        attempt = num_damaged = 0
         while True:
             try:
                 return request()
             except (Again, ClientError, BotoCoreError, HTTPError) as error:
                 attempt += 1
                 fault = as_storage_error(error, what)
-                limit = self._retry.max_attempts
-                if isinstance(fault, CorruptObject):
-                    limit = min(limit, _MAX_DAMAGED)
-                elif not fault.retryable:
-                    limit = 0
-                if attempt >= limit:
+                is_damaged = isinstance(fault, CorruptObject)
+                num_damaged += is_damaged
+                is_hopeless = not is_damaged and not fault.retryable
+                if (
+                    is_hopeless
+                    or attempt >= self._retry.max_attempts
+                    or num_damaged >= _MAX_DAMAGED
+                ):
                     raise fault from error
             self._clock.sleep(self._retry.delay_s(attempt - 1))
 
@@ -188,7 +191,7 @@ def as_storage_error(error: Exception, what: str) -> StorageError:
         return AccessDenied(f"{what}: {error}; set AWS_ACCESS_KEY_ID or storage.profile")
     if isinstance(error, _DAMAGED):
         return CorruptObject(f"{what}: {error}; the bytes are not what the store promised")
-    if isinstance(error, HTTPClientError | ConnectionError | HTTPError):
+    if isinstance(error, _CUT_SHORT):
         return StoreUnavailable(f"{what}: {error}; is the store up and reachable?")
     return StorageError(f"{what}: {error}")
 

@@ -188,17 +188,23 @@ class S3Store:
     def verifies_checksums(self, key: str) -> bool:
         """Whether the store refuses a body that is not what its checksum says; writes `key` if not."""
         name = self._name(key)
-        try:
-            self._client.put_object(
-                Bucket=self._bucket,
-                Key=name,
-                Body=b"damaged",
-                ChecksumCRC64NVME=crc64(b"whole"),
-                **self._transfer.encryption,
-            )
-        except ClientError as error:
-            return status_of(error) == 400
-        return False
+
+        def request() -> bool:
+            try:
+                self._client.put_object(
+                    Bucket=self._bucket,
+                    Key=name,
+                    Body=b"damaged",
+                    ChecksumCRC64NVME=crc64(b"whole"),
+                    **self._transfer.encryption,
+                )
+            except ClientError as error:
+                if status_of(error) not in (400, 501):
+                    raise
+                return status_of(error) == 400
+            return False
+
+        return self._call(f"PUT {self.uri}/{key}", request)
 
     def keeps_full_checksum(self, key: str) -> bool:
         """Whether the store tells the CRC64NVME of a whole object, which downloads are checked by."""

@@ -58,6 +58,8 @@ class CanaryResult:
     completion_tokens_per_s: float
     seconds: float
     row_indices: list[int]
+    device: str = ""
+    """It ran on; throughput is compared on the same one only."""
 
     @property
     def mean_tokens(self) -> float:
@@ -113,6 +115,7 @@ def run_canary(
         completion_tokens_per_s=round(tokens / seconds, 2) if seconds > 0 else 0.0,
         seconds=round(seconds, 3),
         row_indices=[row.row_index for row in rows],
+        device=backend.info.device,
     )
     _keep(store, samples, columns)
     store.put(keys.CANARY, to_json(asdict(result)))
@@ -159,7 +162,17 @@ def verdict(result: CanaryResult, config: CanaryConfig, last: PastRun | None) ->
                 f"completions have {result.mean_tokens:.0f} tokens on average, the last good run "
                 f"had {last.mean_completion_tokens:.0f}"
             )
+    before, rate = last_canary_rate(result, last), result.completion_tokens_per_s
+    if before is not None and config.max_slowdown and rate * config.max_slowdown < before:
+        faults.append(f"{rate:.1f} tokens/s, the canary of the last good run made {before:.1f}")
     return "; ".join(faults) or None
+
+
+def last_canary_rate(result: CanaryResult, last: PastRun | None) -> float | None:
+    """Return the tokens per second of the last good run's canary, if it ran on such a device."""
+    if last is None or last.device != result.device:
+        return None
+    return last.canary_tokens_per_s
 
 
 def refuse_bad_canary(

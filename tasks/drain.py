@@ -121,6 +121,7 @@ def drain(
             feed=feed,
             committer=committer,
             build_backend=lambda: run.take_backend() or build_engine(run, build_backend),
+            take_waited_s=run.model.take_waited_s,
             columns=run.columns,
             input_schema=input_schema(run.plan),
             work_dir=run.work_dir,
@@ -176,7 +177,9 @@ def build_engine(run: Run, build_backend: Callable[..., Any] = create_backend) -
     if files is None:
         return build_backend(engine_config(run))
     config = dataclasses.replace(engine_config(run), model=str(files.folder()))
+    waited_before_s = files.waited_s
     backend = build_backend(config, arriving=files)
+    run.model.waited_s = files.waited_s - waited_before_s
     try:
         run.model.wait()
     except BaseException:

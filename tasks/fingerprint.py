@@ -28,14 +28,8 @@ _PROMPT_FIELDS = (
     "on_overlong",
 )
 _RECORDED = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "pyarrow",
-    "prefect",
-    "boto3",
-    "accelerate",
-    "deepspeed",
+    *("torch", "transformers", "tokenizers", "pyarrow", "prefect", "boto3", "accelerate"),
+    *("deepspeed", "bitsandbytes"),
 )
 
 

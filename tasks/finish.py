@@ -1,5 +1,6 @@
 """A run that is drained: reveal what is committed, publish when all is, remember and report."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 
@@ -9,6 +10,7 @@ from storage.errors import StorageError
 from storage.manifest import CommitRecord, RunManifest, digest
 from storage.object_store import ObjectStore
 from storage.reveal import read_manifest
+from tasks.canary import read_canary
 from tasks.history import past_run, remember
 from tasks.job import job_of
 from tasks.progress import Progress
@@ -51,7 +53,10 @@ def remember_run(
     if any(commit.revision > 1 for commit in commits.values()):
         return  # the receipts of redone shards cover their redone rows only
     try:
-        remember(job_of(record), past_run(record, manifest, commits, store.uri))
+        canary = read_canary(store)
+        past = past_run(record, manifest, commits, store.uri)
+        rate = None if canary is None else canary.completion_tokens_per_s
+        remember(job_of(record), dataclasses.replace(past, canary_tokens_per_s=rate))
     except StorageError as error:
         log.warning("history not written: %s", error)
 

@@ -56,6 +56,9 @@ class PastRun:
     num_tail_tokens: int = 0
     """Of the completion tokens, those of the tails: few sequences at a time, and slow for it."""
 
+    canary_tokens_per_s: float | None = None
+    """Of its canary, if it had one: a small batch, and comparable with another such."""
+
     run_uri: str = ""
     """Its folder; empty in histories of older versions."""
 

@@ -198,6 +198,9 @@ class CanaryConfig:
     max_length_factor: float | None = 4.0
     """How many times longer or shorter than in the last good run completions may be on average."""
 
+    max_slowdown: float | None = None
+    """How many times slower than the last good run's canary, on the same device, it may be."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsConfig:

@@ -53,6 +53,9 @@ class RunModel:
     stage_s: float = 0.0
     """Seconds that were spent waiting before the engine could begin to load."""
 
+    waited_s: float = 0.0
+    """Seconds that the engine, once it loaded, waited for files; taken by whoever accounts for them."""
+
     staged: Any = field(default=None, repr=False)
     start: Callable[[], StageThread] | None = field(default=None, repr=False)
     """Begins to stage a model that was only looked at."""
@@ -92,6 +95,11 @@ class RunModel:
         folder = check_model_folder(self.staged.path)
         self.path, self.num_weight_bytes = folder.path, folder.num_weight_bytes
         self.expect(folder.content_id)
+
+    def take_waited_s(self) -> float:
+        """Return `waited_s`, once."""
+        waited_s, self.waited_s = self.waited_s, 0.0
+        return waited_s
 
     def close(self) -> None:
         """Let go of the staged copy, or give up staging it. Safe to repeat."""

@@ -71,6 +71,9 @@ class Replica:
     feed: PromptFeed
     committer: ShardCommitter
     build_backend: Callable[[], Backend]
+    take_waited_s: Callable[[], float] = lambda: 0.0
+    """Seconds that the engine built last has waited for weights to be staged."""
+
     columns: ResultColumns
     input_schema: Any
     work_dir: Path
@@ -281,7 +284,9 @@ class Replica:
             # An engine that was warm already took no time, and has counted before.
             warmup_s = min(self._backend.info.warmup_s, elapsed)
             self._meter.warmup_s += warmup_s
-            self._meter.load_s += elapsed - warmup_s
+            waited_s = min(self.take_waited_s(), elapsed - warmup_s)
+            self._meter.stage_s += waited_s
+            self._meter.load_s += elapsed - warmup_s - waited_s
             if self._mark is not None:
                 self._mark = Mark.take(self._backend.stats, self._mark.meter, at=self._mark.at)
             self.progress.phase = "generating"

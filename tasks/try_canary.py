@@ -4,7 +4,14 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from tasks.budget import check_budget
-from tasks.canary import CanaryResult, read_canary, refuse_bad_canary, run_canary, wants_canary
+from tasks.canary import (
+    CanaryResult,
+    last_canary_rate,
+    read_canary,
+    refuse_bad_canary,
+    run_canary,
+    wants_canary,
+)
 from tasks.choose_tier import choose_hardware
 from tasks.content import prompt_digest, row_digest
 from tasks.drain import build_engine
@@ -63,7 +70,12 @@ def judge(run: Run, result: CanaryResult, *, progress: Progress) -> None:
     expected = forecast_run(
         job, run.plan, choice, history, lengths, starts_at=datetime.now(UTC), plan_s=0.0
     )
-    progress.note(f"canary: {result.num_rows} rows are well; {expected.sentence}")
+    before = last_canary_rate(result, last)
+    known = "" if before is None else f" ({before:,.1f} in the last good run's)"
+    progress.note(
+        f"canary: {result.num_rows} rows are well, {result.completion_tokens_per_s:,.1f} tokens/s"
+        f"{known}; {expected.sentence}"
+    )
     check_budget(job, expected)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 
 from inference.build_engine import build_engine
 from inference.config import DistributedConfig, EngineConfig
 from inference.errors import EngineConfigError
 from inference.load_weights import load_weights
 from inference.model import PagedModel, make_paged_model
-from inference.partition import load_partition
+from inference.partition import cut, load_partition
 from inference.preflight_collective import check_fabric
 from inference.sampler import SamplerRow, sample
 from inference.sampling import SamplingParams
@@ -26,9 +27,10 @@ from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import PartitionedVocabulary, columns_of
 from inference.weights import check_model_folder
 from inference.world import Place, join_world, leave_world, tensor_parallel_group
-from tests.paged_cases import make_row, prompts_of, run, sequences_of, settings_of, tokens
+from tests.paged_cases import COMMON, make_row, prompts_of, run, sequences_of, settings_of, tokens
 
 TIMEOUT_S = 120.0
+HEADS: dict[str, Any] = {**COMMON, "num_attention_heads": 8, "num_key_value_heads": 4}
 SAMPLINGS = [
     SamplingParams(max_tokens=12, ignore_eos=True),
     SamplingParams(max_tokens=12, temperature=0.9, logprobs=3),
@@ -42,8 +44,6 @@ def load(folder: str, ranks: TensorParallel) -> Any:
     config = EngineConfig(model=folder, dtype="float32")
     if ranks.size > 1:
         return load_partition(check_model_folder(folder), config, ranks, torch.device("cpu"))
-    import transformers
-
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -114,6 +114,30 @@ def fabric(ranks: TensorParallel) -> str:
     return "accepted a fabric that is too slow"
 
 
+REFUSED = {
+    "Olmo2Config": "model.layers.0.self_attn normalises over all heads, of model_type olmo2",
+    "Phi3Config": "it has a layer model.layers.0.self_attn.qkv_proj, of model_type phi3",
+    "GPT2Config": "no rule of tensor parallel covers any layer of model_type gpt2",
+    "MixtralConfig": "experts of model_type mixtral cannot be partitioned yet",
+}
+
+
+def refusals(ranks: TensorParallel) -> str:
+    """Models that would give wrong tokens if they were cut are refused by what is in the way."""
+    for name, reason in REFUSED.items():
+        config = getattr(transformers, name)(**HEADS)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        try:
+            cut(model, ranks)
+        except EngineConfigError as error:
+            if reason in str(error):
+                continue
+            return str(error)
+        return f"{name} was cut"
+    return ""
+
+
 def weight_bytes(folder: str, ranks: TensorParallel) -> str:
     """A rank holds its part of everything that is partitioned, and nothing twice."""
     whole = sum(t.nbytes for _, t in load_weights(sorted(Path(folder).glob("*.safetensors"))))
@@ -135,6 +159,7 @@ def main(document: dict[str, Any]) -> None:
         "pair-tied-with-biases": lambda: compare(folders["tied"], pair, seed=seed),
         "pair-moe": lambda: compare(folders["moe"], pair, seed=seed),
         "pair-unmodified-class": lambda: compare(folders["dense"], pair, seed=seed, is_fused=False),
+        "pair-refusals": lambda: refusals(pair),
         "pair-weight-bytes": lambda: weight_bytes(folders["dense"], pair),
         "pair-least-blocks": lambda: least_blocks(folders["dense"], pair),
         "four-moe": lambda: compare(folders["moe"], four, seed=7),

@@ -36,7 +36,7 @@ class TransformersBackend(StaticBackend):
                 f"engine.kv_cache_dtype is {config.kv_cache_dtype}: the transformers backend keeps the "
                 f"model's own; use auto, or engine.backend paged"
             )
-        check_engine(folder, replace(config, backend=self.name))
+        check_engine(folder, replace(config, backend="transformers"))
 
     def _load(self, folder: ModelFolder, config: EngineConfig) -> tuple[Any, torch.device]:
         model = load_model(folder, config)

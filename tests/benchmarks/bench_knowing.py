@@ -88,7 +88,11 @@ class Idle:
 def scrape_s() -> float:
     """One scrape, and one of the driver's readings where there is a GPU."""
     collector = ReplicaCollector(
-        Idle(), Progress(), labels={"run": "r", "job": "j"}, staging_gb_per_s=1.0, gpu=open_gpu()
+        Idle(),
+        Progress(),
+        labels={"run": "r", "job": "j"},
+        staging_gb_per_s=lambda: 1.0,
+        gpu=open_gpu(),
     )
     return timed(lambda: list(collector.collect()), 200)
 

@@ -12,7 +12,7 @@ import sys
 from storage import keys
 from storage.attempts import PART, claim_attempt
 from storage.commits import CommitOutcome, commit_attempt, new_nonce, read_commits
-from storage.errors import AlreadyExists
+from storage.errors import AlreadyExists, PreconditionFailed
 from storage.failpoints import failpoint
 from storage.manifest import CommitRecord, PartFile, digest
 from storage.object_store import ObjectStore, StorageConfig, open_store
@@ -28,7 +28,7 @@ def main(uri: str, endpoint: str, num_shards: int, num_rows: int, seed: int, var
     store: ObjectStore
     if uri.startswith("s3://"):
         config = StorageConfig(endpoint_url=endpoint, region="us-east-1")
-        store = S3Store(uri, config, retry=RetryPolicy(base_s=0.02, cap_s=0.5))
+        store = S3Store(uri, config, retry=RetryPolicy(max_attempts=20, base_s=0.02, cap_s=0.5))
     else:
         store = open_store(uri)
     rng = random.Random(seed)
@@ -79,6 +79,15 @@ def commit(store: ObjectStore, record: CommitRecord, variant: str) -> CommitOutc
     if variant == "unconditional commit":
         store.put(key, record.to_json())
         failpoint("after_commit")
+        return CommitOutcome(won=True, record=record)
+    if variant == "refusal taken as loss":
+        assert isinstance(store, S3Store)
+        name, data = store._name(key), record.to_json()
+        try:
+            store._call(key, lambda: store._put_if(name, data, IfNoneMatch="*"))
+        except PreconditionFailed:
+            standing = CommitRecord.from_json(store.get(key), source=key)
+            return CommitOutcome(won=False, record=standing)
         return CommitOutcome(won=True, record=record)
     try:
         store.put_if_absent(key, record.to_json())

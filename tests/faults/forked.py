@@ -16,13 +16,22 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from tests.processes import REPOSITORY
+from tests.seaweed import ACCESS_KEY, SECRET_KEY
 
 _POLL_S = 0.01
+_AWS = {
+    "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @dataclass
@@ -50,18 +59,22 @@ class Child:
     def kill(self) -> None:
         """SIGKILL, unless it has ended by itself."""
         if self.status is None:
-            # The server reaps within moments; until then the number stays taken.
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # reaped, and not told yet
+                os.kill(self.pid, signal.SIGKILL)
 
     def said(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines()
+        """Its last line."""
+        lines = self.said_whole().splitlines()
         return lines[-1][:300] if lines else ""
+
+    def said_whole(self) -> str:
+        return self.log.read_text(errors="replace").strip()
 
 
 class Forks:
     """The server and its living children, all ended by `close`."""
 
-    def __init__(self, folder: Path, **env: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._children: dict[int, Child] = {}
         self._lock = threading.Lock()
@@ -73,7 +86,7 @@ class Forks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=REPOSITORY,
-            env={**os.environ, "NIGHTJAR_WORK_DIR": str(folder / "work"), **env},
+            env={**os.environ, **_AWS, "NIGHTJAR_WORK_DIR": str(folder / "work")},
             text=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -140,6 +153,10 @@ class Forks:
 
 
 def serve() -> None:
+    from functools import cache
+
+    from botocore import loaders
+
     import flows.cli
     import flows.commands
     import storage.s3_store
@@ -148,6 +165,10 @@ def serve() -> None:
     import tasks.verify
     import tests.faults.commit_worker
 
+    # Every S3 client reads a megabyte of JSON; read once, it is there in every fork.
+    load = cache(loaders.JSONFileLoader().load_file)
+    loaders.JSONFileLoader.load_file = lambda _, path: load(path)  # type: ignore[method-assign]
+    storage.s3_store.make_client().close()
     warm = (flows.cli, flows.commands, storage.s3_store, tasks.drain, tasks.orchestrate)
     assert all((*warm, tasks.verify, tests.faults.commit_worker))
     living: set[int] = set()
@@ -165,6 +186,8 @@ def serve() -> None:
                     become(order)
                 living.add(pid)
                 tell({"number": order["number"], "pid": pid, "log": order["log"]})
+            for pid in () if is_open else living:
+                os.kill(pid, signal.SIGKILL)  # whoever asked for them is gone
         while living:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
@@ -187,6 +210,9 @@ def become(order: dict[str, Any]) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         code = run(order)
+    except BaseException:
+        # A fork must not go on as its server, whatever happens to it.
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

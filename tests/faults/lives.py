@@ -6,6 +6,7 @@ next depends on what the store holds, so every step of a life gets its share of 
 breaks leases, and clocks are wrong. Then a last start, unharmed, must find everything.
 """
 
+import dataclasses
 import json
 import random
 import signal
@@ -14,7 +15,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -64,6 +65,9 @@ class Tally:
     def num_kills(self) -> int:
         return sum(self.kills.values())
 
+    def as_document(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "kills": dict(self.kills.most_common())}
+
 
 @dataclass(kw_only=True)
 class Life:
@@ -86,8 +90,8 @@ class Life:
     skew_s: float = 0.0
     """Most by which a clock may be wrong."""
 
-    refusals: tuple[int, ...] = ()
-    """Exit codes that need no explanation, beside 0, 3 and death."""
+    refusal: str = "-"
+    """What a command may end with instead of 0, 3 and death: a store that was away."""
 
     _commits: CommitCache = field(default_factory=dict)
 
@@ -197,7 +201,7 @@ class Life:
         if status == -signal.SIGKILL:
             self.tally.kills[started.kills_at] += 1
             self.budget[started.stage] -= 1
-        elif status not in (0, 3, *self.refusals):
+        elif status not in (0, 3) and self.refusal not in started.child.said():
             self._wrong(
                 f"{self.out}: {started.name} ended with {status} in {started.stage}: "
                 f"{started.child.said()}"

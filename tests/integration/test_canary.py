@@ -91,7 +91,7 @@ def test_the_answers_of_a_canary_are_kept_and_are_the_ones_the_run_would_give(
         for done in (plain, sampled)
     ]
     assert prefilled[1] < prefilled[0], "the canary's rows were not run again"
-    assert "canary: 20 rows are well" in sampled.err
+    assert "canary: 20 rows are well, " in sampled.err
 
 
 def test_a_bad_sample_ends_the_run_with_the_evidence_and_nothing_else_started(nightjar, rows):
@@ -157,6 +157,17 @@ def test_a_sample_has_every_prefix_group_and_the_shortest_and_longest_of_each():
 )
 def test_rates_are_held_against_limits_and_the_last_good_run(changes, expected):
     assert verdict(dataclasses.replace(GOOD, **changes), CanaryConfig(), LAST) == expected
+
+
+def test_a_canary_is_as_fast_as_the_last_one_on_such_a_device_if_the_job_says_so():
+    config = CanaryConfig(max_slowdown=2.0)
+    slow = dataclasses.replace(GOOD, completion_tokens_per_s=40.0, device="none")
+    last = dataclasses.replace(LAST, canary_tokens_per_s=100.0)
+    found = verdict(slow, config, last)
+    assert found == "40.0 tokens/s, the canary of the last good run made 100.0"
+    assert verdict(slow, CanaryConfig(), last) is None
+    assert verdict(dataclasses.replace(slow, device="cpu"), config, last) is None
+    assert verdict(slow, config, LAST) is None
 
 
 def test_without_an_earlier_run_only_limits_count():

@@ -1,5 +1,6 @@
 """Planning without weights, and engines that load while weights arrive: a real store, a real engine."""
 
+import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -239,4 +240,6 @@ def test_a_run_has_one_identity_wherever_its_model_lies_and_plans_without_weight
     assert away.run is not None
     assert here.run.name == away.run.name, "another place of the model gave another run"
     assert here.by_id() == away.by_id()
+    receipt = json.loads(next((away.run / "metrics").iterdir()).read_text())
+    assert receipt["seconds"]["stage"] > 0, "the engine's wait for its weights is accounted for"
     assert list((tmp_path / "cache").rglob(LAST)), "the engine's weights were staged"

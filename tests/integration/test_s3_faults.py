@@ -25,7 +25,7 @@ from storage.probe import probe_store
 from storage.s3_client import RetryPolicy, make_client
 from storage.s3_store import S3Store
 from storage.s3_transfer import S3Transfer
-from tests.faults.fault_proxy import FaultProxy
+from tests.faults.fault_proxy import FaultProxy, Kind
 from tests.seaweed import Seaweed
 
 MiB = 1 << 20
@@ -160,6 +160,15 @@ def test_a_listing_or_a_copy_whose_reply_is_cut_short_is_asked_for_again(
     with pytest.raises(NotFound):
         store.get("a/none")
     assert proxy.pending() == 0
+
+
+@pytest.mark.parametrize("kind", ["drop_before", "drop_after", "status"])
+def test_the_probe_asks_again_when_the_store_does_not_answer(
+    store: S3Store, proxy: FaultProxy, kind: Kind
+) -> None:
+    proxy.add(kind, match="^PUT .*/k")
+    assert store.verifies_checksums("k")
+    assert proxy.count("^PUT .*/k") == 2
 
 
 def test_an_object_replaced_in_the_middle_of_a_download_is_refused(

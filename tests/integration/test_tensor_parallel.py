@@ -15,11 +15,11 @@ from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.launch import Launch, RankProcesses
 from tests.paged_cases import COMMON
+from tests.rank_cases import HEADS
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: tensor parallel needs it")
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
-HEADS: dict[str, Any] = {**COMMON, "num_attention_heads": 8, "num_key_value_heads": 4}
 CONFIGS: dict[str, Any] = {
     "dense": lambda: transformers.Qwen3Config(**HEADS, head_dim=8),
     "tied": lambda: transformers.LlamaConfig(
@@ -38,6 +38,7 @@ PAIRS = [
     "pair-tied-with-biases",
     "pair-moe",
     "pair-unmodified-class",
+    "pair-refusals",
     "pair-weight-bytes",
     "pair-least-blocks",
 ]

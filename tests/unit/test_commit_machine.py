@@ -1,8 +1,8 @@
 """The commit protocol against thousands of interleavings, crashes and lost replies.
 
 Workers move step by step; before or after any single store operation of a step, the worker may die,
-its reply may get lost, or another worker may run its whole next step. What must hold is read from
-the store alone.
+its reply may get lost, or another worker may run its whole next step. Some hold leases, which expire as
+time passes, or are lost; some never asked for one. What must hold is read from the store alone.
 """
 
 from collections import Counter
@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 
 from storage import keys
 from storage.attempts import PART, claim_attempt
+from storage.clock import FrozenClock
 from storage.commits import (
     CommitOutcome,
     all_commits,
@@ -31,8 +32,9 @@ from storage.commits import (
     new_nonce,
     read_commits,
 )
-from storage.errors import AlreadyExists, NotFound, StorageError, StoreUnavailable
+from storage.errors import AlreadyExists, LeaseLost, NotFound, StorageError, StoreUnavailable
 from storage.garbage import Garbage, collect_garbage
+from storage.lease import Lease, Leases
 from storage.manifest import CommitRecord, PartFile, RunManifest, digest
 from storage.memory_store import MemoryStore
 from storage.reveal import manifest_part, publish, read_manifest, reveal, unrevealed
@@ -40,6 +42,7 @@ from storage.reveal import manifest_part, publish, read_manifest, reveal, unreve
 PLAN = "sha256:plan"
 NUM_SHARDS = 2
 MAX_WORKERS = 4
+TTL_S = 90.0
 
 
 class Killed(Exception):
@@ -97,6 +100,10 @@ class Protocol:
 
 
 class Worker:
+    leases: Leases | None = None
+    lease: Lease | None = None
+    """None: it never asked, or has lost it; it works on all the same."""
+
     def __init__(self, protocol: Protocol, store: MemoryStore, shard_id: int, name: str) -> None:
         self.protocol = protocol
         self.store = View(store)
@@ -149,7 +156,8 @@ class CommitMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = MemoryStore()
+        self.clock = FrozenClock()
+        self.store = MemoryStore(clock=self.clock)
         self.workers: list[Worker] = []
         self.num_started = 0
         self.seen: dict[str, bytes] = {}
@@ -157,11 +165,42 @@ class CommitMachine(RuleBasedStateMachine):
         self.told_won: dict[tuple[int, int], set[str]] = {}
 
     @precondition(lambda self: len(self.workers) < MAX_WORKERS)
-    @rule(shard_id=st.integers(0, NUM_SHARDS - 1), redo=st.booleans())
-    def start(self, shard_id: int, redo: bool) -> None:
+    @rule(shard_id=st.integers(0, NUM_SHARDS - 1), redo=st.booleans(), asks=st.booleans())
+    def start(self, shard_id: int, redo: bool, asks: bool) -> None:
         if shard_id in read_commits(self.store, PLAN).current and not redo:
             return
-        self.start_worker(shard_id)
+        if not asks:  # a second start that knows of no lease
+            self.start_worker(shard_id)
+            return
+        name = f"w{self.num_started + 1}"
+        leases = Leases(self.store, holder=name, ttl_s=TTL_S, clock=self.clock)
+        lease = leases.acquire(shard_id)
+        if lease is not None:
+            worker = self.start_worker(shard_id)
+            worker.leases, worker.lease = leases, lease
+
+    @rule(seconds=st.sampled_from([TTL_S / 4, TTL_S / 2, TTL_S * 2]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @precondition(lambda self: self.workers)
+    @rule(index=st.integers(0, MAX_WORKERS - 1))
+    def renew(self, index: int) -> None:
+        worker = self.workers[index % len(self.workers)]
+        if worker.leases is None or worker.lease is None:
+            return
+        try:
+            worker.lease = worker.leases.renew(worker.lease)
+        except LeaseLost:
+            worker.lease = None
+            return
+        stored = worker.leases.find(worker.record.shard_id)
+        assert stored is not None
+        assert (stored.holder, stored.etag) == (worker.record.holder, worker.lease.etag)
+
+    @rule(shard_id=st.integers(0, NUM_SHARDS - 1))
+    def lose_a_lease(self, shard_id: int) -> None:
+        self.store.delete(keys.lease(shard_id))
 
     @precondition(lambda self: self.workers)
     @rule(
@@ -293,6 +332,8 @@ class CommitMachine(RuleBasedStateMachine):
             self.check_what_was_told(worker)
         if not worker.steps and worker in self.workers:
             self.workers.remove(worker)
+            if worker.leases is not None and worker.lease is not None:
+                worker.leases.release(worker.lease)
 
     def check_what_was_told(self, worker: Worker) -> None:
         if worker.outcome is None:

@@ -160,3 +160,18 @@ def test_weights_on_the_device_are_those_in_the_file(
             expected = tensor.narrow(part[0], part[1], part[2] - part[1]) if part else tensor
             assert found[name].is_cuda
             assert_equal(found[name].cpu(), expected)
+
+
+def test_a_rank_reads_its_own_rows_from_the_disk_and_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(4096, 1024, dtype=torch.bfloat16)}, path)
+
+    def bytes_read() -> int:
+        fields = Path("/proc/self/io").read_text().split()
+        return int(fields[fields.index("rchar:") + 1])
+
+    before = bytes_read()
+    rows = Slice(0, 1024, 2048)
+    ((_, tensor),) = load_weights([path], method="parallel", slicer=lambda name, shape: rows)
+    assert tensor.shape == (1024, 1024)
+    assert tensor.nbytes <= bytes_read() - before < tensor.nbytes + 100_000

@@ -6,7 +6,7 @@ from typing import Any
 import boto3
 import pytest
 from botocore.awsrequest import AWSResponse
-from botocore.exceptions import ClientError, ReadTimeoutError
+from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
 from moto import mock_aws
 
 from storage import probe
@@ -72,6 +72,7 @@ def refusal(status: int, code: str) -> ClientError:
         (refusal(501, "NotImplemented"), StoreUnfit),
         (refusal(400, "InvalidArgument"), StorageError),
         (ReadTimeoutError(endpoint_url="http://x"), StoreUnavailable),
+        (IncompleteReadError(actual_bytes=1, expected_bytes=2), StoreUnavailable),
     ],
 )
 def test_each_refusal_has_its_type(error: Exception, expected: type[StorageError]) -> None:
@@ -104,6 +105,17 @@ def test_what_may_pass_is_repeated_and_what_cannot_is_not(frozen_clock: FrozenCl
         with pytest.raises(expected):
             caller("PUT k", request)
         assert len(tries) == num_tries
+
+
+def test_damage_is_counted_apart_from_refusals(frozen_clock: FrozenClock) -> None:
+    faults = [*[refusal(503, "SlowDown")] * 6, *[Again(CorruptObject("flipped"))] * 3]
+
+    def request() -> str:
+        if faults:
+            raise faults.pop(0)
+        return "whole"
+
+    assert Caller(RetryPolicy(max_attempts=14), frozen_clock)("GET k", request) == "whole"
 
 
 def test_the_waits_grow_have_jitter_and_last_through_a_restart_of_the_store() -> None:

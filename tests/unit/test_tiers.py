@@ -89,7 +89,7 @@ def priced(*names):
         (QWEN3_235B, "H200", "none", (4, 4, "none")),
         (LLAMA_405B, "H100", "fp8", (8, 8, "none")),
         (LLAMA_405B, "H200", "none", (8, 8, "none")),
-        (LLAMA_405B, "H100", "nf4", (4, 4, "none")),
+        (LLAMA_405B, "H100", "nf4", None),
         # and where it fits on no number of cards, from host memory or NVMe
         (QWEN3_235B, "H100", "none", (6, 1, "cpu")),
         (QWEN3_235B, "A100-80", "none", (6, 1, "cpu")),
@@ -97,7 +97,7 @@ def priced(*names):
     ],
 )
 def test_the_smallest_tier_of_each_size(model, gpu, quantization, expected):
-    if expected[2] == "none":
+    if expected is None or expected[2] == "none":
         assert smallest(model, gpu, quantization) == expected
     else:
         sizing = size_model(model, [GPUS[gpu]], WORKLOAD, options=Options(quantizations=("none",)))
@@ -256,7 +256,6 @@ def test_whatever_the_sizing_offers_a_backend_accepts(model, stored):
     *numbers, extra = sizes[model]
     written = {} if stored is None else {"quantization_config": STORED[stored]}
     sizing = size_model(shape(*numbers, **extra, **written), list(GPUS.values()), WORKLOAD)
-    assert sizing.tiers
     folder = SmallFiles(path=Path("model"), config=written)
     for tier in sizing.tiers:
         config = EngineConfig(
@@ -269,8 +268,9 @@ def test_whatever_the_sizing_offers_a_backend_accepts(model, stored):
             nvme_path="/nvme" if tier.offload == "nvme" else None,
         )
         check_engine(folder, config, is_here=False)
-    if stored in ("gptq", "awq", "bitsandbytes"):
-        assert {tier.tensor_parallel_size for tier in sizing.tiers} == {1}
+    if stored is not None:
+        assert {tier.tensor_parallel_size for tier in sizing.tiers} <= {1}
+    assert sizing.tiers or (model, stored) == ("experts 235B", "fp8")  # in bfloat16 on one GPU
 
 
 def test_a_checkpoint_in_fp8_blocks_may_run_in_fp8_and_else_takes_its_full_size():
