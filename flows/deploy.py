@@ -41,6 +41,7 @@ PROVIDERS = ("process", "kubernetes", "ecs", "command")
 _FLOWS = ["batch-generate", "generate-shards", "retry-failed", "scan-inbox", "stage-weights"]
 _DEPLOYMENT_OF = {"process": "replica"} | {name: name for name in PROVIDERS[1:]}
 _SILENT = timedelta(seconds=120)  # four heartbeats of 30 s
+_CORE = AutomationCore.model_fields
 _ENDED = ("Completed", "Failed", "Cancelled", "Crashed")
 
 
@@ -267,8 +268,21 @@ def _blocks(client: SyncPrefectClient, settings: Settings) -> list[tuple[str, An
 
 def _automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
     standing = patiently(lambda: client.read_automations_by_name(wanted.name))
-    if standing:
-        patiently(lambda: client.update_automation(standing[0].id, wanted))
-    else:
+    if not standing:
         patiently(lambda: client.create_automation(wanted))
+    elif _content(standing[0]) != _content(wanted):
+        # One that is as wanted is left alone: an update forgets what its trigger has seen so far.
+        patiently(lambda: client.update_automation(standing[0].id, wanted))
     return wanted.name
+
+
+def _content(automation: AutomationCore) -> Any:
+    core = AutomationCore.model_validate(automation.model_dump(include=set(_CORE)))
+    return _without_ids(core.model_dump(mode="json"))
+
+
+def _without_ids(value: Any) -> Any:
+    """Drop what the server numbers anew: each trigger's own id."""
+    if isinstance(value, dict):
+        return {key: _without_ids(item) for key, item in value.items() if key != "id"}
+    return [_without_ids(item) for item in value] if isinstance(value, list) else value

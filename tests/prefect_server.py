@@ -108,7 +108,7 @@ class PrefectLab:
             env={**self.env, **(env or {})},
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=400,
         )
 
     def api(self, path: str, body: dict[str, Any] | None = None) -> Any:

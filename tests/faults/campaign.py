@@ -143,7 +143,7 @@ class Campaign:
                 seconds, what = seconds_until_caught(
                     bug,
                     lambda name: open_store(f"s3://{bucket}/{name}", config_of(server)),
-                    proxy.endpoint_url,
+                    proxy,
                     self.forks,
                     rng,
                 )

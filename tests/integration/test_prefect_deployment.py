@@ -212,7 +212,7 @@ def test_nightjar_run_cancelled_by_the_marker_is_partial_and_its_flow_run_cancel
     try:
         wait_for(lambda: case.num_commits() >= 1, "a shard is committed", 60)
         assert main(["cancel", str(case.run)]) == 0
-        _, err = run.communicate(timeout=60)
+        _, err = run.communicate(timeout=100)
     finally:
         end(run, signal.SIGKILL)
     assert run.returncode == 3, err

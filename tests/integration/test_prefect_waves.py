@@ -243,7 +243,7 @@ def test_a_canary_is_one_replica_and_a_bad_one_ends_the_night_before_there_is_an
     assert 0 < len(committed) < NUM_SHARDS
     assert (case.run / "_canary.json").read_bytes() == told
 
-    rich = {**dollars, "budget": {"usd": 10_000.0}, "deadline": "2026-01-01T00:00+00:00"}
+    rich = {**dollars, "budget": {"usd": 1e6}, "deadline": "2026-01-01T00:00+00:00"}
     case.job.write_text(yaml.safe_dump({**values, "canary": {"rows": 8}, **rich}))
     run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
     done = lab.wait_for_state(run_id, timeout_s=120)
