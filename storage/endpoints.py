@@ -98,7 +98,8 @@ def _origin(parts: SplitResult) -> tuple[str, str, int]:
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        found = ipaddress.ip_address(host.partition("%")[0])
+        # Only an IPv6 address has a zone behind a percent sign; elsewhere that is a name.
+        found = ipaddress.ip_address(host.partition("%")[0] if ":" in host else host)
     except ValueError:
         return None
     mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
