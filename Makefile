@@ -1,13 +1,15 @@
 # Two commands on a fresh machine with Python 3.11 to 3.13, make and a compiler:
 #   make demo    a real small model over 240 prompts, on the CPU
 #   make test    the whole test suite, real S3 and Prefect servers included
+# And of what is installed: make sbom lists it (CycloneDX), make audit looks for known holes in it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 MODEL := $(DEMO)/smollm2
+AUDIT := .audit
 
-.PHONY: demo test lint campaign soak clean
+.PHONY: demo test lint campaign soak sbom audit clean
 
 demo: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/nightjar run configs/demo.yaml
@@ -28,6 +30,20 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Both tools have a venv of their own, so that neither is part of what it lists.
+sbom: $(VENV)/.installed $(AUDIT)/.installed
+	mkdir -p dist
+	$(AUDIT)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o dist/sbom.cdx.json $(BIN)/python
+
+# Needs PyPI's advisory service; --strict, because without it what could not be asked about counts as sound.
+audit: $(VENV)/.installed $(AUDIT)/.installed
+	$(AUDIT)/bin/pip-audit --strict --progress-spinner off --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+$(AUDIT)/.installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
 # torch comes first: constraints.txt names its version, and nothing else may pick another build. DeepSpeed is built
 # from source beside it, without its compiled operations: tensor parallel needs none.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -46,4 +62,4 @@ $(MODEL)/config.json: $(VENV)/.installed
 	rm -rf $(DEMO)/package
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis dist
+	rm -rf $(VENV) $(DEMO) $(AUDIT) .pytest_cache .ruff_cache .mypy_cache .hypothesis dist

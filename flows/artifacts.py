@@ -15,9 +15,10 @@ from uuid import UUID
 from httpx import HTTPError
 from prefect import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from storage import records
 from storage.errors import StorageError
@@ -62,15 +63,17 @@ class RunArtifacts:
         except StorageError as error:
             log.warning("no last look: %s", error)
             return
-        if found is not None:
-            self._draw(found)
+        for pause_s in (0.0, 1.0, 2.0):  # a loaded server answers the second time
+            time.sleep(pause_s)
+            if found is None or self._draw(found):
+                return
 
     def _log_notes(self) -> None:
         for note in self._notes.take_notes() if self._notes else ():
             if not note.startswith("warning: "):  # said already
                 self._logger.info("%s", note)
 
-    def _draw(self, look: Look) -> None:
+    def _draw(self, look: Look) -> bool:
         self._shown_at = time.monotonic()
         done = sum(commit.part.num_rows for commit in look.commits.values())
         share = 100.0 * done / max(1, look.plan.num_rows * look.plan.num_samples)
@@ -78,11 +81,19 @@ class RunArtifacts:
         try:
             self._put("progress", round(share, 2), "rows committed, in per cent")
             self._put("table", json.dumps(rows), "the run so far, over all replicas")
-        except (HTTPError, PrefectHTTPStatusError) as error:
+        except (HTTPError, PrefectException) as error:
             log.warning("artifacts not updated: %s", type(error).__name__)
+            if isinstance(error, ObjectNotFound):
+                self._ids.clear()  # the server has lost its database
+            return False
+        return True
 
     def _put(self, kind: str, data: Any, description: str) -> None:
-        with get_client(sync_client=True) as client:
+        # Once, not for a minute: the run does not wait for a server that is away.
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(sync_client=True) as client,
+        ):
             if kind in self._ids:
                 client.update_artifact(self._ids[kind], ArtifactUpdate(data=data))
                 return

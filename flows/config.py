@@ -18,7 +18,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from flows.yaml_text import YamlError, parse_yaml
 from inference.errors import printable
-from storage.errors import NotFound
+from storage.endpoints import refuse_password
+from storage.errors import BadInput, NotFound
 from storage.object_store import StorageConfig, open_store
 from tasks.job import RunConfig
 
@@ -204,6 +205,11 @@ def _check(job: RunConfig) -> None:
 
 def _check_secrets(job: RunConfig) -> None:
     """Refuse credentials in the job: it is kept in run.json and, for replicas, by Prefect."""
+    if job.storage.endpoint_url is not None:
+        try:
+            refuse_password(job.storage.endpoint_url)
+        except BadInput as error:
+            raise JobError(str(error)) from None
     placement = job.hardware.placement
     more = placement.job_variables.get("env")
     for name in [*placement.env, *(more if isinstance(more, dict) else ())]:

@@ -20,24 +20,6 @@ def check_heads(size: int, *, num_heads: int, num_kv_heads: int) -> None:
         )
 
 
-def check_quantization(size: int, quantization: str, *, is_stored: bool) -> None:
-    """Refuse weights that cannot be cut.
-
-    Raises:
-        EngineConfigError: with what to use instead.
-    """
-    if quantization in ("int8", "nf4"):
-        raise EngineConfigError(
-            f"engine.tensor_parallel_size is {size} and model.quantization {quantization}, which do not "
-            f"go together; use quantization none or fp8, or one rank"
-        )
-    if is_stored:
-        raise EngineConfigError(
-            f"engine.tensor_parallel_size is {size}, and the checkpoint is quantised already, which "
-            f"cannot be partitioned; use the unquantised one, or one rank"
-        )
-
-
 def heads_refusal(size: int, *, num_heads: int, num_kv_heads: int) -> str:
     """Say why heads cannot be spread over `size` ranks; empty when they can."""
     if num_kv_heads % size == 0 and num_heads % size == 0:

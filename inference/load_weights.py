@@ -4,7 +4,7 @@
         parameters[name].copy_(tensor)
 
 Two ways: `safetensors`, the library's own (the fallback, and the default on CPU), and `parallel`, which
-keeps disk, processor and bus busy together (`inference.weight_reader`). Under tensor parallel a rank
+keeps disk, processor and bus busy together (`inference.weight_movers`). Under tensor parallel a rank
 asks for its slices only.
 """
 
@@ -17,18 +17,16 @@ from typing import Any, Literal
 
 import torch
 
-from inference.weight_reader import (
+from inference.weight_movers import (
     BUFFER_BYTES,
     PAGE_SLACK,
     CudaMover,
-    Entry,
     HostMover,
     Region,
-    Slice,
-    WeightFileReader,
     offset_of,
     rows_of,
 )
+from inference.weight_reader import Entry, Slice, WeightFileReader
 from inference.weights import check_weight_file
 
 MAX_AHEAD_BYTES = 2 << 30

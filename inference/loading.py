@@ -173,7 +173,7 @@ def _checked(model: Any, report: dict[str, Any], path: Path) -> Any:
 def _too_big(path: Path, num_weight_bytes: int) -> EngineConfigError:
     return EngineConfigError(
         f"{path}: {num_weight_bytes / 1e9:.1f} GB of weights do not fit the device; "
-        f"use a larger one, model.quantization or engine.offload cpu"
+        f"use a larger one, more ranks, model.quantization or engine.backend zero"
     )
 
 

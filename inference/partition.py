@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from inference.autotp import partition_linears
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
-from inference.heads import check_heads, check_quantization
+from inference.heads import check_heads
 from inference.load_weights import load_weights
+from inference.quantization import check_quantization
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import columns_of
 from inference.weight_reader import Slice
@@ -42,9 +43,7 @@ def load_partition(
         EngineConfigError: the model cannot be partitioned so.
         ModelError: weights are missing or of another shape than config.json says.
     """
-    check_quantization(
-        ranks.size, config.quantization, is_stored=bool(folder.config.get("quantization_config"))
-    )
+    check_quantization(folder, config, "paged")
     model = _empty_model(folder, config)
     text = model.config.get_text_config()
     check_heads(

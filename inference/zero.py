@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from inference.async_io import load_async_io
 from inference.config import EngineConfig
@@ -83,8 +84,12 @@ class ZeroModel:
         ensure_world()
         empty = empty_model(folder, config)
         self.dtype: torch.dtype = empty.dtype
+        if self.dtype == torch.float16 and not torch.cuda.is_available():
+            raise EngineConfigError(
+                "engine.backend is zero: DeepSpeed has no float16 on the CPU; use model.dtype bfloat16"
+            )
         self.sizes = ZeroSizes.of(empty)
-        self.place: Place = resolve_place(config, self.num_weight_bytes)
+        self.place: Place = _agreed_place(config, self.num_weight_bytes)
         self._swap_folder: SwapFolder | None = None
         if self.place == "nvme":
             load_async_io()
@@ -131,6 +136,14 @@ class ZeroModel:
         self._engine = self.module = None
         if self._swap_folder is not None:
             self._swap_folder.close()
+
+
+def _agreed_place(config: EngineConfig, weight_bytes: int) -> Place:
+    """The first rank's choice: what is free differs from one moment to the next."""
+    place: list[Any] = [resolve_place(config, weight_bytes)]
+    dist.broadcast_object_list(place)
+    chosen: Place = place[0]
+    return chosen
 
 
 def zero_settings(

@@ -30,13 +30,9 @@ def check_endpoint(url: str) -> None:
     Raises:
         BadInput: not a plain http(s) URL, or not allowed here; the message never holds a password.
     """
+    refuse_password(url)
     parts = _split(url)
-    shown = f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
-    if parts.username is not None or parts.password is not None:
-        raise BadInput(
-            f"storage.endpoint_url {shown}: has a user or password in it, which would be recorded; "
-            "use the AWS environment or storage.profile"
-        )
+    shown = _shown(parts)
     if parts.query or parts.fragment:
         raise BadInput(f"storage.endpoint_url {shown}: has a query; give scheme, host and port")
     if _is_metadata(parts.hostname or ""):
@@ -58,10 +54,28 @@ def check_endpoint(url: str) -> None:
         )
 
 
+def refuse_password(url: str) -> None:
+    """Refuse an endpoint with credentials in it, before it is recorded anywhere.
+
+    Raises:
+        BadInput: no http(s) URL, or one with a user or password; the message does not hold them.
+    """
+    parts = _split(url)
+    if parts.username is not None or parts.password is not None:
+        raise BadInput(
+            f"storage.endpoint_url {_shown(parts)}: has a user or password in it, which would be "
+            "recorded; use the AWS environment or storage.profile"
+        )
+
+
 def is_aws(endpoint: str) -> bool:
     """Whether the host is one of Amazon's own."""
     host = urlsplit(endpoint).hostname or ""
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def _shown(parts: SplitResult) -> str:
+    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
 
 
 def _split(url: str) -> SplitResult:
@@ -84,7 +98,8 @@ def _origin(parts: SplitResult) -> tuple[str, str, int]:
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        found = ipaddress.ip_address(host.partition("%")[0])
+        # Only an IPv6 address has a zone behind a percent sign; elsewhere that is a name.
+        found = ipaddress.ip_address(host.partition("%")[0] if ":" in host else host)
     except ValueError:
         return None
     mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None

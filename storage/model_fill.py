@@ -238,7 +238,7 @@ class Fill:
         """Make the model whole: after this rename, and not before, it is one."""
         partial = self._folder / f".{MANIFEST}"
         try:
-            with partial.open("wb") as file:
+            with open(partial, "wb", opener=_owners_alone) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -248,3 +248,7 @@ class Fill:
             raise no_space(self._folder, len(data)) from error
         partial.rename(self._folder / MANIFEST)
         sync_folder(self._folder)
+
+
+def _owners_alone(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -58,7 +58,8 @@ class PartialFile:
         if self.path.exists():  # whole, but its model never was: check it again
             self.path.rename(self._partial)
         self._fd, self._direct = _open_for_writing(self._partial, direct)
-        self._journal = self._journal_path.open("a+", encoding="utf-8")
+        descriptor = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._journal = os.fdopen(descriptor, "a+", encoding="utf-8")
 
     @property
     def num_ranges(self) -> int:

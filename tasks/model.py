@@ -18,7 +18,7 @@ from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR
 from inference.config import EngineConfig
 from inference.content_id import WeightSample, sample_spans
 from inference.errors import EngineConfigError, ModelError
-from inference.heads import check_heads, check_quantization
+from inference.heads import check_heads
 from inference.model_config import read_model_shape
 from inference.weights import (
     SmallFiles,
@@ -236,13 +236,8 @@ def _check_ranks(job: RunConfig, folder: Path) -> None:
             f"engine.tensor_parallel_size is {size}: the transformers backend runs in one process; "
             f"use 1, or engine.backend paged"
         )
-    if resolve_backend(job.engine.backend) == "zero":
-        return  # its ranks share weights of any shape
     shape = read_model_shape(folder)
     check_heads(size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads)
-    check_quantization(
-        size, job.model.quantization, is_stored=shape.stored_quantization is not None
-    )
 
 
 def _check_engine(job: RunConfig, folder: SmallFiles) -> None:

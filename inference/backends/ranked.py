@@ -13,9 +13,10 @@ from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequence
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, EngineFault
-from inference.heads import check_heads, check_quantization
+from inference.heads import check_heads
 from inference.launch import Launch
 from inference.model_config import read_model_shape
+from inference.quantization import check_quantization
 from inference.rank_group import RankGroup
 from inference.rank_messages import (
     Message,
@@ -176,9 +177,7 @@ def check_ranks(config: EngineConfig) -> None:
         check_heads(
             size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads
         )
-        check_quantization(
-            size, config.quantization, is_stored=bool(folder.config.get("quantization_config"))
-        )
+        check_quantization(folder, config, "paged")
     here = size // config.distributed.num_hosts
     if torch.cuda.is_available() and torch.cuda.device_count() < here:
         raise EngineConfigError(

@@ -98,7 +98,7 @@ def _side_by_side(parts_RC: Tensor, ranks: TensorParallel) -> Tensor:
     """[R,C] of each rank -> [R,NC]"""
     if ranks.size == 1:
         return parts_RC
-    return ranks.gather(parts_RC).transpose(0, 1).flatten(1)
+    return ranks.gather(parts_RC).transpose(0, 1).flatten(1).contiguous()
 
 
 def _floors(

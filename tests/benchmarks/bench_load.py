@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 
 from inference.load_weights import load_weights
-from inference.weight_reader import BUFFER_BYTES
+from inference.weight_movers import BUFFER_BYTES
 
 HIDDEN, INTERMEDIATE = 4096, 12_288  # an 8B model's biggest matrices
 NUM_FILES = 4

@@ -59,7 +59,7 @@ def test_a_planted_bug_is_caught_within_a_minute(
     seconds, what = seconds_until_caught(
         bug,
         lambda name: open_store(f"{seaweed.uri}/{name}", seaweed.config),
-        proxy.endpoint_url,
+        proxy,
         forks,
         random.Random(3),
     )

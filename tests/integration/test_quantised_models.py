@@ -166,3 +166,22 @@ def test_quantised_and_full_texts_are_never_mixed_in_one_run(tmp_path, capsys):
     assert again.code == 2
     assert 'model.quantization was "int8", now "none"' in again.err
     assert pq.read_table(done.run / "completions").equals(before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"engine__offload": "nvme"}, "engine.nvme_path is not set"),
+        (
+            {"engine__backend": "paged", "engine__offload": "cpu"},
+            "use auto, or engine.backend zero",
+        ),
+        ({"model__quantization": "fp8"}, "model.quantization is fp8: needs engine.backend paged"),
+    ],
+)
+def test_what_cannot_run_ends_the_job_before_anything_is_planned(settings, words, tmp_path, capsys):
+    source = CASES / "A1-left-pad" / "input.parquet"
+    done = Nightjar(tmp_path, capsys).run("tiny-a", source, **settings)
+    assert done.code == 2
+    assert words in done.err
+    assert list((tmp_path / "out").rglob("*.json")) == []

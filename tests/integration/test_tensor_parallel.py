@@ -87,6 +87,17 @@ def test_ranks_give_the_tokens_of_one(case, found):
     assert differences == [""] * CASES[case]
 
 
+def test_the_device_sampler_over_three_ranks_is_the_reference(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed: kernels are not tested here")
+    with (tmp_path / "output").open("wb") as output:
+        ranks = RankProcesses(Launch(module="tests.rank_sampler", num_ranks=3), output)
+        try:
+            code = ranks.wait(240)
+        finally:
+            ranks.stop()
+    assert code == 0, (tmp_path / "output").read_text()[-4000:]
+
+
 @pytest.mark.parametrize("size", [3, 8])
 def test_heads_that_do_not_divide_are_refused_with_the_sizes_that_work(size, tmp_path):
     save_model("dense", tmp_path / "dense")

@@ -18,6 +18,8 @@ from inference.errors import EngineConfigError
 from inference.offload import Room, resolve_place
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
+from tests.pipeline import CASES, Nightjar
+from tests.pipeline import expected as expected_of
 from tests.tiny_models import EXPERTS, MODELS, SIZES, make_model
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
@@ -61,7 +63,7 @@ def test_tokens_are_the_references(kind, offload, tmp_path):
     model = MODELS / ("tiny-tied-sharded" if kind == "tied" else "tiny-a")
     if kind == "experts":
         model = make_model(tmp_path, Qwen3MoeConfig(**SIZES, **EXPERTS))
-    knobs = {"dtype": "bfloat16"} if "bfloat16" in kind else {}
+    knobs = {"dtype": kind.split()[-1]} if " in " in kind else {}
     found = run(ZeroBackend(config(model, offload=offload, **knobs)), sequences(10))
     assert found == expected(model, sequences(10), **knobs)
 
@@ -117,6 +119,16 @@ def test_out_of_memory_halves_the_batch_and_changes_no_token(caplog):
         found = run(backend, sequences(16))
     assert found == expected(MODELS / "tiny-a", sequences(16))
     assert "going on with at most 2 at once" in caplog.text
+
+
+def test_a_job_of_one_row_ends_on_two_ranks_with_its_row(tmp_path, capsys):
+    case = "I4-more-workers-than-rows"
+    done = Nightjar(tmp_path, capsys).run(
+        "chain-a", CASES / case / "input.parquet", engine__backend="zero",
+        engine__tensor_parallel_size=2, engine__offload="cpu",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert {row["id"]: row["completion"] for row in done.rows} == expected_of(case)["text"]
 
 
 def test_ranks_that_run_out_of_rows_leave_no_other_waiting():
@@ -215,6 +227,14 @@ def test_weights_that_fit_nowhere_are_refused_with_the_arithmetic(knobs, words):
 def test_settings_that_cannot_work_are_refused_before_anything_is_loaded(knobs, words):
     with pytest.raises(EngineConfigError, match=words):
         ZeroBackend(config(MODELS / "tiny-a", **knobs))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 works on CUDA")
+def test_float16_on_the_cpu_is_refused():
+    with pytest.raises(
+        EngineConfigError, match=r"no float16 on the CPU; use model\.dtype bfloat16"
+    ):
+        ZeroBackend(config(MODELS / "tiny-a", dtype="float16"))
 
 
 def test_without_deepspeed_the_message_says_what_to_install(monkeypatch):

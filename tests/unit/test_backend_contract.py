@@ -1,6 +1,7 @@
 """What every backend promises, tried on every backend. A new backend joins by its name in `BACKENDS`."""
 
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ from inference.config import EngineConfig
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
 
-BACKENDS = ("dummy", "transformers", "paged", "zero")
+BACKENDS = (
+    "dummy",
+    "transformers",
+    "paged",
+    pytest.param(
+        "zero",
+        marks=pytest.mark.skipif(
+            find_spec("deepspeed") is None, reason="deepspeed is not installed"
+        ),
+    ),
+)
 MODEL = Path(__file__).parents[1] / "data" / "models" / "tiny-a"
 
 Make = Callable[..., Backend]

@@ -44,6 +44,7 @@ def test_encrypted_endpoints_and_loopback_are_allowed(url: str) -> None:
         ("http://s3.example.org", "unencrypted"),
         ("http://localhost.example.org", "unencrypted"),
         ("http://2130706433", "unencrypted"),  # 127.0.0.1, spelt to be overlooked
+        ("http://127.0.0.1%25.example.org", "unencrypted"),
         ("http://169.254.169.254", "metadata"),
         ("https://169.254.169.254", "metadata"),
         ("http://[::ffff:169.254.169.254]/", "metadata"),

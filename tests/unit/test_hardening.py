@@ -39,7 +39,7 @@ def modes(root: Path) -> dict[str, int]:
 def test_staged_weights_are_their_owner_s_alone(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     cache = tmp_path / "cache"
-    stage_model(str(model), stage_to=str(cache)).close()
+    stage_model(str(model), config=StorageConfig(), stage_to=str(cache)).close()
     found = modes(cache)
     assert any(name.endswith(".safetensors") for name in found)
     assert cache.stat().st_mode & 0o777 == 0o700
@@ -101,3 +101,19 @@ def test_the_image_and_its_pods_run_as_nobody_special() -> None:
     assert '"privileged": true' not in text
     assert '"user": "10001"' in (DEPLOYMENTS / "ecs.json").read_text()
     assert "HF_HUB_OFFLINE=1" in "\n".join(lines)
+
+
+# The first version without a hole that was published and that untrusted input could reach.
+FLOORS = {
+    "pyarrow": (23, 0, 1),  # CVE-2026-25087: use after free in IPC files
+    "jinja2": (3, 1, 6),  # CVE-2025-27516: a way out of the sandbox
+    "torch": (2, 10),  # CVE-2026-24747: code run by weights-only loading
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_versions_with_known_holes_cannot_be_installed(name: str) -> None:
+    text = (DEPLOYMENTS.parent / "pyproject.toml").read_text()
+    found = re.search(rf'"{name}>=([0-9.]+)', text)
+    assert found is not None
+    assert tuple(map(int, found[1].split("."))) >= FLOORS[name]

@@ -213,3 +213,9 @@ def test_a_credential_in_the_job_is_refused_because_the_job_is_recorded(placemen
     assert "looks like a credential" in message
     job = load_job(BASE, overrides=["hardware.placement={env: {NCCL_DEBUG: INFO}}"])
     assert job.hardware.placement.env == {"NCCL_DEBUG": "INFO"}
+
+
+def test_a_password_in_an_endpoint_is_refused_before_the_job_is_recorded_anywhere():
+    message = refused("storage.endpoint_url=https://me:swordfish@s3.example.org")
+    assert message.startswith("storage.endpoint_url https://s3.example.org: has a user or password")
+    assert "swordfish" not in message

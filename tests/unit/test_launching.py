@@ -9,7 +9,7 @@ import pytest
 from inference.backends.base import BackendInfo
 from inference.config import DistributedConfig, EngineConfig, config_from_json
 from inference.errors import EngineConfigError, EngineFault, ModelError, OutOfMemory
-from inference.heads import check_heads, check_quantization, possible_sizes
+from inference.heads import check_heads, possible_sizes
 from inference.launch import Launch, command, environment
 from inference.preflight_collective import Fabric, RankFacts, remarks_on
 from inference.rank_exit import ExitCode, code_of, error_of, telling
@@ -202,18 +202,6 @@ def test_the_sizes_that_work_are_named():
     assert possible_sizes(64, 8) == [1, 2, 4, 8]
     with pytest.raises(EngineConfigError, match=r"does not divide 1 KV heads and 4 .*; use 1$"):
         check_heads(2, num_heads=4, num_kv_heads=1)
-
-
-@pytest.mark.parametrize(
-    ("quantization", "is_stored", "message"),
-    [
-        ("nf4", False, "is 2 and model.quantization nf4, which do not go together"),
-        ("none", True, "is 2, and the checkpoint is quantised already"),
-    ],
-)
-def test_quantised_weights_that_cannot_be_cut_are_refused(quantization, is_stored, message):
-    with pytest.raises(EngineConfigError, match=message):
-        check_quantization(2, quantization, is_stored=is_stored)
 
 
 @pytest.mark.parametrize(("size", "ranks"), [(10, 4), (97, 3), (8, 8), (3, 2), (5, 4)])

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from inference import load_weights as module
 from inference.errors import ModelError
 from inference.load_weights import load_weights
-from inference.weight_reader import BUFFER_BYTES, Slice, WeightFileReader
+from inference.weight_movers import BUFFER_BYTES
+from inference.weight_reader import Slice, WeightFileReader
 
 METHODS = ["safetensors", "parallel"]
 

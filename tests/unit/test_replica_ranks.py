@@ -50,7 +50,7 @@ def test_one_pod_stays_alone(monkeypatch):
     [
         ({"tensor_parallel_size": 2, "backend": "transformers"}, "none", "runs in one process"),
         ({"tensor_parallel_size": 4, "backend": "paged"}, "none", "does not divide 2 KV heads"),
-        ({"tensor_parallel_size": 2, "backend": "paged"}, "int8", "do not go together"),
+        ({"tensor_parallel_size": 2, "backend": "paged"}, "int8", "ranks cannot share weights"),
     ],
 )
 def test_sizes_that_cannot_work_are_refused_with_the_model(engine, quantization, message):

@@ -1,10 +1,10 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.errors import PromptError
 from inference.row_sampling import ROW_FIELDS, row_overrides, row_sampling
-from inference.sampling import SamplingParams
+from inference.sampling import SamplingParams, draw_seed
 
 RUN = SamplingParams(max_tokens=8, stop=("END",), seed=3)
 
@@ -78,6 +78,7 @@ VALUES = (
 )
 
 
+@settings(deadline=None)
 @given(values=st.dictionaries(st.sampled_from(ROW_FIELDS), VALUES))
 def test_any_values_give_valid_sampling_or_one_refused_row(values):
     try:
@@ -85,3 +86,13 @@ def test_any_values_give_valid_sampling_or_one_refused_row(values):
     except PromptError:
         return
     assert isinstance(found, SamplingParams)
+
+
+def test_a_draw_follows_the_run_the_row_and_the_sample_and_never_changes():
+    asked = [
+        (seed, row, sample) for seed in (0, 1) for row in (0, 1, "a", "b") for sample in (0, 1)
+    ]
+    assert len({draw_seed(*each) for each in asked}) == len(asked)
+    # Another value for the same row would be another completion in a run that is taken up again.
+    assert draw_seed(0, 0, 0) == 13433632324308434416
+    assert draw_seed(7, "a", 2) == 8318732675354942349

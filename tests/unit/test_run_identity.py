@@ -40,7 +40,14 @@ def test_whatever_changes_a_token_changes_the_fingerprint(override):
 
 
 @pytest.mark.parametrize(
-    "override", ["shards.max_rows=3", "engine.max_num_seqs=4", "max_failed_rows=1", "budget.usd=1"]
+    "override",
+    [
+        "shards.max_rows=3",
+        "engine.max_num_seqs=4",
+        "engine.offload=cpu",
+        "max_failed_rows=1",
+        "budget.usd=1",
+    ],
 )
 def test_what_changes_no_token_keeps_the_fingerprint(override):
     assert fingerprint(fields_of(override)) == fingerprint(fields_of())
