@@ -183,7 +183,8 @@ def _deploy(document: dict[str, Any]) -> None:
         done = _call(command)
         for pause_s in _PAUSES_S:
             # A loaded SQLite is locked now and then; deploying again changes nothing that is there.
-            if done.returncode == 0 or "503 Service Unavailable" not in done.stdout + done.stderr:
+            said = " ".join((done.stdout + done.stderr).split())
+            if done.returncode == 0 or "503 Service Unavailable" not in said:
                 break
             time.sleep(pause_s)
             done = _call(command)
