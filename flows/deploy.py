@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,6 +42,7 @@ PROVIDERS = ("process", "kubernetes", "ecs", "command")
 _FLOWS = ["batch-generate", "generate-shards", "retry-failed", "scan-inbox", "stage-weights"]
 _DEPLOYMENT_OF = {"process": "replica"} | {name: name for name in PROVIDERS[1:]}
 _SILENT = timedelta(seconds=120)  # four heartbeats of 30 s
+_PAUSES_S = (2, 5, 10)
 _CORE = AutomationCore.model_fields
 _ENDED = ("Completed", "Failed", "Cancelled", "Crashed")
 
@@ -177,15 +179,23 @@ def _deploy(document: dict[str, Any]) -> None:
         path = Path(folder) / "prefect.yaml"
         path.write_text(yaml.safe_dump(document), encoding="utf-8")
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-        done = subprocess.run(
-            [*command, "--prefect-file", str(path)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PREFECT_CLI_COLORS": "false"},
-        )
+        command += ["--prefect-file", str(path)]
+        done = _call(command)
+        for pause_s in _PAUSES_S:
+            # A loaded SQLite is locked now and then; deploying again changes nothing that is there.
+            said = " ".join((done.stdout + done.stderr).split())
+            if done.returncode == 0 or "503 Service Unavailable" not in said:
+                break
+            time.sleep(pause_s)
+            done = _call(command)
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split())
         raise ProvisionError(f"prefect deploy ended with {done.returncode}: {said[-500:]}")
+
+
+def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PREFECT_CLI_COLORS": "false"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def _automations(client: SyncPrefectClient, settings: Settings) -> list[AutomationCore]:

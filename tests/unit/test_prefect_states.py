@@ -1,6 +1,9 @@
 """How the ends of a run show in Prefect: a state and one line, the same ends as the exit codes."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +47,26 @@ def ended(run: Run, **changes: object) -> Ended:
 
 def drained(run: Run) -> None:
     drain(run, invocation=new_invocation(), progress=Progress(), should_stop=StopSignal())
+
+
+def test_hooks_find_our_rooms_though_prefect_runs_them_from_a_folder_with_a_storage_module() -> (
+    None
+):
+    probe = (
+        "import sys, pathlib, prefect.runner; "
+        "sys.path.insert(0, str(pathlib.Path(prefect.runner.__file__).parent)); "
+        "import flows.batch_generate, storage; print(storage.__file__)"
+    )
+    root = Path(__file__).parents[2]
+    found = subprocess.run(
+        [sys.executable, "-c", probe],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        cwd="/",
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    assert Path(found.splitlines()[-1]).parent == root / "storage"
 
 
 def test_a_published_run_is_completed(run: Run) -> None:
