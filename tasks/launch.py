@@ -58,7 +58,7 @@ def run_replicas(
                 run_shard=run_shard,
             )
             missing = run.plan.num_shards - len(run.commits())
-            if missing <= len(report.exhausted):
+            if missing <= len(report.exhausted) or report.is_cancelled:
                 return report
             if should_stop.is_set():
                 raise Stopped

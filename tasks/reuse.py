@@ -170,16 +170,25 @@ class ReuseIndex:
 
 
 def named_runs(job: RunConfig) -> list[str]:
-    """Return the run folders a job names, `last` looked up in its history."""
+    """Return the run folders a job names; `last` is the latest in its history that is still there."""
     named = [job.reuse_from] if isinstance(job.reuse_from, str) else list(job.reuse_from or [])
     found = []
     for uri in named:
-        if uri != LAST:
-            found.append(uri.rstrip("/"))
-            continue
-        past = [run.run_uri for run in read_history(job).runs if run.run_uri]
-        found += past[-1:]
+        found += [uri.rstrip("/")] if uri != LAST else _last_run(job)
     return found
+
+
+def _last_run(job: RunConfig) -> list[str]:
+    from tasks.run import read_record
+
+    for past in reversed([run for run in read_history(job).runs if run.run_uri]):
+        try:
+            read_record(open_store(past.run_uri, job.storage))
+        except BadInput as error:
+            log.info("%s", error)  # somebody has tidied up
+        else:
+            return [past.run_uri]
+    return []
 
 
 def open_reuse(

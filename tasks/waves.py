@@ -119,6 +119,7 @@ def drain_by_waves(
                     fleet.dismiss()
                     return {}
                 if not budget.allows():
+                    fleet.dismiss()  # whoever has not started would find nothing to claim
                     if not fleet.num_live():
                         raise BudgetSpent(budget.reason or f"budget.usd is {budget.usd}; raise it")
                     _sleep(limits.poll_s, should_stop)

@@ -17,12 +17,19 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[1]
 POOL = "nightjar"
 PREFECT = [sys.executable, "-m", "prefect"]
+# Prefect finds the worker type `command` by the installed package; a bare checkout has none.
+_KNOWING_OUR_WORKER = [
+    sys.executable,
+    "-c",
+    "import flows.command_worker, runpy; runpy.run_module('prefect', run_name='__main__')",
+]
 _START_S = 120.0
 _PATIENCE_S = 20.0
 
@@ -88,7 +95,8 @@ class PrefectLab:
     def start_worker(
         self, pool: str = POOL, *, kind: str = "process", limit: int = 4, **env: str
     ) -> subprocess.Popen[bytes]:
-        command = ["env", "--default-signal=INT", *PREFECT, "worker", "start"]
+        program = PREFECT if _is_installed() else _KNOWING_OUR_WORKER
+        command = ["env", "--default-signal=INT", *program, "worker", "start"]
         command += ["--pool", pool, "--type", kind, "--limit", str(limit)]
         worker = self._start(command, f"worker-{pool}.log", env)
         self.workers.append(worker)
@@ -255,6 +263,13 @@ def children_of(parent: int) -> set[int]:
         if int(fields[1]) == parent:
             found.add(int(stat.parent.name))
     return found
+
+
+def _is_installed() -> bool:
+    try:
+        return bool(distribution("nightjar").entry_points.select(group="prefect.collections"))
+    except PackageNotFoundError:
+        return False
 
 
 def _free_port() -> int:

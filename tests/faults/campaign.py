@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +66,8 @@ class Campaign:
     """One for the lives on S3, two for the races there."""
 
     store_kills: int = 0
+    is_broken: bool = False
+    """A lane ended with an exception."""
 
     def job(self, name: str, out: str, **settings: Any) -> Path:
         prompts = self.folder / "prompts.parquet"
@@ -90,7 +92,7 @@ class Campaign:
 
     def local_lives(self) -> None:
         tally = self.parts["local"] = Tally()
-        while tally.num_kills < self.num_kills * LOCAL_SHARE and not tally.wrong:
+        while tally.num_kills < self.num_kills * LOCAL_SHARE and not self._ends(tally):
             out = self.folder / f"local-{tally.lives}"
             self._live(self.job(out.name, str(out)), str(out), tally, StorageConfig(), None)
 
@@ -98,7 +100,7 @@ class Campaign:
         tally = self.parts["s3"] = Tally()
         bucket = make_bucket(server.port)
         url = self.proxies[0].endpoint_url
-        while tally.num_kills < self.num_kills * S3_SHARE and not tally.wrong:
+        while tally.num_kills < self.num_kills * S3_SHARE and not self._ends(tally):
             out = f"s3://{bucket}/life-{tally.lives}"
             job = self.job(f"life-{tally.lives}", out, storage__endpoint_url=url)
             self._live(job, out, tally, config_of(server), url)
@@ -108,7 +110,7 @@ class Campaign:
         tally = self.parts[f"s3 races {lane}"] = Tally()
         bucket, rng = make_bucket(server.port), random.Random(f"{self.seed} {lane}")
         proxy = self.proxies[lane]
-        while self.injected < self.num_faults and not tally.wrong:
+        while self.injected < self.num_faults and not self._ends(tally):
             store = open_store(f"s3://{bucket}/{tally.lives}", config_of(server))
             race = Race(store, proxy.endpoint_url, self.forks, rng.randrange(1 << 20), tally)
             race.deadliness = 0.3  # a process that lives longer meets more faults
@@ -123,9 +125,12 @@ class Campaign:
             folder = self.folder / f"race-{tally.lives}"
             store = open_store(str(folder), StorageConfig())
             tally.wrong += Race(store, "", self.forks, rng.randrange(1 << 20), tally).run()
-            if tally.wrong:
+            if self._ends(tally):
                 break
             shutil.rmtree(folder)
+
+    def _ends(self, tally: Tally) -> bool:
+        return bool(tally.wrong) or self.is_broken
 
     def _num_kills_elsewhere(self) -> int:
         return sum(t.num_kills for name, t in self.parts.items() if name != "local races")
@@ -199,7 +204,8 @@ def run(campaign: Campaign, server: Server) -> dict[str, Any]:
         work += [lanes.submit(campaign.s3_races, server, lane) for lane in (1, 2)]
         reporter = lanes.submit(_report, campaign, server, over)
         try:
-            for lane in work:
+            for lane in as_completed(work):
+                campaign.is_broken |= lane.exception() is not None  # the others end too
                 lane.result()
         finally:
             over.set()

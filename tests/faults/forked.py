@@ -109,7 +109,7 @@ class Forks:
         with self._has_started:
             self._num_started += 1
             number = self._num_started
-            log = self._folder / f"child-{number % 64:02d}.log"
+            log = self._folder / f"child-{number:05d}.log"
             order = {"number": number, "argv": argv, "log": str(log), **options}
             assert self._server.stdin is not None
             self._server.stdin.write(json.dumps(order) + "\n")

@@ -68,6 +68,26 @@ def test_a_stopped_run_lets_its_leases_go_and_is_taken_up_again(
     assert attempts <= NUM_SHARDS + 3, "what was committed is not done again"
 
 
+def test_a_run_cancelled_by_its_marker_ends_as_partial_with_its_leases_let_go(
+    cli: Cli, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.parquet"
+    pq.write_table(pa.table({"prompt": [f"prompt {row}" for row in range(NUM_ROWS)]}), path)
+    job = cli.job("stop", input__uri=str(path), shards__max_rows=1, hardware__replicas=1)
+    steps = ("after_lease", "after_claim", "before_commit", "after_copy")
+    # A shard takes 0.2 s and the marker is looked for every ten: most of 160 are left by then.
+    slow = ",".join(f"{name}:sleep:1:1" for name in steps)
+    run = cli.start("run", str(job), failpoint=slow)
+    store = wait_for(lambda: run_in(tmp_path), what="the first commit")
+    assert cli.call("cancel", store.uri).returncode == 0
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 3, err
+    assert holders(store) == []
+    assert 0 < len(list(store.list(keys.COMMITS))) < NUM_ROWS
+    assert cli.call("run", str(job)).returncode == 0
+    assert verify_run(store, tmp_path).is_whole
+
+
 def test_a_stop_while_planning_is_heard_at_once(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(f'{{"prompt": "prompt {row}"}}\n' for row in range(200_000)))

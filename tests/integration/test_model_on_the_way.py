@@ -99,6 +99,13 @@ def watching() -> Iterator[Opened]:
         opened.is_watching = False
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    """An engine's libraries: on a busy machine they take longer to import than a store is waited for."""
+    config = EngineConfig(model=str(SHARDED), backend="paged", dtype="float32", max_num_seqs=1)
+    create_backend(config).close()
+
+
 def build(model: RunModel, found: list[Any]) -> threading.Thread:
     def work() -> None:
         try:
@@ -130,12 +137,12 @@ def test_an_engine_loads_the_first_file_while_the_last_one_is_still_staged(
     with watching() as opened:
         model = begin_model(job_of(nightjar, proxy, source), progress=Progress())
         thread = build(model, found)
-        assert opened.has_some.wait(30), "nothing is loaded before everything is staged"
+        assert opened.has_some.wait(120), "nothing is loaded before everything is staged"
         assert not list((tmp_path / "cache").rglob(LAST))
         assert not list((tmp_path / "cache").rglob("MANIFEST.json"))
         assert not found
         slow.count = 0
-        thread.join(60)
+        thread.join(240)
         model.wait()
     names = list(dict.fromkeys(path.name for path in opened.paths))
     assert names[-1] == LAST
@@ -157,7 +164,7 @@ def test_a_damaged_file_is_never_loaded_and_its_fault_ends_the_engine(
     found: list[Any] = []
     with watching() as opened:
         model = begin_model(job_of(nightjar, proxy, source), progress=Progress())
-        build(model, found).join(60)
+        build(model, found).join(240)
         assert isinstance(found[0], CorruptObject)
         assert LAST in str(found[0])
         with pytest.raises(CorruptObject):
@@ -217,7 +224,7 @@ def test_a_model_replaced_between_the_look_and_the_engine_is_refused(
     client.put_object(Bucket=seaweed.bucket, Key="models/m/config.json", Body=f"{config} ".encode())
     client.close()
     found: list[Any] = []
-    build(model, found).join(60)
+    build(model, found).join(240)
     with pytest.raises(ModelError, match="this run was planned with"):
         model.wait()
     found[0].close()

@@ -220,7 +220,7 @@ def test_a_canary_is_one_replica_and_a_bad_one_ends_the_night_before_there_is_an
     values = {**case.values, "hardware": PROCESS, "canary": limit}
     case.job.write_text(yaml.safe_dump(values))
     run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
-    done = lab.wait_for_state(run_id, timeout_s=120)
+    done = lab.wait_for_state(run_id, timeout_s=200)
     assert done["state_type"] == "FAILED"
     assert "truncated_rate is" in done["state"]["message"], done["state"]["message"]
     found = wait_for(partial(ended_replicas, lab, run_id), "the replica has ended", 60)
@@ -236,7 +236,7 @@ def test_a_canary_is_one_replica_and_a_bad_one_ends_the_night_before_there_is_an
     poor = {"hardware": {**dollars["hardware"], **slow}, "budget": {"usd": 3.0}}
     case.job.write_text(yaml.safe_dump({**values, "canary": {"rows": 8}, **poor}))
     run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
-    done = lab.wait_for_state(run_id, timeout_s=120)
+    done = lab.wait_for_state(run_id, timeout_s=200)
     assert done["state_type"] == "FAILED"
     assert "budget.usd is 3.00" in done["state"]["message"], done["state"]["message"]
     committed = {path: path.read_bytes() for path in case.run.glob("commits/*.json")}
@@ -246,7 +246,7 @@ def test_a_canary_is_one_replica_and_a_bad_one_ends_the_night_before_there_is_an
     rich = {**dollars, "budget": {"usd": 1e6}, "deadline": "2026-01-01T00:00+00:00"}
     case.job.write_text(yaml.safe_dump({**values, "canary": {"rows": 8}, **rich}))
     run_id = lab.run_deployment("batch-generate/adhoc", case.parameters)
-    done = lab.wait_for_state(run_id, timeout_s=120)
+    done = lab.wait_for_state(run_id, timeout_s=200)
     assert done["state_type"] == "COMPLETED", done["state"]["message"]
     assert {path: path.read_bytes() for path in committed} == committed
     assert case.is_whole()

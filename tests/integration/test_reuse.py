@@ -1,6 +1,7 @@
 """`reuse_from`: answers of an earlier run are copied under equal content, and only `ok` ones."""
 
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -91,6 +92,13 @@ def test_a_repeated_job_with_8_per_cent_changed_rows_generates_exactly_those(nig
     wanted = {row["id"]: row["completion"] for row in plain.rows}
     assert [row["completion"] for row in third.rows] == [wanted[f"r{n}"] for n in order]
     assert nightjar.call("verify", str(third.run)).code == 0
+
+    # `last` is the latest that is still there; a night does not fail because somebody has tidied up.
+    shutil.rmtree(third.run)
+    shutil.rmtree(second.run)
+    job = nightjar.job("tiny-a", rows, **settings(reuse_from="last"))
+    told = nightjar.call("plan", str(job), "--json").document
+    assert told["num_reused"] == num_same  # of the first run
 
 
 def test_truncated_rows_are_generated_again_and_so_is_what_stood_in_a_damaged_part(

@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 CASES = TESTS / "data" / "cases"
 TABLES = [TESTS / "README.md", CASES / "README.md", ROOT / "SECURITY.md"]
-_NAMED = re.compile(r"`((?:unit|integration|faults|gpu)/\w+\.py|test_\w+\.py)::(test_[\w*]+)`")
+_NAMED = re.compile(
+    r"`((?:unit|integration|faults|gpu|cluster)/\w+\.py|test_\w+\.py)::(test_[\w*]+)`"
+)
 
 
 def named(table: Path) -> list[tuple[str, str]]:

@@ -50,6 +50,7 @@ class Threads:
         self.run = run
         self.launched: list[tuple[int, int]] = []
         self.threads: list[threading.Thread] = []
+        self.num_dismissed = 0
         self.stop = StopSignal()
         self.work = work or (
             lambda: drain(run, invocation="inv", progress=Progress(), should_stop=self.stop)
@@ -78,7 +79,8 @@ class Threads:
         return "flow run bold-owl: no image"
 
     def dismiss(self):
-        """Threads start at once."""
+        """Threads start at once: there is nobody to call off."""
+        self.num_dismissed += 1
 
     def cancel(self):
         self.stop.set()
@@ -219,6 +221,7 @@ def test_no_replica_is_launched_once_the_budget_is_spent(run):
     with pytest.raises(BudgetSpent, match=r"budget\.usd"):
         waves(run, fleet)
     assert fleet.launched == []
+    assert fleet.num_dismissed == 1, "replicas that wait for a machine are called off"
 
 
 def test_one_replica_is_there_until_it_may_grow_and_then_the_rest_come(run):
