@@ -192,7 +192,10 @@ def arrow(data: bytes) -> None:
     except BadInput as error:
         _said(error)
         return
-    assert pq.ParquetFile(target).metadata.num_rows == done.num_rows
+    try:
+        assert ParquetInput(target, name="in.arrow").num_rows == done.num_rows
+    except BadInput as error:  # a name that is not UTF-8
+        _said(error)
 
 
 def detect(data: bytes) -> None:
