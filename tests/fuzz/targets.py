@@ -391,6 +391,7 @@ def endpoint(data: bytes) -> None:
     except ValueError:
         assert parts.scheme == "https" or host == "localhost"
         return
+    address = getattr(address, "ipv4_mapped", None) or address
     assert not address.is_link_local
     assert parts.scheme == "https" or address.is_loopback
 
