@@ -101,9 +101,6 @@ def convert_arrow(path: Path, target: Path, *, name: str) -> Converted:
         with pa.memory_map(str(path)) as file:
             batches = _arrow_batches(file)
             schema = next(batches)
-            str(
-                schema
-            )  # raises where a name is not UTF-8, which Parquet could not be read back with
             with pq.ParquetWriter(
                 target, schema, compression="zstd", write_page_checksum=True
             ) as out:

@@ -192,7 +192,10 @@ def arrow(data: bytes) -> None:
     except BadInput as error:
         _said(error)
         return
-    assert pq.ParquetFile(target).metadata.num_rows == done.num_rows
+    try:
+        assert ParquetInput(target, name="in.arrow").num_rows == done.num_rows
+    except BadInput as error:  # a name that is not UTF-8
+        _said(error)
 
 
 def detect(data: bytes) -> None:
@@ -388,6 +391,7 @@ def endpoint(data: bytes) -> None:
     except ValueError:
         assert parts.scheme == "https" or host == "localhost"
         return
+    address = getattr(address, "ipv4_mapped", None) or address
     assert not address.is_link_local
     assert parts.scheme == "https" or address.is_loopback
 
