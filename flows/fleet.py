@@ -3,13 +3,14 @@
 import logging
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
 from httpx import HTTPError
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling
@@ -26,6 +27,10 @@ T = TypeVar("T")
 _PAUSES_S = (1, 2, 5, 10, 20)
 """Between tries of a call to the server: a loaded one answers 503, one that restarts not at all."""
 
+
+_CANCELLING_S = 300.0
+"""After so long a flow run that is being cancelled is taken for over: Prefect leaves one whose process ended
+between its two states in the first of them for ever."""
 
 _MAX_CHARS = 500
 """Of what a platform says: an API server quotes whole manifests."""
@@ -87,7 +92,7 @@ class PrefectFleet:
 
     def num_live(self) -> int:
         """Replicas whose flow run is not over; one that the server has forgotten is over."""
-        return len(self._unfinished())
+        return sum(not is_left_cancelling(run.state) for run in self._unfinished())
 
     def num_running(self) -> int:
         """Replicas that Prefect takes for running."""
@@ -118,6 +123,13 @@ class PrefectFleet:
         if not self._ids:
             return []
         return read_unfinished(FlowRunFilter(id=FlowRunFilterId(any_=self._ids)))
+
+
+def is_left_cancelling(state: State | None) -> bool:
+    """Whether a flow run has been in Cancelling for longer than any replica takes to stop."""
+    if state is None or not state.is_cancelling():
+        return False
+    return (datetime.now(UTC) - state.timestamp).total_seconds() > _CANCELLING_S
 
 
 def owner_tag(parent_id: str) -> str:

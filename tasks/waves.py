@@ -120,7 +120,7 @@ def drain_by_waves(
                     return {}
                 if not budget.allows():
                     fleet.dismiss()  # whoever has not started would find nothing to claim
-                    if not fleet.num_live():
+                    if not fleet.num_running():
                         raise BudgetSpent(budget.reason or f"budget.usd is {budget.usd}; raise it")
                     _sleep(limits.poll_s, should_stop)
                     continue

@@ -4,12 +4,15 @@ import dataclasses
 import math
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prefect.states import Cancelling, Running
 
 from flows.config import load_job
+from flows.fleet import is_left_cancelling
 from storage.attempts import claim_attempt, record_failure
 from storage.errors import CorruptObject, StoreUnavailable
 from tasks.budget import BudgetSpent
@@ -222,6 +225,43 @@ def test_no_replica_is_launched_once_the_budget_is_spent(run):
         waves(run, fleet)
     assert fleet.launched == []
     assert fleet.num_dismissed == 1, "replicas that wait for a machine are called off"
+
+
+def test_a_spent_budget_does_not_wait_for_a_replica_that_was_called_off(run):
+    class CalledOff(Threads):
+        """Its replica never started, and is left between two states."""
+
+        def num_live(self):
+            return 1
+
+        def num_running(self):
+            return 0
+
+    run.job = dataclasses.replace(run.job, budget=BudgetConfig(usd=1e-6))
+    run.job = dataclasses.replace(
+        run.job, hardware=dataclasses.replace(run.job.hardware, price_per_hour=1e6)
+    )
+    stop = StopSignal()
+
+    def only_one(replica, shard_id):
+        outcome = replica.finish_shard(shard_id)
+        stop.set()
+        return outcome
+
+    with pytest.raises((Stopped, BudgetSpent)):
+        drain(run, invocation="a", progress=Progress(), should_stop=stop, run_shard=only_one)
+    assert run.commits()
+    with pytest.raises(BudgetSpent, match=r"budget\.usd"):
+        waves(run, CalledOff(run))
+
+
+@pytest.mark.parametrize(
+    ("state", "age_s", "is_left"),
+    [(Cancelling, 301, True), (Cancelling, 10, False), (Running, 301, False)],
+)
+def test_a_flow_run_left_in_cancelling_is_taken_for_over(state, age_s, is_left):
+    at = datetime.now(UTC) - timedelta(seconds=age_s)
+    assert is_left_cancelling(state(timestamp=at)) is is_left
 
 
 def test_one_replica_is_there_until_it_may_grow_and_then_the_rest_come(run):
