@@ -107,6 +107,22 @@ def running_seaweed(folder: Path) -> Iterator[int]:
         server.kill()  # the data is thrown away anyway
 
 
+def put_model(seaweed: Seaweed, folder: Path) -> str:
+    """Put a model's files into a bucket, with checksums that the store verifies; return their prefix."""
+    from storage.s3_client import make_client  # boto3, which GPU machines lack
+
+    client = make_client(seaweed.config)
+    for path in folder.iterdir():
+        client.put_object(
+            Bucket=seaweed.bucket,
+            Key=f"models/m/{path.name}",
+            Body=path.read_bytes(),
+            ChecksumAlgorithm="CRC64NVME",
+        )
+    client.close()
+    return f"{seaweed.uri}/models/m/"
+
+
 def make_bucket(port: int) -> str:
     """Create a bucket with a name of its own."""
     name = f"test-{secrets.token_hex(6)}"

@@ -1,6 +1,6 @@
 """What every backend refuses when sequences are submitted."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from inference.sequence import Sequence
 
@@ -21,3 +21,20 @@ def check_sequence(sequence: Sequence, seq_ids: Container[int], max_model_len: i
             f"seq_id {sequence.seq_id}: {num_prompt_tokens} prompt tokens leave no room in "
             f"max_model_len ({max_model_len}); shorten the prompt or raise engine.max_model_len"
         )
+
+
+def check_sequences(
+    sequences: Iterable[Sequence], seq_ids: Iterable[int], max_model_len: int
+) -> list[Sequence]:
+    """Return the sequences, once all of them can be taken beside those with `seq_ids`.
+
+    Raises:
+        ValueError: as `check_sequence`; then none is taken.
+    """
+    accepted: list[Sequence] = []
+    taken = set(seq_ids)
+    for sequence in sequences:
+        check_sequence(sequence, taken, max_model_len)
+        taken.add(sequence.seq_id)
+        accepted.append(sequence)
+    return accepted

@@ -12,7 +12,7 @@ import torch
 from inference.arriving import Arriving
 from inference.backends import check_engine
 from inference.backends.base import BackendInfo, EngineStats
-from inference.backends.checks import check_sequence
+from inference.backends.checks import check_sequences
 from inference.backends.row import RowMaker
 from inference.build_engine import PagedSettings, build_engine
 from inference.config import EngineConfig
@@ -104,13 +104,7 @@ class PagedBackend:
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Take sequences; see `inference.backends.checks.check_sequence` for what is refused."""
         engine = self._running_engine()
-        accepted: list[Sequence] = []
-        seq_ids = set(engine.seq_ids)
-        for sequence in sequences:
-            check_sequence(sequence, seq_ids, self._info.max_model_len)
-            seq_ids.add(sequence.seq_id)
-            accepted.append(sequence)
-        engine.submit(accepted)
+        engine.submit(check_sequences(sequences, engine.seq_ids, self._info.max_model_len))
 
     def step(self) -> list[Completion]:
         """Launch the next forward pass and return what an earlier one finished.

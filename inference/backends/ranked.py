@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 
 from inference.backends.base import BackendInfo, EngineStats
-from inference.backends.checks import check_sequence
+from inference.backends.checks import check_sequences
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, EngineFault
 from inference.heads import check_heads
@@ -98,18 +98,13 @@ class RankedBackend:
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Take sequences; see `inference.backends.checks.check_sequence` for what is refused."""
-        accepted: list[Sequence] = []
-        seq_ids = set(self._unfinished)
-        for sequence in sequences:
-            check_sequence(sequence, seq_ids, self._info.max_model_len)
-            seq_ids.add(sequence.seq_id)
-            accepted.append(sequence)
+        accepted = check_sequences(sequences, self._unfinished, self._info.max_model_len)
         if not accepted:
             return
         self.ranks.send({"kind": "submit", "sequences": [sequence_to_json(s) for s in accepted]})
-        if len(accepted) and not self._unfinished:
+        if not self._unfinished:
             self._heard_at = time.monotonic()  # they were idle, not silent
-        self._unfinished = seq_ids
+        self._unfinished.update(sequence.seq_id for sequence in accepted)
         self._num_submitted += len(accepted)
 
     def step(self) -> list[Completion]:

@@ -14,6 +14,7 @@ sequences start with the next batch.
 import gc
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class StaticLimits:
     passes. None: a batch is as large as one pass takes."""
 
 
-class StaticBackend:
+class StaticBackend(ABC):
     """See `inference.backends.base.Backend` for the protocol. A subclass loads the model and sizes batches."""
 
     name: ClassVar[BackendName]
@@ -93,21 +94,21 @@ class StaticBackend:
         self._is_longest_next = False
         self._batch: StaticBatch | None = None
 
+    @abstractmethod
     def _check(self, folder: ModelFolder, config: EngineConfig) -> None:
         """Refuse what cannot work, before anything is loaded. Raises EngineConfigError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _load(self, folder: ModelFolder, config: EngineConfig) -> tuple[Any, torch.device]:
         """Return the model, and the device its inputs are given on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _batch_limits(self, config: EngineConfig, max_model_len: int) -> StaticLimits:
         """Size batches for the loaded model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _memory(self) -> dict[str, int]:
         """Return the bytes reserved, by purpose."""
-        raise NotImplementedError
 
     @property
     def info(self) -> BackendInfo:

@@ -20,7 +20,7 @@ from storage.staging import StagedModel, stage_model
 from tests.faults.fault_proxy import FaultProxy
 from tests.model_files import folder_bytes, write_model
 from tests.pipeline import CASES, Nightjar, expected
-from tests.seaweed import Seaweed
+from tests.seaweed import Seaweed, put_model
 
 MIB = 1 << 20
 FAST = RetryPolicy(max_attempts=6, base_s=0.01)
@@ -36,16 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def source(seaweed: Seaweed, model: Path) -> str:
     """The model in a bucket of its own, with the checksums that the store verified."""
-    client = make_client(seaweed.config)
-    for path in model.iterdir():
-        client.put_object(
-            Bucket=seaweed.bucket,
-            Key=f"models/m/{path.name}",
-            Body=path.read_bytes(),
-            ChecksumAlgorithm="CRC64NVME",
-        )
-    client.close()
-    return f"{seaweed.uri}/models/m/"
+    return put_model(seaweed, model)
 
 
 @pytest.fixture

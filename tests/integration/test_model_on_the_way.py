@@ -27,7 +27,7 @@ from tasks.progress import Progress
 from tests.faults.fault_proxy import FOREVER, FaultProxy
 from tests.model_files import write_model
 from tests.pipeline import CASES, MODELS, Nightjar
-from tests.seaweed import Seaweed
+from tests.seaweed import Seaweed, put_model
 
 SHARDED = MODELS / "tiny-tied-sharded"
 LAST = "model-00003-of-00003.safetensors"
@@ -45,19 +45,6 @@ def nightjar(
 ) -> Nightjar:
     monkeypatch.setenv("NIGHTJAR_CACHE", str(tmp_path / "cache"))
     return Nightjar(tmp_path, capsys)
-
-
-def put_model(seaweed: Seaweed, folder: Path) -> str:
-    client = make_client(seaweed.config)
-    for path in folder.iterdir():
-        client.put_object(
-            Bucket=seaweed.bucket,
-            Key=f"models/m/{path.name}",
-            Body=path.read_bytes(),
-            ChecksumAlgorithm="CRC64NVME",
-        )
-    client.close()
-    return f"{seaweed.uri}/models/m/"
 
 
 def job_of(nightjar: Nightjar, proxy: FaultProxy, source: str, **settings: Any) -> RunConfig:

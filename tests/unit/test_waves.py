@@ -206,7 +206,9 @@ def test_replicas_follow_the_backlog_and_the_deadline(
     assert found == wanted
 
 
-def test_no_replica_is_launched_once_the_budget_is_spent(run):
+@pytest.fixture
+def spent_run(run) -> Run:
+    """One shard is committed, and it has cost more than the budget."""
     stop = StopSignal()
 
     def only_one(replica, shard_id):
@@ -220,14 +222,18 @@ def test_no_replica_is_launched_once_the_budget_is_spent(run):
         drain(run, invocation="a", progress=Progress(), should_stop=stop, run_shard=only_one)
     assert run.commits()
     run.job = dataclasses.replace(run.job, budget=BudgetConfig(usd=1e-6))
-    fleet = Threads(run)
+    return run
+
+
+def test_no_replica_is_launched_once_the_budget_is_spent(spent_run):
+    fleet = Threads(spent_run)
     with pytest.raises(BudgetSpent, match=r"budget\.usd"):
-        waves(run, fleet)
+        waves(spent_run, fleet)
     assert fleet.launched == []
     assert fleet.num_dismissed == 1, "replicas that wait for a machine are called off"
 
 
-def test_a_spent_budget_does_not_wait_for_a_replica_that_was_called_off(run):
+def test_a_spent_budget_does_not_wait_for_a_replica_that_was_called_off(spent_run):
     class CalledOff(Threads):
         """Its replica never started, and is left between two states."""
 
@@ -237,22 +243,8 @@ def test_a_spent_budget_does_not_wait_for_a_replica_that_was_called_off(run):
         def num_running(self):
             return 0
 
-    run.job = dataclasses.replace(run.job, budget=BudgetConfig(usd=1e-6))
-    run.job = dataclasses.replace(
-        run.job, hardware=dataclasses.replace(run.job.hardware, price_per_hour=1e6)
-    )
-    stop = StopSignal()
-
-    def only_one(replica, shard_id):
-        outcome = replica.finish_shard(shard_id)
-        stop.set()
-        return outcome
-
-    with pytest.raises((Stopped, BudgetSpent)):
-        drain(run, invocation="a", progress=Progress(), should_stop=stop, run_shard=only_one)
-    assert run.commits()
     with pytest.raises(BudgetSpent, match=r"budget\.usd"):
-        waves(run, CalledOff(run))
+        waves(spent_run, CalledOff(spent_run))
 
 
 @pytest.mark.parametrize(
