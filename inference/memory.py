@@ -54,7 +54,8 @@ def measure_step(run: Callable[[], None], device: torch.device) -> int:
 def free_device_bytes(device: torch.device) -> int:
     """Return what this process may still allocate there: what is free, or its share of the device if it has one."""
     free, total = torch.cuda.mem_get_info(device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    share_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in older torch
+    allowed = int(share_of(device) * total) if share_of else total
     return min(free, allowed - torch.cuda.memory_reserved(device))
 
 

@@ -4,7 +4,8 @@
 
 Each argument is MODEL:RANKS:MIX:COUNT, run by processes of its own that are ended after `--limit` seconds. All that
 a job's replica has is in it: launcher, preflight, sockets, memory plan, graphs; only reading the weights is not.
-Prints what happens when, and one line of JSON for each, also for one that fails.
+Prints what happens when, and one line of JSON for each, also for one that fails; that one is tried again without
+graphs.
 
 Two replicas take as long for a mix as one takes for half of its rows: `8b:1:chat:512` stands for `8b` on two
 devices with 1,024 rows.
@@ -60,7 +61,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     say(f"ready: {backend.info}")
     found = {"start_s": round(time.perf_counter() - started_at, 1), "device": backend.info.device}
     try:
-        run(backend, "chat", min(64, int(count)), first_id=0)
+        run(backend, "chat", min(64, int(count)), first_id=0, most=48)
         say("warm")
         before = backend.stats.num_steps
         elapsed_s, num_prompt, num_completion = run(backend, mix, int(count), first_id=1_000_000)
@@ -84,15 +85,19 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(backend: Any, mix: str, count: int, *, first_id: int) -> tuple[float, int, int]:
-    """Run a mix to its end; return seconds, prompt tokens and completion tokens."""
+def run(
+    backend: Any, mix: str, count: int, *, first_id: int, most: int = 4096
+) -> tuple[float, int, int]:
+    """Run a mix, completions of `most` tokens at most; return seconds, prompt tokens and completion tokens."""
     from workload import requests
 
     from inference.sampling import SamplingParams
     from inference.sequence import Sequence
 
     sequences = [
-        Sequence(first_id + i, prompt, SamplingParams(max_tokens=length, ignore_eos=True))
+        Sequence(
+            first_id + i, prompt, SamplingParams(max_tokens=min(most, length), ignore_eos=True)
+        )
         for i, (prompt, length) in enumerate(requests(mix, count, seed=9 if not first_id else 0))
     ]
     started_at = time.perf_counter()
@@ -165,7 +170,11 @@ def main() -> None:
             options += [f"--{name.replace('_', '-')}", str(value)]
     for case in args.cases:
         logs = args.logs / case.replace(":", "-")
-        print(json.dumps(run_case(case, options, args.limit, logs)), flush=True)
+        found = run_case(case, options, args.limit, logs)
+        print(json.dumps(found), flush=True)
+        if "error" in found and "--eager" not in options:
+            found = run_case(case, [*options, "--eager"], args.limit, logs)
+            print(json.dumps({"eager": True, **found}), flush=True)
     say("end")
 
 
