@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no graphs")
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--min-step-tokens", help="least target of a step, for ranks on a device")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -168,6 +169,8 @@ def main() -> None:
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         if value := getattr(args, name):
             options += [f"--{name.replace('_', '-')}", str(value)]
+    if args.min_step_tokens:
+        os.environ["NIGHTJAR_BENCH_MIN_STEP_TOKENS"] = args.min_step_tokens
     for case in args.cases:
         logs = args.logs / case.replace(":", "-")
         found = run_case(case, options, args.limit, logs)

@@ -4,6 +4,7 @@ As `python -m inference`, except that no weights are read: each rank fills its p
 goes to rank-N.log in the folder NIGHTJAR_BENCH_LOGS names, with the stacks of all threads once a minute.
 """
 
+import dataclasses
 import faulthandler
 import logging
 import os
@@ -17,8 +18,9 @@ import torch
 import inference.__main__ as rank_process
 from inference.arriving import Arriving
 from inference.backends import paged
-from inference.build_engine import build_engine
+from inference.build_engine import PagedSettings, build_engine
 from inference.config import EngineConfig
+from inference.model import PagedModel
 from inference.partition import _allocate, _empty_model, cut
 from inference.rank_exit import ExitCode
 from inference.tensor_parallel import TensorParallel
@@ -41,10 +43,12 @@ def random_part(files: Arriving, config: EngineConfig, ranks: TensorParallel) ->
     return model.eval()
 
 
-def reported_build(*args: Any, **kwargs: Any) -> Any:
+def reported_build(model: PagedModel, settings: PagedSettings, make_row: Any) -> Any:
     """Build the engine; say how long it took and what is left of the device."""
     started_at = time.perf_counter()
-    engine, plan, warmup_s = build_engine(*args, **kwargs)
+    if least := os.environ.get("NIGHTJAR_BENCH_MIN_STEP_TOKENS"):
+        settings = dataclasses.replace(settings, min_step_tokens=int(least))
+    engine, plan, warmup_s = build_engine(model, settings, make_row)
     graphs = engine.runner._graphs
     _say(
         f"engine in {time.perf_counter() - started_at:.1f} s: {plan}, {graphs.num_graphs} graphs, "
