@@ -163,7 +163,9 @@ def test_an_even_load_takes_no_more_steps_than_the_longest_completion():
     crowd = Driver(max_num_seqs=64, max_num_batched_tokens=256, num_blocks=700)
     crowd.run([sequence_of(i, [i] * 16, n) for i, n in enumerate(generator_lengths)])
     assert len(driver.num_step_tokens) <= max(generator_lengths) + 10
-    first, *others = driver.num_step_tokens  # what must start at once, to end with the longest, does
+    first, *others = (
+        driver.num_step_tokens
+    )  # what must start at once, to end with the longest, does
     assert first < max(crowd.num_step_tokens)
     assert max(others) < max(crowd.num_step_tokens) / 4
 
