@@ -211,7 +211,13 @@ def _plan_memory(
     trial = ModelRunner(model, limits, row_of=row_of, scratch=scratch, use_graphs=False)
     step_bytes = measure_step(trial.run_largest, model.device)
     del trial
-    return plan_cuda(shape, step_bytes=step_bytes, max_blocks=most, device=model.device)
+    return plan_cuda(
+        shape,
+        step_bytes=step_bytes,
+        max_blocks=most,
+        device=model.device,
+        has_peers=model.ranks.size > 1,
+    )
 
 
 def _max_model_len(model: PagedModel, config: EngineConfig) -> int:
