@@ -48,6 +48,9 @@ _BEGAN = time.monotonic()
 
 def main() -> None:
     args = _arguments()
+    if args.write:
+        print(json.dumps({"num_bytes": write_model(Path(args.write), args.model)}))
+        return
     if args.bare:
         print(json.dumps(bare(args)))
         return
@@ -68,6 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--longest", type=int, default=2048, help="tokens, of prompts and completions"
     )
+    parser.add_argument("--write", help=argparse.SUPPRESS)
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -76,7 +80,7 @@ def _arguments() -> argparse.Namespace:
 def nights(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Do everything; return what was measured."""
     with phase("writing the model"):
-        weight_bytes = write_model(folder / "model", args.model)
+        weight_bytes = call([*_self(args), "--write", str(folder / "model")])["num_bytes"]
         say(f"{weight_bytes / 1e9:.2f} GB of weights in {folder}")
     jobs = [write_job(args, folder, night) for night in (1, 2)]
     with phase("the engine alone"):
@@ -127,12 +131,17 @@ def _self(args: argparse.Namespace) -> list[str]:
 
 def call(command: list[str]) -> dict[str, Any]:
     """Run a command that ends with one JSON line; return that."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
-    for line in done.stderr.strip().splitlines():
-        say(f"  | {line}")
-    document: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stderr is not None
+        assert child.stdout is not None
+        for line in child.stderr:  # standard output is one line at the end, which a pipe holds
+            say(f"  | {line.rstrip()}")
+        out = child.stdout.read()
+    if child.returncode:
+        raise SystemExit(f"{command}: exit code {child.returncode}\n{out}")
+    document: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     return document
 
 
