@@ -33,7 +33,7 @@ from storage.commits import (
     read_commits,
 )
 from storage.errors import AlreadyExists, LeaseLost, NotFound, StorageError, StoreUnavailable
-from storage.garbage import Garbage, collect_garbage
+from storage.garbage import Garbage, collect_garbage, withdraw
 from storage.lease import Lease, Leases
 from storage.manifest import CommitRecord, PartFile, RunManifest, digest
 from storage.memory_store import MemoryStore
@@ -97,6 +97,9 @@ class Protocol:
 
     def collect(self, store: Any) -> Garbage:
         return collect_garbage(store)
+
+    def withdraw(self, store: Any, record: CommitRecord) -> bool:
+        return withdraw(store, record)
 
 
 class Worker:
@@ -219,6 +222,26 @@ class CommitMachine(RuleBasedStateMachine):
         elif accident:
             worker.store.arm(countdown, accident)
         self.advance(worker)
+
+    @precondition(lambda self: any("commit" in worker.steps for worker in self.workers))
+    @rule(
+        index=st.integers(0, MAX_WORKERS - 1),
+        full_at=st.integers(1, 4),
+        after=st.booleans(),
+        dies_at=st.integers(0, 4),
+    )
+    def fill_the_disk(self, index: int, full_at: int, after: bool, dies_at: int) -> None:
+        """The worker's next step ends in the middle, done or not; it takes its files back."""
+        found = [worker for worker in self.workers if "commit" in worker.steps]
+        worker = found[index % len(found)]
+        worker.store.arm(full_at, "lose the reply" if after else "lose the request")
+        self.advance(worker)
+        if "commit" not in worker.steps:
+            return  # the step was shorter than that
+        self.workers.remove(worker)
+        worker.store.arm(dies_at, "die after")
+        with suppress(Killed):
+            self.protocol.withdraw(worker.store, worker.record)
 
     @rule(countdown=st.integers(0, 8))
     def collect(self, countdown: int) -> None:
@@ -414,6 +437,12 @@ class CollectionBlindToRevisions(Protocol):
         return Garbage(keys=(), num_bytes=0, num_swept=0)
 
 
+class WithdrawalWithoutALook(Protocol):
+    def withdraw(self, store: Any, record: CommitRecord) -> bool:
+        store.delete(record.part.key)
+        return True
+
+
 class CollectionOfClaims(Protocol):
     def collect(self, store: Any) -> Garbage:
         garbage = collect_garbage(store)
@@ -435,6 +464,7 @@ class CollectionOfClaims(Protocol):
         RefusalTakenAsLoss,
         CollectionBlindToRevisions,
         CollectionOfClaims,
+        WithdrawalWithoutALook,
     ],
 )
 def test_a_planted_bug_is_caught(bug: type[Protocol]) -> None:
