@@ -43,6 +43,16 @@ PLAN = "sha256:plan"
 NUM_SHARDS = 2
 MAX_WORKERS = 4
 TTL_S = 90.0
+ACCIDENTS = [
+    "",
+    "overtake",
+    "die before",
+    "die after",
+    "lose the request",
+    "lose the reply",
+    "fill the disk",
+    "",
+]
 
 
 class Killed(Exception):
@@ -210,38 +220,21 @@ class CommitMachine(RuleBasedStateMachine):
         index=st.integers(0, MAX_WORKERS - 1),
         other=st.integers(0, MAX_WORKERS - 1),
         countdown=st.integers(1, 6),
-        accident=st.sampled_from(
-            ["", "die before", "die after", "lose the request", "lose the reply", "overtake", ""]
-        ),
+        accident=st.sampled_from(ACCIDENTS),
     )
     def step(self, index: int, other: int, countdown: int, accident: str) -> None:
         worker = self.workers[index % len(self.workers)]
         rival = self.workers[other % len(self.workers)]
         if accident == "overtake":
             worker.store.arm(countdown, lambda: self.advance(rival))
+        elif accident == "fill the disk":
+            worker.store.arm(countdown, "lose the reply")
+            self.advance(worker)
+            self.give_up(worker)
+            return
         elif accident:
             worker.store.arm(countdown, accident)
         self.advance(worker)
-
-    @precondition(lambda self: any("commit" in worker.steps for worker in self.workers))
-    @rule(
-        index=st.integers(0, MAX_WORKERS - 1),
-        full_at=st.integers(1, 4),
-        after=st.booleans(),
-        dies_at=st.integers(0, 4),
-    )
-    def fill_the_disk(self, index: int, full_at: int, after: bool, dies_at: int) -> None:
-        """The worker's next step ends in the middle, done or not; it takes its files back."""
-        found = [worker for worker in self.workers if "commit" in worker.steps]
-        worker = found[index % len(found)]
-        worker.store.arm(full_at, "lose the reply" if after else "lose the request")
-        self.advance(worker)
-        if "commit" not in worker.steps:
-            return  # the step was shorter than that
-        self.workers.remove(worker)
-        worker.store.arm(dies_at, "die after")
-        with suppress(Killed):
-            self.protocol.withdraw(worker.store, worker.record)
 
     @rule(countdown=st.integers(0, 8))
     def collect(self, countdown: int) -> None:
@@ -357,6 +350,12 @@ class CommitMachine(RuleBasedStateMachine):
             self.workers.remove(worker)
             if worker.leases is not None and worker.lease is not None:
                 worker.leases.release(worker.lease)
+
+    def give_up(self, worker: Worker) -> None:
+        """Its disk is full, whether the write came through or not: it takes its files back."""
+        if "commit" in worker.steps:
+            self.workers.remove(worker)
+            self.protocol.withdraw(worker.store, worker.record)
 
     def check_what_was_told(self, worker: Worker) -> None:
         if worker.outcome is None:
