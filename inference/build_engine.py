@@ -4,6 +4,7 @@ The largest step is run once to see what it allocates; the cache gets what memor
 captured. Each part is timed and reported.
 """
 
+import functools
 import logging
 import os
 import time
@@ -19,7 +20,7 @@ from inference.block_manager import BlockManager
 from inference.config import EngineConfig
 from inference.engine import PagedEngine
 from inference.errors import EngineConfigError
-from inference.graphs import padded, sizes
+from inference.graphs import around, padded, sizes
 from inference.kv_cache import KVCache
 from inference.memory import MemoryPlan, allocate, measure_step, plan_cpu, plan_cuda
 from inference.model import PagedModel
@@ -65,7 +66,7 @@ class PagedSettings:
                 _resolve(config.max_num_batched_tokens, 8192 if is_cuda else 2048), max_num_seqs
             ),
             block_size=64 if is_cuda else 16,
-            min_step_tokens=256 if is_cuda else None,
+            min_step_tokens=_min_step_tokens(model) if is_cuda else None,
             kv_dtype=_kv_dtype(config, model),
             may_shorten=config.max_model_len == "auto",
             use_graphs=not config.enforce_eager and model.can_be_captured,
@@ -100,7 +101,9 @@ def build_engine(
             max_model_len=max_model_len,
             min_step_tokens=settings.min_step_tokens,
             completion_of=completion_of,
-            padded=(lambda count: padded(count, limits.max_num_tokens)) if is_cuda else int,
+            sizes_around=functools.partial(around, limit=limits.max_num_tokens)
+            if is_cuda
+            else None,
         )
 
     engine = PagedEngine(
@@ -111,10 +114,26 @@ def build_engine(
         ),
         is_async=is_cuda,
     )
-    engine.runner.warm_up(
-        sizes(min(2048, settings.max_num_batched_tokens)), row_sizes=sizes(settings.max_num_seqs)
-    )
+    engine.runner.warm_up(_warm_sizes(settings), row_sizes=sizes(settings.max_num_seqs))
     return engine, plan, time.perf_counter() - started_at
+
+
+def _min_step_tokens(model: PagedModel) -> int:
+    """Return the tokens below which a step costs about the same, because it reads all weights in any case.
+
+    256 by measurement for dense models; an expert sees only its share of the tokens.
+    """
+    num_experts = int(getattr(model.config, "num_experts", 0) or 0)
+    per_token = int(getattr(model.config, "num_experts_per_tok", 0) or 0)
+    return 256 * num_experts // per_token if num_experts and per_token else 256
+
+
+def _warm_sizes(settings: PagedSettings) -> list[int]:
+    """Return the token counts whose graphs are captured at the start; others are when they first occur."""
+    most = settings.max_num_batched_tokens
+    found = sizes(min(2048, most))
+    usual = padded(min(settings.min_step_tokens or 0, most), most)
+    return found if usual <= found[-1] else [*found, usual]
 
 
 def _max_len_in(num_blocks: int, settings: PagedSettings) -> int:
@@ -192,7 +211,13 @@ def _plan_memory(
     trial = ModelRunner(model, limits, row_of=row_of, scratch=scratch, use_graphs=False)
     step_bytes = measure_step(trial.run_largest, model.device)
     del trial
-    return plan_cuda(shape, step_bytes=step_bytes, max_blocks=most, device=model.device)
+    return plan_cuda(
+        shape,
+        step_bytes=step_bytes,
+        max_blocks=most,
+        device=model.device,
+        has_peers=model.ranks.size > 1,
+    )
 
 
 def _max_model_len(model: PagedModel, config: EngineConfig) -> int:

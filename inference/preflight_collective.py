@@ -100,7 +100,9 @@ def measure(ranks: TensorParallel, device: torch.device) -> Fabric:
 
 def remarks_on(fabric: Fabric) -> list[str]:
     """Say what slows the ranks, one line each: the fact, the number, the remedy."""
-    remarks = []
+    remarks: list[str] = []
+    if len(fabric.facts) == 1:
+        return remarks  # a rank alone exchanges nothing
     versions = {fact.nccl for fact in fabric.facts if fact.nccl}
     if len(versions) > 1:
         found = " and ".join(_dotted(version) for version in sorted(versions))

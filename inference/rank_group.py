@@ -170,10 +170,10 @@ class RankGroup:
             name, (code, text) = min(self._endings.items(), key=lambda item: telling(item[1][0]))
         else:
             name, code, text = "the launcher", None, f"ended with exit code {exit_code}"
-        if output and (code is None or code == ExitCode.FAULT):
+        is_plain = code in (ExitCode.CONFIG_ERROR, ExitCode.MODEL_ERROR)
+        if output and not is_plain:
             logger.warning("the ranks printed: %s", output)
         self.close()
-        is_plain = code in (ExitCode.CONFIG_ERROR, ExitCode.MODEL_ERROR)
         return error_of(code, text if is_plain else f"{name}: {text}; all ranks were stopped")
 
     def _output(self) -> str:

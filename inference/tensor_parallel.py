@@ -49,6 +49,9 @@ class TensorParallel:
         import torch.distributed as dist
 
         out = tensor.new_empty(self.size, *tensor.shape)
+        if not tensor.is_cuda:
+            dist.all_gather(list(out.unbind()), tensor.contiguous(), group=self.group)
+            return out
         # Renamed in torch 2.13, with a warning under the old name.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(out.flatten(), tensor.contiguous().flatten(), group=self.group)

@@ -30,6 +30,7 @@ from inference.offload import Place, check_offload, resolve_place
 from inference.quantization import stored_method
 from inference.swap_folder import SwapFolder
 from inference.weights import ModelFolder, SmallFiles
+from inference.zero_fetch import mend_fetching
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -81,6 +82,7 @@ class ZeroModel:
             EngineConfigError: the weights fit nowhere, or something is not installed.
         """
         deepspeed = import_deepspeed()
+        mend_fetching()
         ensure_world()
         empty = empty_model(folder, config)
         self.dtype: torch.dtype = empty.dtype

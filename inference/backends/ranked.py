@@ -36,8 +36,12 @@ _LOAD_POLL_S = 0.5
 class RankedBackend:
     """See `inference.backends.base.Backend` for the protocol."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, module: str = "inference") -> None:
         """Check, start the ranks, and wait until they are ready.
+
+        Args:
+            config: what to build.
+            module: what each rank runs; another one must keep to what `inference.__main__` promises.
 
         Raises:
             ModelError: the model folder is unusable.
@@ -54,7 +58,7 @@ class RankedBackend:
         self._silence_s = distributed.timeout_s + 60
         self._group: RankGroup | None = RankGroup(
             Launch(
-                module="inference",
+                module=module,
                 num_ranks=config.tensor_parallel_size // distributed.num_hosts,
                 distributed=distributed,
             ),

@@ -28,6 +28,7 @@ from inference.backends.static_batch import StaticBatch
 from inference.config import EngineConfig
 from inference.deepspeed_setup import at_work
 from inference.errors import EngineConfigError, OutOfMemory
+from inference.memory import free_device_bytes
 from inference.sequence import Completion, Sequence
 from inference.weights import ModelFolder
 from inference.zero import ZeroModel, check_zero
@@ -195,7 +196,7 @@ class ZeroBackend(StaticBackend):
         """Tokens whose keys and values fit the device beside the weights in flight."""
         if self._device.type != "cuda":
             return _CPU_CACHE_TOKENS
-        free, _ = torch.cuda.mem_get_info(self._device)
+        free = free_device_bytes(self._device)
         sizes, item = self._zero.sizes, self._zero.dtype.itemsize
         in_flight = (3 * sizes.layer + sizes.largest) * item
         text = self._model.config.get_text_config()

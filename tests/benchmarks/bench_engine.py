@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import torch
 import transformers
+from random_model import SHAPES, config_of
 from workload import requests
 
 from inference.backends.row import Row
@@ -28,44 +29,13 @@ from inference.model import make_paged_model
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "0.6b": {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "tie_word_embeddings": True,
-    },
-}
-
 
 def build(args: argparse.Namespace) -> Any:
     """Return an engine over random weights of the model's shape."""
     is_cuda = torch.cuda.is_available()
-    config = transformers.Qwen3Config(
-        **SHAPES[args.model],
-        vocab_size=151_936,
-        num_key_value_heads=8 if args.model != "tiny" else 2,
-        head_dim=128 if args.model != "tiny" else 16,
-        max_position_embeddings=4096,
-    )
     with torch.device("cuda" if is_cuda else "cpu"):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16 if is_cuda else torch.float32
+            config_of(args.model), dtype=torch.bfloat16 if is_cuda else torch.float32
         ).eval()
     ops: Any
     if is_cuda:

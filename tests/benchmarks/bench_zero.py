@@ -1,56 +1,38 @@
-"""How close a model larger than the device comes to what the bus allows, on random weights.
+"""How close a model larger than the device comes to what the bus allows.
 
-    python tests/benchmarks/bench_zero.py --shape 32b --layers 16 --limit-gb 10 --folder /dev/shm/zero
+    python tests/benchmarks/bench_zero.py --shape 32b --limit-gb 40 --folder /tmp/zero
 
-Writes a model of random weights, caps what the device may hold, and runs the zero backend over one full batch.
-A decode pass moves every weight once, so its time is held against the weights' bytes at the measured bandwidth of
-pinned copies. Prints a table, then one line of JSON.
+Caps what the device may hold, and runs the zero backend over one full batch. The weights are zeros, from a file that
+is a hole: what is measured is moving them. A decode pass moves every weight once, so its time is held against the
+weights' bytes at the measured bandwidth of pinned copies. The folder should be on a disk: pages of a hole that are
+read in /dev/shm take memory. Prints what happens when, a table, then one line of JSON.
 """
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch
-import transformers
+from random_model import SHAPES, config_of, write_folder
 
+from inference import zero
 from inference.backends.zero import ZeroBackend
 from inference.config import EngineConfig
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32},
-    "32b": {"hidden_size": 5120, "intermediate_size": 25600, "num_attention_heads": 64},
-    "tiny": {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8},
-}
+STARTED_AT = time.monotonic()
 
 
-def write_model(folder: Path, shape: str, layers: int) -> None:
-    config = transformers.Qwen3Config(
-        **SHAPES[shape],
-        num_hidden_layers=layers,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936 if shape != "tiny" else 512,
-        max_position_embeddings=4096,
-        dtype="bfloat16",
-    )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    shutil.copy(ROOT / "tests" / "data" / "models" / "tiny-a" / "tokenizer.json", folder)
-    del model
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def say(text: str) -> None:
+    """Print a line with the seconds since this process began."""
+    print(f"[{time.monotonic() - STARTED_AT:6.1f} s] {text}", flush=True)
 
 
 def copy_bandwidth(num_bytes: int = 1 << 30) -> float:
@@ -71,17 +53,21 @@ def copy_bandwidth(num_bytes: int = 1 << 30) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--limit-gb", type=float, help="most the device may hold")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--unmended", action="store_true", help="DeepSpeed's own way of fetching")
     parser.add_argument("--offload", default="cpu")
     parser.add_argument("--nvme-path")
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
-    write_model(args.folder, args.shape, args.layers)
+    write_folder(args.folder, config_of(args.shape, layers=args.layers))
     bandwidth = copy_bandwidth()
+    say(f"pinned copies reach {bandwidth / 1e9:.1f} GB/s")
+    if args.unmended:
+        zero.mend_fetching = lambda: None
     if args.limit_gb and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(args.limit_gb * 1e9 / total)
@@ -94,6 +80,7 @@ def main() -> None:
             max_num_seqs=args.rows,
         )
     )
+    say(f"loaded: {backend.info}")
     sampling = SamplingParams(max_tokens=args.tokens, ignore_eos=True)
     backend.submit(
         Sequence(i, [3 + (7 * i + 11 * k) % 250 for k in range(args.prompt)], sampling)
@@ -106,6 +93,8 @@ def main() -> None:
         backend.step()
         if backend.stats.decode_s > before:
             passes.append(backend.stats.decode_s - before)
+        if not backend.num_unfinished or len(passes) % 4 == 0:
+            say(f"{len(passes)} decode passes, {backend.stats.prefill_s:.1f} s of prefill")
     elapsed_s = time.perf_counter() - started_at
     weights = sum(backend.info.memory.values())
     pass_s = statistics.median(passes[2:])
@@ -113,7 +102,9 @@ def main() -> None:
         "device": backend.info.device,
         "weights_gb": round(weights / 1e9, 2),
         "load_s": round(backend.info.load_s, 1),
+        "rows": args.rows,
         "pass_s": round(pass_s, 3),
+        "all_pass_s": [round(seconds, 3) for seconds in passes],
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
         "share_of_bus": round(weights / bandwidth / pass_s, 3),
         "completion_tokens_per_s": round(backend.stats.num_completion_tokens / elapsed_s, 1),
