@@ -352,10 +352,11 @@ class CommitMachine(RuleBasedStateMachine):
                 worker.leases.release(worker.lease)
 
     def give_up(self, worker: Worker) -> None:
-        """Its disk is full, whether the write came through or not: it takes its files back."""
-        if "commit" in worker.steps:
+        """Its disk is full, whether the write came through or not: it takes its files back, or some."""
+        if "commit" in worker.steps and not worker.is_running:
             self.workers.remove(worker)
-            self.protocol.withdraw(worker.store, worker.record)
+            with suppress(StoreUnavailable):
+                self.protocol.withdraw(worker.store, worker.record)
 
     def check_what_was_told(self, worker: Worker) -> None:
         if worker.outcome is None:
