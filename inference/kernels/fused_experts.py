@@ -144,7 +144,8 @@ def _options(
 ) -> tuple[int, dict[str, int | bool]]:
     """Return BN and the other constants of a product; no tile is much larger than what it cuts."""
     block_n = min(block_n, max(16, triton.next_power_of_2(outputs)))
-    block_k = min(tiles.block_k * (2 if is_fp8 else 1), max(16, triton.next_power_of_2(inputs)))
+    least, most = (32, 2 * tiles.block_k) if is_fp8 else (16, tiles.block_k)
+    block_k = min(most, max(least, triton.next_power_of_2(inputs)))
     return block_n, {
         "BM": tiles.block_m,
         "BN": block_n,

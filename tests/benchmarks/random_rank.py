@@ -25,19 +25,20 @@ from inference.partition import _allocate, _empty_model, cut
 from inference.rank_exit import ExitCode
 from inference.tensor_parallel import TensorParallel
 from inference.weights import check_model_folder
-from inference.world import current_device
 from tests.benchmarks.random_model import fill_randomly
 
 logger = logging.getLogger("bench")
 
 
-def random_part(files: Arriving, config: EngineConfig, ranks: TensorParallel) -> Any:
-    """Return this rank's part of the model with random weights, on its device."""
+def random_part(
+    files: Arriving, config: EngineConfig, ranks: TensorParallel, device: torch.device
+) -> Any:
+    """Return this rank's part of the model with random weights, on the device."""
     started_at = time.perf_counter()
     model = _empty_model(check_model_folder(files.folder()), config)
     if ranks.size > 1:
         cut(model, ranks)
-    _allocate(model, current_device())
+    _allocate(model, device)
     fill_randomly(model)
     _say(f"weights in {time.perf_counter() - started_at:.1f} s")
     return model.eval()
