@@ -55,6 +55,8 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
             max_num_seqs=args.max_num_seqs or "auto",
             max_num_batched_tokens=args.max_num_batched_tokens or "auto",
             enforce_eager=args.eager,
+            quantization="fp8" if args.fp8 else "none",
+            kv_cache_dtype="fp8" if args.fp8 else "auto",
         ),
         module="tests.benchmarks.random_rank",
     )
@@ -135,7 +137,7 @@ def run_case(case: str, options: list[str], limit_s: float, logs: Path) -> dict[
     if "error" in found:
         for log in sorted(logs.glob("rank-*.log")):
             print(f"----- end of {log}\n{log.read_text(errors='replace')[-4000:]}", flush=True)
-    return {"case": case, **found}
+    return {"case": case, "options": options, **found}
 
 
 def one(case: str, args: argparse.Namespace) -> None:
@@ -157,18 +159,22 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for each case")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()) / "bench-ranks")
     parser.add_argument("--eager", action="store_true", help="no graphs")
+    parser.add_argument("--fp8", action="store_true", help="weights and KV cache")
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--min-step-tokens", help="least target of a step, for ranks on a device")
+    parser.add_argument("--module-experts", action="store_true", help="transformers' own experts")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         one(args.cases[0], args)
         return
-    options = ["--eager"] if args.eager else []
+    options = [f"--{name}" for name in ("eager", "fp8") if getattr(args, name)]
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         if value := getattr(args, name):
             options += [f"--{name.replace('_', '-')}", str(value)]
+    if args.module_experts:
+        os.environ["NIGHTJAR_BENCH_MODULE_EXPERTS"] = "1"
     if args.min_step_tokens:
         os.environ["NIGHTJAR_BENCH_MIN_STEP_TOKENS"] = args.min_step_tokens
     for case in args.cases:
@@ -177,7 +183,7 @@ def main() -> None:
         print(json.dumps(found), flush=True)
         if "error" in found and "--eager" not in options:
             found = run_case(case, [*options, "--eager"], args.limit, logs)
-            print(json.dumps({"eager": True, **found}), flush=True)
+            print(json.dumps(found), flush=True)
     say("end")
 
 
