@@ -3,6 +3,7 @@
 No rank ever reads or holds more than its own part. What is partitioned:
 
     attention and MLP linears   as DeepSpeed's AutoTP cuts them (`inference.autotp`)
+    shared experts              as an MLP, by AutoTP; the gate in front of them is whole
     experts                     every rank has all of them, each cut along its intermediate size; transformers'
                                 own module runs them (grouped GEMMs where torch has them) and one
                                 all-reduce follows
@@ -28,8 +29,7 @@ from inference.vocabulary import columns_of
 from inference.weight_reader import Slice
 from inference.weights import ModelFolder
 
-_EXPERT_MODEL_TYPES = ("qwen3_moe",)
-_SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts")
+_EXPERT_MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
 
 
 def load_partition(
@@ -92,11 +92,6 @@ def _cut_experts(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
     """Give 3-D experts this rank's shapes: gate and up [E,2I,D] each cut along I, down [E,D,I] along I."""
     parts = {}
     for name, module in model.named_modules():
-        if any(part in _SHARED_EXPERT_NAMES for part in name.split(".")):
-            raise EngineConfigError(
-                f"engine.tensor_parallel_size is {ranks.size}: {name} is a shared expert, which cannot "
-                f"be partitioned yet; use 1"
-            )
         if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
             continue
         model_type = model.config.get_text_config().model_type

@@ -176,6 +176,7 @@ def main(document: dict[str, Any]) -> None:
         "pair-dense": lambda: compare(folders["dense"], pair, seed=seed),
         "pair-tied-with-biases": lambda: compare(folders["tied"], pair, seed=seed),
         "pair-moe": lambda: compare(folders["moe"], pair, seed=seed),
+        "pair-shared-experts": lambda: compare(folders["shared"], pair, seed=seed),
         "pair-unmodified-class": lambda: compare(folders["dense"], pair, seed=seed, is_fused=False),
         "pair-fp8-blocks": lambda: compare_stored(folders["blocks"], pair, seed=seed),
         "pair-fp8-blocks-of-experts": lambda: compare_stored(

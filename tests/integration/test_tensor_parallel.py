@@ -30,6 +30,13 @@ CONFIGS: dict[str, Any] = {
     "moe": lambda: transformers.Qwen3MoeConfig(
         **HEADS, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),
+    "shared": lambda: transformers.Qwen2MoeConfig(
+        **HEADS,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+    ),
     "three": lambda: transformers.Qwen3Config(
         **{**COMMON, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 50},
         head_dim=8,
@@ -39,6 +46,7 @@ PAIRS = [
     "pair-dense",
     "pair-tied-with-biases",
     "pair-moe",
+    "pair-shared-experts",
     "pair-unmodified-class",
     "pair-fp8-blocks",
     "pair-fp8-blocks-of-experts",
