@@ -4,6 +4,7 @@ The largest step is run once to see what it allocates; the cache gets what memor
 captured. Each part is timed and reported.
 """
 
+import functools
 import logging
 import os
 import time
@@ -19,7 +20,7 @@ from inference.block_manager import BlockManager
 from inference.config import EngineConfig
 from inference.engine import PagedEngine
 from inference.errors import EngineConfigError
-from inference.graphs import padded, sizes
+from inference.graphs import around, padded, sizes
 from inference.kv_cache import KVCache
 from inference.memory import MemoryPlan, allocate, measure_step, plan_cpu, plan_cuda
 from inference.model import PagedModel
@@ -100,7 +101,9 @@ def build_engine(
             max_model_len=max_model_len,
             min_step_tokens=settings.min_step_tokens,
             completion_of=completion_of,
-            padded=(lambda count: padded(count, limits.max_num_tokens)) if is_cuda else int,
+            sizes_around=functools.partial(around, limit=limits.max_num_tokens)
+            if is_cuda
+            else None,
         )
 
     engine = PagedEngine(
@@ -208,7 +211,13 @@ def _plan_memory(
     trial = ModelRunner(model, limits, row_of=row_of, scratch=scratch, use_graphs=False)
     step_bytes = measure_step(trial.run_largest, model.device)
     del trial
-    return plan_cuda(shape, step_bytes=step_bytes, max_blocks=most, device=model.device)
+    return plan_cuda(
+        shape,
+        step_bytes=step_bytes,
+        max_blocks=most,
+        device=model.device,
+        has_peers=model.ranks.size > 1,
+    )
 
 
 def _max_model_len(model: PagedModel, config: EngineConfig) -> int:

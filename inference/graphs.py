@@ -1,7 +1,7 @@
 """GraphPool: CUDA graphs by key, captured on first use, in one memory pool."""
 
 import logging
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -65,9 +65,22 @@ def padded(count: int, limit: int) -> int:
     if count <= _SIZES[-1]:
         size = _SIZES[bisect_left(_SIZES, count)]
     else:
-        step = 128 if count <= 1024 else 256 if count <= 4096 else 1024
-        size = -(-count // step) * step
+        size = -(-count // _step(count)) * _step(count)
     return min(size, limit)
+
+
+def around(count: int, limit: int) -> tuple[int, int]:
+    """Return the padded sizes next to a count, below and above; the same twice where it is one itself."""
+    above = padded(count, limit)
+    if count <= _SIZES[-1]:
+        below = _SIZES[max(0, bisect_right(_SIZES, count) - 1)]
+    else:
+        below = count // _step(count) * _step(count)
+    return min(below, above), above
+
+
+def _step(count: int) -> int:
+    return 128 if count <= 1024 else 256 if count <= 4096 else 1024
 
 
 def sizes(largest: int) -> list[int]:

@@ -203,12 +203,19 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_largest(self) -> None:
-        """Run the largest body and head once, outside graphs: what they allocate is what any step needs."""
+        """Run the largest body and head once, outside graphs: what they allocate is what any step needs.
+
+        Collectives of every kind and size run too, whose buffers the library takes from the device when it first
+        needs them.
+        """
         self._packed.zero_()
         limits = self._limits
         self._graphs.is_on, was_on = False, self._graphs.is_on
         self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
-        self._logits(limits.max_num_seqs)
+        if self._is_cuda:
+            self._params.has_draws = self._params.has_floors = True
+            self._sample_on_device(limits.max_num_seqs)
+            self._params.has_draws = self._params.has_floors = False
         self._graphs.is_on = was_on
 
     def needs_host(self, step: Step) -> bool:

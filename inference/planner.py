@@ -164,6 +164,9 @@ class Planner:
             int(own.sum()) // max(1, limits.max_num_items - num_rows) + block,
         )
         count = -(-own // (-(-target // block) * block))
+        if num_rows and count.max() == 1 and not num_tiles:
+            self._fill_whole_items(parts, rows, lens)
+            return 0
         size = -(-own // (count * block)) * block
         count = -(-own // size)
         num_parts = count + num_prefix_parts
@@ -191,6 +194,21 @@ class Planner:
         parts["row_num_parts"][:num_rows] = np.where(num_prefix_parts > 0, num_parts, 0)
         parts["row_num_parts"][num_rows:] = 0
         return num_tiles
+
+    def _fill_whole_items(self, parts: dict[str, Any], rows: IntArray, lens: IntArray) -> None:
+        """Make each row one item: none is long enough to be cut, none has a shared prefix."""
+        order = np.argsort(-lens)
+        items = parts["items"][: len(rows)]
+        items[:, 0] = order
+        items[:, 1] = rows[order]
+        items[:, 2] = 0
+        items[:, 3] = items[:, 5] = lens[order]
+        items[:, 4] = -1
+        items[:, 6] = 1
+        items[:, 7] = 0
+        parts["counts"][NUM_ITEMS] = len(rows)
+        parts["row_part"][: len(rows)] = 0
+        parts["row_num_parts"][:] = 0
 
     def _fill_cascade(
         self, parts: dict[str, Any], rows: IntArray

@@ -29,9 +29,6 @@ GROWTH_BLOCKS = 4
 DUE_PLACES = 64
 """Places in the queue of waiting sequences where the prefill that is due is looked at."""
 
-DUE_SLACK_STEPS = 8
-"""Steps a sequence may start late: so many more at the end cost less than a rush at the start."""
-
 HOLD_BACK_STEPS = 16
 """Steps without admissions after a preemption, so that what was taken is not asked for again at once."""
 
@@ -48,11 +45,13 @@ class Scheduler:
         max_model_len: int,
         min_step_tokens: int | None = None,
         completion_of: Callable[[Running], list[int]] = lambda running: [],
-        padded: Callable[[int], int] = lambda num_tokens: num_tokens,
+        sizes_around: Callable[[int], tuple[int, int]] | None = None,
     ) -> None:
         """`min_step_tokens` is the least target of a step; None: every step is as full as it can be.
 
-        `padded` gives the size a step is computed at anyway, which prefill may fill up. `completion_of` gives the tokens sampled since `running.token_ids` was set; asked on preemption.
+        `sizes_around` gives the sizes next to a number of tokens that steps are computed at, which prefill fills
+        up; None: every size. `completion_of` gives the tokens sampled since `running.token_ids` was set; asked on
+        preemption.
         """
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
@@ -60,7 +59,10 @@ class Scheduler:
         self.max_model_len = max_model_len
         self._min_step_tokens = min_step_tokens or max_num_batched_tokens
         self._completion_of = completion_of
-        self._padded = padded
+        self._sizes_around = sizes_around or (lambda num_tokens: (num_tokens, num_tokens))
+        self._num_owed_tokens = (
+            0  # of the even load, while steps were computed at the size below it
+        )
         self.lengths = LengthEstimate()
         self._waiting: list[Running] = []  # the next one last
         self._is_sorted = True
@@ -167,8 +169,19 @@ class Scheduler:
         due = num_decodes + self._prefill_due(num_steps)
         target = max(even, due, self._min_step_tokens, num_decodes)
         if self._waiting or self._prefilling:
-            target = self._padded(target)
+            target = max(self._full_size(target), self._sizes_around(max(1, num_decodes))[1])
         return min(target, self.max_num_batched_tokens)
+
+    def _full_size(self, target: int) -> int:
+        """Return the size below or above a target, such that over many steps it is met on average.
+
+        Always taking the size above would prefill sooner, and leave steps of few rows at the end.
+        """
+        below, above = self._sizes_around(target)
+        self._num_owed_tokens += target
+        size = above if self._num_owed_tokens >= above else below
+        self._num_owed_tokens = min(max(self._num_owed_tokens - size, 0), above)
+        return size
 
     def _prefill_due(self, num_steps: int) -> int:
         """Prefill tokens a step that let every waiting sequence start in time, looked at in a few places."""
@@ -180,7 +193,7 @@ class Scheduler:
         due = 0.0
         for index in range(len(waiting) - 1, -1, -max(1, len(waiting) // DUE_PLACES)):
             before = sums[index - 1] if index else 0
-            steps = num_steps - waiting[index].num_expected_tokens + DUE_SLACK_STEPS
+            steps = num_steps - waiting[index].num_expected_tokens
             due = max(due, (whole - before) / max(1, steps))
         return int(due)
 

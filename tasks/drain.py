@@ -129,6 +129,7 @@ def drain(
             should_stop=watch,
             may_claim=budget.allows,
             kept=kept_answers(run.store),
+            spent=run.take_spent(),
             engine=engine_digest(run.record.fingerprint_fields),
             reuse=run.open_reuse(),
         )

@@ -141,9 +141,14 @@ def lengths_of_canary(num_sequences: int, num_tokens: int, max_tokens: int) -> L
     )
 
 
-def speed_of(past: PastRun, history: History | None = None) -> Speed:
-    """Return the speed of an earlier run; how far it can be trusted, the others like it tell."""
-    seconds = past.replica_seconds
+def speed_of(past: PastRun, history: History | None = None, *, has_canary: bool = True) -> Speed:
+    """Return the speed of an earlier run; how far it can be trusted, the others like it tell.
+
+    With `has_canary` the new run begins with a canary if the earlier one did.
+    """
+    seconds = dict(past.replica_seconds)
+    if not has_canary:
+        seconds.pop("canary", None)
     started = sum(seconds.get(name, 0.0) for name in START_PHASES)
     known = {*START_PHASES, "tail", "prefill", "decode"}
     other = sum(value for name, value in seconds.items() if name not in known)

@@ -23,7 +23,7 @@ log = logging.getLogger("nightjar.history")
 
 MAX_RUNS = 8
 _FOLDER = "_history"
-START_PHASES = ("stage", "load", "warm_up", "start")
+START_PHASES = ("stage", "load", "warm_up", "start", "canary")
 """Phases a replica goes through once, whatever it is given."""
 
 

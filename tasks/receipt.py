@@ -4,6 +4,7 @@
 
     stage, load, warm_up   once, in the receipt of a replica's first shard
     start                  once: until the first rows came, most of it starting the tokenizer
+    canary                 once: the sample that was run before, on the engine that went on
     read, tokenise         the engine had nothing to run: waiting for rows
     prefill, decode        inside the engine
     tail                   decoding while no sequence was waiting and the batch ran empty
@@ -26,6 +27,7 @@ _WORDS = {
     "load": "loading the model",
     "warm_up": "warming up",
     "start": "starting, until the first rows came",
+    "canary": "the canary, a sample that ran before the rest",
     "read": "waiting for rows to be read",
     "tokenise": "waiting for prompts to be rendered and tokenised",
     "prefill": "prefill below the roofline",
@@ -44,6 +46,7 @@ class Meter:
     load_s: float = 0.0
     warmup_s: float = 0.0
     start_s: float = 0.0
+    canary_s: float = 0.0
     read_s: float = 0.0
     tokenise_s: float = 0.0
     step_s: float = 0.0
@@ -56,6 +59,11 @@ class Meter:
     """Completion tokens that were added meanwhile."""
 
     write_s: float = 0.0
+
+    @property
+    def started_s(self) -> float:
+        """What is spent before the first shard is claimed."""
+        return self.stage_s + self.load_s + self.warmup_s + self.canary_s
 
     def starved(self, seconds: float, tokenise_share: float) -> None:
         """The engine waited so long for rows; the feed says how much of it was tokenising."""
@@ -213,6 +221,7 @@ def _seconds(before: Mark, after: Mark, wall: float) -> dict[str, float]:
         "load": spent("load_s"),
         "warm_up": spent("warmup_s"),
         "start": spent("start_s"),
+        "canary": spent("canary_s"),
         "read": spent("read_s"),
         "tokenise": spent("tokenise_s"),
         "prefill": prefill,

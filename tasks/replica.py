@@ -82,6 +82,9 @@ class Replica:
     kept: Kept = field(default_factory=dict)
     """Answers of the canary."""
 
+    spent: Meter = field(default_factory=Meter)
+    """What the engine that is taken over has cost so far: its start and the canary."""
+
     engine: bytes = b""
     """See `tasks.content.engine_digest`."""
 
@@ -293,10 +296,11 @@ class Replica:
         return self._backend
 
     def _start_meter(self) -> None:
-        """Count from now on; what staging took before is the first shard's."""
-        stage_s, self.committer.stage_s = self.committer.stage_s, 0.0
-        self._mark = Mark(at=time.monotonic() - stage_s)
-        self._meter = Meter(stage_s=stage_s)
+        """Count from now on; what staging and a canary took before is the first shard's."""
+        self._meter = self.spent
+        self._meter.stage_s += self.committer.stage_s
+        self.committer.stage_s = 0.0
+        self._mark = Mark(at=time.monotonic() - self._meter.started_s)
 
     def _take_mark(self) -> Mark:
         stats = self._backend.stats if self._backend is not None else EngineStats()

@@ -15,6 +15,7 @@ _PALETTE = {
     "load": "#b0a090",
     "warm_up": "#cbbfae",
     "start": "#8a9ba8",
+    "canary": "#7a9e7e",
     "read": "#b565a7",
     "tokenise": "#d65076",
     "prefill": THIRD,

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from tasks.job import RunConfig
 from tasks.model import RunModel, begin_model, peek_model
 from tasks.plan import load_plan, load_shards, make_plan
 from tasks.progress import Progress
+from tasks.receipt import Meter
 from tasks.results import ResultColumns
 from tasks.reuse import ReuseIndex, open_reuse
 from tasks.run_forecast import refuse_over_budget
@@ -66,6 +67,9 @@ class Run:
     warm_backend: Backend | None = None
     """The engine of the canary, for the first replica in this process to take over."""
 
+    spent: Meter = dataclasses.field(default_factory=Meter)
+    """Seconds that engine has taken so far."""
+
     @property
     def uri(self) -> str:
         """The run folder."""
@@ -83,20 +87,31 @@ class Run:
         backend, self.warm_backend = self.warm_backend, None
         return backend
 
+    def take_spent(self) -> Meter:
+        """Hand over what the canary's engine has taken, to be counted once."""
+        spent, self.spent = self.spent, Meter()
+        return spent
+
     @contextmanager
-    def open_feed(self) -> Iterator[PromptFeed]:
-        """Yield a feed of this run's rows; each has a process of its own."""
+    def open_feed(self, *, goes_on: bool = False) -> Iterator[PromptFeed]:
+        """Yield a feed of this run's rows; with `goes_on` the next feed takes its process over, warm."""
         process, self.feed_process = self.feed_process, None
-        feed = PromptFeed(
-            job=self.job,
-            model_dir=self.model.path,
-            store=self.store,
-            work_dir=self.work_dir,
-            max_model_len=self.max_model_len,
-            process=process,
+        process = process or FeedProcess.of(
+            self.job, model_dir=self.model.path, max_model_len=self.max_model_len
         )
-        with feed, process or nullcontext():
-            yield feed
+        with ExitStack() as ended:
+            ended.enter_context(process)
+            yield PromptFeed(
+                job=self.job,
+                model_dir=self.model.path,
+                store=self.store,
+                work_dir=self.work_dir,
+                max_model_len=self.max_model_len,
+                process=process,
+            )
+            if goes_on:
+                self.feed_process = process
+                ended.pop_all()
 
     def open_reuse(self) -> ReuseIndex | None:
         """Return the answers of earlier runs that the plan counts on; None without any.

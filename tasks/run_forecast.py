@@ -6,6 +6,7 @@ from pathlib import Path
 from inference.roofline import Workload
 from storage.manifest import PlanManifest
 from tasks.budget import check_budget
+from tasks.canary import wants_canary
 from tasks.choose_tier import Choice, choose_hardware
 from tasks.deadline import deadline_at
 from tasks.forecast import Forecast, Lengths, Work, forecast, lengths_of, speed_of
@@ -75,7 +76,9 @@ def forecast_run(
     """Forecast a planned run on the hardware chosen for it."""
     past = history.last
     same = past is not None and past.backend == choice.backend and _is_device(past.device, choice)
-    speed = speed_of(past, history) if past is not None and same else None
+    speed = None
+    if past is not None and same:
+        speed = speed_of(past, history, has_canary=wants_canary(job.canary, plan))
     num_sequences = num_to_generate(plan)
     num_prompt_tokens = float(num_tokens_to_prefill(plan))
     # An earlier run says what its cache saved in fact; a plan only what could be saved.

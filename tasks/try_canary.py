@@ -1,8 +1,10 @@
 """The canary's place in a run: after the plan, before replicas; its engine goes on as the first one."""
 
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from inference.backends import Backend
 from tasks.budget import check_budget
 from tasks.canary import (
     CanaryResult,
@@ -19,6 +21,7 @@ from tasks.feed import PreparedRow
 from tasks.forecast import lengths_of_canary
 from tasks.history import read_history
 from tasks.progress import Progress
+from tasks.receipt import Meter
 from tasks.run import Run
 from tasks.run_forecast import forecast_run, workload_of
 
@@ -37,8 +40,9 @@ def try_canary(run: Run, *, progress: Progress) -> None:
     progress.phase = f"canary of {config.rows} rows"
     result = read_canary(run.store)
     if result is None:
-        run.warm_backend = backend = build_engine(run)
-        with run.open_feed() as feed:
+        backend = _warm_engine(run)
+        with run.open_feed(goes_on=True) as feed:
+            started = time.monotonic()
             result = run_canary(
                 run.store,
                 run.plan,
@@ -48,7 +52,23 @@ def try_canary(run: Run, *, progress: Progress) -> None:
                 columns=run.columns,
                 is_known=_is_known(run),
             )
+            run.spent.canary_s = time.monotonic() - started
     judge(run, result, progress=progress)
+
+
+def _warm_engine(run: Run) -> Backend:
+    """Build the run's engine, note what it took, and leave it for the replica that follows."""
+    started = time.monotonic()
+    backend: Backend = build_engine(run)
+    run.warm_backend = backend
+    elapsed = time.monotonic() - started
+    waited_s = run.model.take_waited_s()
+    run.spent = Meter(
+        stage_s=waited_s,
+        warmup_s=backend.info.warmup_s,
+        load_s=elapsed - waited_s - backend.info.warmup_s,
+    )
+    return backend
 
 
 def judge(run: Run, result: CanaryResult, *, progress: Progress) -> None:

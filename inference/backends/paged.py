@@ -33,6 +33,9 @@ from inference.world import current_device
 _MAX_WEIGHT_SHARE = 0.85
 """Of the device, what weights may take that are to be quantised there: both forms of a layer are held at once."""
 
+_STEPS_A_LOOK = 64
+"""Steps between two looks at the device's memory: asking takes a tenth of a millisecond."""
+
 
 class PagedBackend:
     """See `inference.backends.base.Backend` for the protocol."""
@@ -121,8 +124,10 @@ class PagedBackend:
             EngineFault: the device failed for a reason other than memory.
             OutOfMemory: it is out of memory even after shrinking.
         """
-        finished = self._running_engine().step()
-        if torch.cuda.is_available():
+        engine = self._running_engine()
+        finished = engine.step()
+        is_time = not engine.num_unfinished or self.stats.num_steps % _STEPS_A_LOOK == 0
+        if is_time and torch.cuda.is_available():
             self.stats.peak_device_bytes = torch.cuda.max_memory_allocated()
         return finished
 

@@ -7,6 +7,7 @@ hands back arbitrary tokens at once. So this is what the host costs beside the d
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -24,7 +25,7 @@ from inference.backends.row import Row
 from inference.batch import BatchLimits, buffer_size, views_of
 from inference.block_manager import BlockManager
 from inference.engine import PagedEngine
-from inference.graphs import padded
+from inference.graphs import around, padded
 from inference.model_runner import InFlight
 from inference.planner import Planner, Slots
 from inference.sampling import SamplingParams
@@ -98,7 +99,7 @@ def make_engine(max_num_seqs: int) -> PagedEngine:
             max_model_len=4096,
             min_step_tokens=256,
             completion_of=completion_of,
-            padded=lambda count: padded(count, 8192),
+            sizes_around=functools.partial(around, limit=8192),
         )
 
     return PagedEngine(

@@ -1,6 +1,6 @@
 """Weights to the GPU: what the bus, the memory and the disk can do, and what loading reaches of it.
 
-    python -m tests.benchmarks.bench_load --gb 16 --disk /path/on/nvme
+    python -m tests.benchmarks.bench_load --gb 16 --disk /path/on/nvme --disk-gb 4
     python -m tests.benchmarks.bench_load --gb 2 --host-only
 
 fastsafetensors and instanttensor are measured too where they are importable.
@@ -9,12 +9,14 @@ Measures pinned host-to-device copies (`bus`), then, from /dev/shm and from disk
 before): the bare way without a loader (`bare`: regions of a file into pinned buffers and from there to one
 piece of device memory, which is the ceiling of ours), the library's loader, and ours, each for every
 number of threads and size of buffers; `first` is ours in a process that has no pinned memory yet, as an
-engine loads. `small` are files of many small tensors. `disk` is O_DIRECT reads without a GPU.
+engine loads. `small` are files of many small tensors. `disk` is O_DIRECT reads without a GPU. The last two
+take the defaults and the last of the given numbers only: there, buffers are not what decides.
 `--host-only` needs no GPU: /dev/shm into warm ordinary memory, by reads and by copies out of a mapping, and
 ours on the CPU. The last line is JSON.
 """
 
 import argparse
+import inspect
 import json
 import math
 import mmap
@@ -40,6 +42,8 @@ from inference.weight_movers import BUFFER_BYTES
 
 HIDDEN, INTERMEDIATE = 4096, 12_288  # an 8B model's biggest matrices
 NUM_FILES = 4
+NUM_THREADS = inspect.signature(load_weights).parameters["num_threads"].default
+_BEGAN = time.perf_counter()
 BARS = {"shm_vs_bus": 0.7, "disk_vs_disk": 0.9}
 
 
@@ -54,19 +58,29 @@ def main() -> None:
         print(_first_load([Path(path) for path in args.first], args))
         return
     found: dict[str, float] = {"bus": _bus_gb_per_s()}
+    _say("bus")
     with _models(args.gb, "/dev/shm") as paths:
         for num_threads, buffer_mib in _variants(args):
             name = f"shm_bare_{num_threads}x{buffer_mib}"
             found[name] = _median(args.rounds, partial(_bare, paths, num_threads, buffer_mib))
-        found |= _loaders("shm", paths, args, before=lambda: None)
+        found |= _loaders("shm", paths, args, _variants(args))
         found["shm_first"] = _median(args.rounds, partial(_first_in_new_process, paths, args))
+    _say("shm")
     with _models(args.gb / 4, "/dev/shm", shapes=SMALL) as paths:
-        found |= _loaders("small", paths, args, before=lambda: None)
-    with _models(args.gb, args.disk) as paths:
+        found |= _loaders("small", paths, args, _few_variants(args))
+    _say("small")
+    with _models(args.disk_gb or args.gb, args.disk) as paths:
         drop = partial(_drop_cache, paths)
         found["disk"] = _median(args.rounds, partial(_read_only, paths), drop)
-        found |= _loaders("disk", paths, args, before=drop)
+        found |= _loaders("disk", paths, args, _few_variants(args), before=drop)
+    _say("disk")
     _print(args, found)
+
+
+def _say(what: str) -> None:
+    print(
+        f"{what} measured after {time.perf_counter() - _BEGAN:.0f} s", file=sys.stderr, flush=True
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -75,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--disk", default=tempfile.gettempdir(), help="folder on the disk to measure"
     )
+    parser.add_argument("--disk-gb", type=float, help="of weights there; default: as many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="*", default=[4, 8, 12, 16])
     parser.add_argument("--buffers-mib", type=int, nargs="*", default=[8, 16, 32])
@@ -85,6 +100,11 @@ def _arguments() -> argparse.Namespace:
 
 def _variants(args: argparse.Namespace) -> list[tuple[int, int]]:
     return [(threads, buffer) for threads in args.threads for buffer in args.buffers_mib]
+
+
+def _few_variants(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """The loader's defaults, and the last of those asked for."""
+    return sorted({(NUM_THREADS, BUFFER_BYTES >> 20), _variants(args)[-1]})
 
 
 Shapes = list[tuple[str, list[int]]]
@@ -142,7 +162,11 @@ def _bus_gb_per_s() -> float:
 
 
 def _loaders(
-    place: str, paths: list[Path], args: argparse.Namespace, *, before: Callable[[], None]
+    place: str,
+    paths: list[Path],
+    args: argparse.Namespace,
+    variants: list[tuple[int, int]],
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """GB/s of every loader; with `kept` tensors as an engine has them: allocated once before."""
     kept = {name: torch.empty_like(tensor) for name, tensor in load_weights(paths, device="cuda")}
@@ -152,7 +176,7 @@ def _loaders(
         if find_spec(peer):
             work = partial(_timed, partial(load, paths, kept), kept)
             rows[f"{place}_{peer}"] = _median(args.rounds, work, before)
-    for num_threads, buffer_mib in _variants(args):
+    for num_threads, buffer_mib in variants:
         rows[f"{place}_parallel_{num_threads}x{buffer_mib}"] = _median(
             args.rounds, partial(_load, paths, kept, "parallel", num_threads, buffer_mib), before
         )

@@ -91,6 +91,10 @@ def test_the_answers_of_a_canary_are_kept_and_are_the_ones_the_run_would_give(
         for done in (plain, sampled)
     ]
     assert prefilled[1] < prefilled[0], "the canary's rows were not run again"
+    first = min((sampled.run / "commits").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    seconds = json.loads(first.read_text())["receipt"]["seconds"]
+    assert seconds["canary"] >= told["seconds"]
+    assert seconds["load"] > 0, "the engine that the canary started is accounted for"
     assert "canary: 20 rows are well, " in sampled.err
 
 

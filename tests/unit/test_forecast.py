@@ -140,6 +140,13 @@ def test_p90_follows_the_scatter_of_earlier_runs_on_such_a_device():
     assert speed_of(PAST, History((slower, PAST))).spread > 0.3
 
 
+def test_a_canary_is_paid_for_only_where_the_new_run_has_one():
+    sampled = dataclasses.replace(
+        PAST, replica_seconds={**PAST.replica_seconds, "canary": 6.0}, num_replicas=1
+    )
+    assert speed_of(sampled).start_s - speed_of(sampled, has_canary=False).start_s == 6.0
+
+
 def test_without_history_max_tokens_bounds_the_lengths_and_the_sentence_says_so():
     made = forecast(
         work=Work(num_sequences=10, num_prefill_tokens=100),

@@ -63,6 +63,7 @@ def test_time_is_split_between_engine_waiting_and_the_rest():
         "load": 0.0,
         "warm_up": 0.0,
         "start": 0.0,
+        "canary": 0.0,
         "read": 2.0,
         "tokenise": 4.0,
         "prefill": 10.0,
