@@ -72,8 +72,10 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
         peak = backend.stats.peak_device_bytes
     finally:
         backend.close()
+    predicted_s = predicted(shape, int(size), mix, int(count), backend.info, args)
     return {
         **found,
+        "predicted_s": predicted_s and round(predicted_s, 2),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "s": round(elapsed_s, 2),
@@ -85,6 +87,37 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
         "peak_gb": round(peak / 1e9, 1),
         **extra,
     }
+
+
+def predicted(
+    shape: str, size: int, mix: str, count: int, info: Any, args: argparse.Namespace
+) -> float | None:
+    """Seconds that the sizing expects of this mix on this GPU; None for one it does not know."""
+    from workload import requests
+
+    from inference.hardware import match_gpu
+    from inference.model_config import model_shape
+    from inference.prediction import predict
+    from inference.roofline import Replica, Workload
+    from tasks.hardware import load_hardware
+    from tests.benchmarks.random_model import config_of
+
+    known = load_hardware()
+    memory = next((gpu.memory_bytes for gpu in known if gpu.name in info.device), 0.0)
+    gpu = match_gpu(info.device, memory, known)
+    if gpu is None:
+        return None
+    rows = [(len(prompt), length) for prompt, length in requests(mix, count)]
+    reused = 512 * (count - 1) if mix == "template" else 0
+    replica = Replica(
+        shape=model_shape(config_of(shape).to_dict()),
+        gpu=gpu,
+        tensor_parallel_size=size,
+        quantization="fp8" if args.fp8 else "none",
+        kv_cache_dtype="fp8" if args.fp8 else "auto",
+        max_num_seqs=info.max_num_seqs,
+    )
+    return predict(replica, Workload.of(rows, num_reused_prompt_tokens=reused)).seconds
 
 
 def run(
