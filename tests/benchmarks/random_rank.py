@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import inference.__main__ as rank_process
+from inference import layers
 from inference.arriving import Arriving
 from inference.backends import paged
 from inference.build_engine import PagedSettings, build_engine
@@ -25,19 +26,20 @@ from inference.partition import _allocate, _empty_model, cut
 from inference.rank_exit import ExitCode
 from inference.tensor_parallel import TensorParallel
 from inference.weights import check_model_folder
-from inference.world import current_device
 from tests.benchmarks.random_model import fill_randomly
 
 logger = logging.getLogger("bench")
 
 
-def random_part(files: Arriving, config: EngineConfig, ranks: TensorParallel) -> Any:
-    """Return this rank's part of the model with random weights, on its device."""
+def random_part(
+    files: Arriving, config: EngineConfig, ranks: TensorParallel, device: torch.device
+) -> Any:
+    """Return this rank's part of the model with random weights, on the device."""
     started_at = time.perf_counter()
     model = _empty_model(check_model_folder(files.folder()), config)
     if ranks.size > 1:
         cut(model, ranks)
-    _allocate(model, current_device())
+    _allocate(model, device)
     fill_randomly(model)
     _say(f"weights in {time.perf_counter() - started_at:.1f} s")
     return model.eval()
@@ -57,6 +59,11 @@ def reported_build(model: PagedModel, settings: PagedSettings, make_row: Any) ->
     return engine, plan, warmup_s
 
 
+def _module_experts(block: Any, ops: Any, is_fp8: bool, ranks: TensorParallel) -> Any:
+    """Run experts by transformers' own module, to compare with the engine's kernels."""
+    return lambda x_TD: block(x_TD[None])[0]
+
+
 def _say(text: str) -> None:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -73,6 +80,8 @@ def main(arguments: list[str]) -> ExitCode:
     faulthandler.enable()
     faulthandler.dump_traceback_later(60, repeat=True)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    if os.environ.get("NIGHTJAR_BENCH_MODULE_EXPERTS"):
+        layers.Experts = _module_experts
     paged._load = random_part
     paged.build_engine = reported_build
     return rank_process.main(arguments)
