@@ -20,7 +20,7 @@ from inference.block_manager import BlockManager
 from inference.config import EngineConfig
 from inference.engine import PagedEngine
 from inference.errors import EngineConfigError
-from inference.graphs import around, padded, sizes
+from inference.graphs import around, sizes
 from inference.kv_cache import KVCache
 from inference.memory import MemoryPlan, allocate, measure_step, plan_cpu, plan_cuda
 from inference.model import PagedModel
