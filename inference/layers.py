@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inference import experts
 from inference.batch import Batch
 from inference.experts import Experts
-from inference.kernels import plain
 from inference.kernels.plain import FP8_MAX
 from inference.tensor_parallel import TensorParallel
 
@@ -126,11 +126,10 @@ class FusedLayer:
         if hasattr(mlp, "gate_proj"):
             self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], is_fp8)
             self._down = _reduced(mlp.down_proj, is_fp8, ranks)
-        elif is_fp8 or ops is not plain:
+        elif is_fp8 or experts.FULL_PRECISION_TOO:
             self._mlp = Experts(mlp, ops, is_fp8, ranks)
         else:
-            # The model's own module, which sums over ranks itself: on the CPU it is the fastest.
-            self._mlp = lambda x_TD: mlp(x_TD[None])[0]
+            self._mlp = lambda x_TD: mlp(x_TD[None])[0]  # sums over ranks itself
 
     def first_norm(self, residual_TD: Tensor) -> Rows:
         """Return this layer's input when it is the first layer."""

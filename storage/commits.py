@@ -72,15 +72,14 @@ def commit_attempt(store: ObjectStore, record: CommitRecord) -> CommitOutcome:
         FingerprintMismatch: the commit that stands is of another plan.
     """
     key = keys.commit(record.shard_id, record.revision)
-    standing = _read(store, key)
-    if standing is None:
-        fault = _unready(store, record)
-        if fault is not None:
-            # Somebody may have committed, and somebody else collected our files, just now.
-            standing = _read(store, key)
-            if standing is None:
-                raise CorruptObject(fault)
-    if standing is None:
+    fault = _unready(store, record)
+    if fault is not None:
+        # Somebody may have committed, and somebody else collected our files, just now.
+        standing = _read(store, key)
+        if standing is None:
+            raise CorruptObject(fault)
+    else:
+        # Not read before: the create-only put asks and decides at once.
         failpoint("before_commit")
         standing = _create(store, key, record)
         failpoint("after_commit")

@@ -107,6 +107,9 @@ def convert_arrow(path: Path, target: Path, *, name: str) -> Converted:
                 for batch in batches:
                     # Arrow trusts what it maps: offsets that lead nowhere would end the process.
                     batch.validate(full=True)
+                    if not batch.num_columns and batch.num_rows:
+                        # Parquet would forget how many rows there were.
+                        raise ValueError(f"{batch.num_rows} rows without a column; leave it out")
                     num_rows += batch.num_rows
                     for start in range(0, batch.num_rows, _GROUP_ROWS):
                         out.write_batch(batch.slice(start, _GROUP_ROWS))

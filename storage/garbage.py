@@ -12,6 +12,9 @@ a claim are what an interrupted collection or its late writer left: the claim is
 by the third case; they are garbage once the shard has any commit. The claim of each shard's highest
 attempt stays, so that no number is ever used twice. An attempt for a revision nobody has committed is
 freed by committing that revision, or by burying it (`commits.bury`) when the run is cancelled.
+
+One process knows more: the attempt's own, the only one that can commit it. When that gives up on a full
+disk it may take its files back at once (`withdraw`), so that starts in vain do not fill the disk further.
 """
 
 from collections.abc import Iterator
@@ -65,6 +68,26 @@ def collect_garbage(store: ObjectStore, *, dry_run: bool = False) -> Garbage:
         num_bytes=sum(info.size for info in found),
         num_swept=num_swept,
     )
+
+
+def withdraw(store: ObjectStore, record: CommitRecord) -> bool:
+    """Delete what an attempt has written, but for its claim; False, and nothing is, if it is committed.
+
+    For the attempt's own process alone, which has given it up for good, with no write of it under way or
+    unanswered: what is not committed now never will be. A full disk is such an end, an outage is not.
+    """
+    # Also asked after a commit that failed: the fault may have come once the commit was there.
+    if any(
+        standing.attempt == record.attempt
+        for standing in all_commits(store, shard_id=record.shard_id)
+    ):
+        return False
+    prefix = keys.attempt(record.shard_id, record.attempt, "")
+    for info in list(store.list(prefix)):
+        if info.key != keys.attempt(record.shard_id, record.attempt, ATTEMPT):
+            store.delete(info.key)
+            failpoint("after_delete")
+    return True
 
 
 def _attempts_by_shard(store: ObjectStore) -> dict[int, _Files]:

@@ -17,9 +17,10 @@ from inference.backends.base import Backend, BackendInfo, EngineStats
 from storage import keys
 from storage.answers import ANSWERS
 from storage.attempts import PART
-from storage.commits import commit_attempt, new_nonce
-from storage.errors import CorruptObject, StorageError
+from storage.commits import CommitOutcome, commit_attempt, new_nonce
+from storage.errors import CorruptObject, NoSpace, StorageError
 from storage.failpoints import failpoint
+from storage.garbage import withdraw
 from storage.manifest import CommitRecord, Json, PartFile, file_digest
 from storage.object_store import ObjectStore
 from storage.reveal import reveal
@@ -97,12 +98,8 @@ class ShardCommitter:
         )
         receipt["answers"] = written.answers.sha256
         key = keys.attempt(work.shard.shard_id, work.attempt, PART)
-        self._patiently(lambda: self.store.upload(part.path, key))
-        beside = keys.attempt(work.shard.shard_id, work.attempt, ANSWERS)
-        self._patiently(lambda: self.store.upload(written.answers.path, beside))
-        failpoint("after_data")
         record = self._record(work, claim, part, key, dict(states), receipt)
-        outcome = self._patiently(lambda: commit_attempt(self.store, record))
+        outcome = self._store_and_commit(written, record)
         if outcome.record.tombstone is not None:
             return CommitResult("lost", None)
         self._patiently(lambda: reveal(self.store, outcome.record, is_new=outcome.won))
@@ -115,6 +112,36 @@ class ShardCommitter:
             tokens["completion"],
         )
         return CommitResult("committed" if outcome.won else "lost", outcome.record)
+
+    def _store_and_commit(self, written: Written, record: CommitRecord) -> CommitOutcome:
+        num_tries = 0
+
+        def commit() -> CommitOutcome:
+            nonlocal num_tries
+            num_tries += 1
+            return commit_attempt(self.store, record)
+
+        beside = keys.attempt(record.shard_id, record.attempt, ANSWERS)
+        try:
+            self._patiently(lambda: self.store.upload(written.part.path, record.part.key))
+            self._patiently(lambda: self.store.upload(written.answers.path, beside))
+            failpoint("after_data")
+            return self._patiently(commit)
+        except NoSpace:
+            # A commit tried before, whose answer never came, might still arrive; the one try that the
+            # full disk refused cannot.
+            if num_tries <= 1:
+                self._withdraw(record)
+            raise
+
+    def _withdraw(self, record: CommitRecord) -> None:
+        """Leave nothing behind on a full disk: only we could still have committed it."""
+        try:
+            withdraw(self.store, record)
+        except StorageError as error:
+            log.warning(
+                "shard=%05d attempt=%d files are left: %s", record.shard_id, record.attempt, error
+            )
 
     def _record(
         self,

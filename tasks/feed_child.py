@@ -28,7 +28,7 @@ from inference.prompt import PromptBuilder
 from storage.convert import LINE, TextSource, convert, convert_arrow
 from storage.errors import StorageError
 from storage.input_schema import conform, decode_schema
-from storage.parquet_reader import ParquetInput
+from storage.parquet_reader import ParquetInput, RowBatch
 from storage.text_repair import repair_text
 from tasks.feed_batches import Counter, to_counts, to_rows
 from tasks.feed_spec import FeedSpec, run_sampling
@@ -60,8 +60,9 @@ class Child:
             self._reply({"kind": "error", "type": "BadInput", "message": message})
         else:
             self._reply({"kind": "done"})
-        finally:
-            self._recorder.write(IDLE)
+        # Whatever else is raised, such as a panic of the tokenizer, ends this process: the recorder then
+        # has to go on telling at which row.
+        self._recorder.write(IDLE)
 
     def do_configure(self, spec: dict[str, Any]) -> None:
         self._spec = FeedSpec(**spec)
@@ -104,7 +105,7 @@ class Child:
         """Send one row's id, and its line where the file was text."""
         self._recorder.write(READING)
         file = ParquetInput(Path(path), name=name)
-        (batch,) = file.batches(row, row + 1, [column, LINE])
+        (batch,) = self._limited(file.batches(row, row + 1, [column, LINE]))
         (value,), (line,) = cells(batch.records, column), cells(batch.records, LINE)
         self._reply({"kind": "located", "value": str(value), "line": line})
         file.close()
@@ -118,7 +119,7 @@ class Child:
         output = decode_schema(schema)
         samples: list[dict[str, str]] = []
         found: dict[str, Any] = {"prompt": None, "row": None}
-        for batch in file.batches(0, min(num_rows, file.num_rows)):
+        for batch in self._limited(file.batches(0, min(num_rows, file.num_rows))):
             records, bad_text = repair_text(batch.records)
             start = first + batch.row_start
             rows = self._preparer.prepare(
@@ -173,7 +174,7 @@ class Child:
         self._recorder.write(READING, row_start)
         file = ParquetInput(Path(path), name=name)
         started = time.perf_counter()
-        for batch in file.batches(row_start - first, row_end - first):
+        for batch in self._limited(file.batches(row_start - first, row_end - first)):
             records, bad_text = repair_text(batch.records)
             start = first + batch.row_start
             has_read = time.perf_counter()
@@ -199,6 +200,19 @@ class Child:
             self._recorder.write(READING, start + len(rows))
             started = time.perf_counter()
         file.close()
+
+    def _limited(self, batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
+        """Yield the batches, each read under the limit for reading; what is done with it has more."""
+        while True:
+            usual = resource.getrlimit(resource.RLIMIT_AS)
+            limit_memory(self._spec.read_bytes, at_most=usual[0])
+            try:
+                batch = next(batches, None)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, usual)
+            if batch is None:
+                return
+            yield batch
 
 
 def _clipped(value: object) -> str:
@@ -247,15 +261,15 @@ def _forget_pandas() -> None:
     sys.meta_path.remove(finder)
 
 
-def limit_memory(above_now: int) -> None:
+def limit_memory(above_now: int, *, at_most: int = resource.RLIM_INFINITY) -> None:
     """Bound the address space to what it is now and this many bytes more (on Linux)."""
     if sys.platform != "linux":
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft = pages * resource.getpagesize() + above_now
-    soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    known = [limit for limit in (soft, hard, at_most) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
 
 
 def _end_with_parent(descriptor: int) -> None:

@@ -20,6 +20,9 @@ class FeedLimits:
     memory_bytes: int = 1 << 30
     """Address space above that of its imports and the tokenizer."""
 
+    read_bytes: int = 256 << 20
+    """Of that, what reading one batch of a Parquet file may take: a page as it is stored, and decoded."""
+
     row_cpu_s: float = 5.0
     """Processor seconds one row's template may take."""
 
@@ -48,6 +51,7 @@ class FeedSpec:
     output: dict[str, Any]
     row_cpu_s: float
     memory_bytes: int
+    read_bytes: int
     max_hard_rows: int
 
     @classmethod
@@ -63,6 +67,7 @@ class FeedSpec:
             output={"uri": "", "columns": job.output.columns, "rename": job.output.rename},
             row_cpu_s=limits.row_cpu_s,
             memory_bytes=limits.memory_bytes,
+            read_bytes=limits.read_bytes,
             max_hard_rows=limits.max_hard_rows,
         )
 

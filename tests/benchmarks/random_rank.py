@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import inference.__main__ as rank_process
-from inference import layers
+from inference import experts
 from inference.arriving import Arriving
 from inference.backends import paged
 from inference.build_engine import PagedSettings, build_engine
@@ -59,11 +59,6 @@ def reported_build(model: PagedModel, settings: PagedSettings, make_row: Any) ->
     return engine, plan, warmup_s
 
 
-def _module_experts(block: Any, ops: Any, is_fp8: bool, ranks: TensorParallel) -> Any:
-    """Run experts by transformers' own module, to compare with the engine's kernels."""
-    return lambda x_TD: block(x_TD[None])[0]
-
-
 def _say(text: str) -> None:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -80,8 +75,7 @@ def main(arguments: list[str]) -> ExitCode:
     faulthandler.enable()
     faulthandler.dump_traceback_later(60, repeat=True)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    if os.environ.get("NIGHTJAR_BENCH_MODULE_EXPERTS"):
-        layers.Experts = _module_experts
+    experts.FULL_PRECISION_TOO = "NIGHTJAR_BENCH_OWN_EXPERTS" in os.environ
     paged._load = random_part
     paged.build_engine = reported_build
     return rank_process.main(arguments)

@@ -166,7 +166,7 @@ class Campaign:
             if disk is None:
                 return {"skipped": "mounting a small tmpfs is not allowed here"}
             job = self.job("disk", str(disk))
-            num_full, num_killed, wrong = full_disk(self.forks, disk, job, NUM_ROWS)
+            num_full, num_killed, wrong = full_disk(self.forks, disk, job, NUM_ROWS, seed=self.seed)
         return {"times_full": num_full, "kills": num_killed, "wrong": wrong}
 
     def _live(

@@ -71,7 +71,12 @@ import inference.prompt as p
 import tasks.prepare as q
 real, render = p.PromptBuilder.encode, q.RowPreparer._text
 
+class Panic(BaseException):  # as native code's panics are raised
+    pass
+
 def encode(self, texts):
+    if any("PANIC" in text for text in texts):
+        raise Panic
     if any("ABORT" in text for text in texts):
         os.abort()
     if any("HANG" in text for text in texts):
@@ -107,7 +112,13 @@ def hooked_child(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("hooked_child")
 @pytest.mark.parametrize(
-    ("word", "said"), [("ABORT", "signal 6"), ("HANG", "more than 2 s"), ("DIE", "signal 9")]
+    ("word", "said"),
+    [
+        ("ABORT", "signal 6"),
+        ("HANG", "more than 2 s"),
+        ("DIE", "signal 9"),
+        ("PANIC", "ended with code 1"),
+    ],
 )
 def test_a_row_that_kills_or_stops_the_child_is_found_in_its_batch(bench, tmp_path, word, said):
     texts = ["a", "b", word, "c"]

@@ -437,7 +437,10 @@ def test_a_full_output_disk_keeps_what_is_committed_and_is_taken_up_again(
     assert done.code == 3, "something is committed"
     one_line(done, small_disk)
     (folder,) = (path.parent for path in small_disk.glob("*/run.json"))
-    assert 0 < len(list(folder.glob("commits/*.json"))) < 8
+    num_committed = len(list(folder.glob("commits/*.json")))
+    assert 0 < num_committed < 8
+    parts = list(folder.glob("_attempts/*/*/completions.parquet"))
+    assert len(parts) == num_committed, "what cannot be committed does not fill the disk further"
     assert nightjar.call("verify", str(folder)).code == 3
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     assert nightjar.call("run", str(job), "--json").code == 0

@@ -33,7 +33,7 @@ from storage.commits import (
     read_commits,
 )
 from storage.errors import AlreadyExists, LeaseLost, NotFound, StorageError, StoreUnavailable
-from storage.garbage import Garbage, collect_garbage
+from storage.garbage import Garbage, collect_garbage, withdraw
 from storage.lease import Lease, Leases
 from storage.manifest import CommitRecord, PartFile, RunManifest, digest
 from storage.memory_store import MemoryStore
@@ -43,6 +43,16 @@ PLAN = "sha256:plan"
 NUM_SHARDS = 2
 MAX_WORKERS = 4
 TTL_S = 90.0
+ACCIDENTS = [
+    "",
+    "overtake",
+    "die before",
+    "die after",
+    "lose the request",
+    "lose the reply",
+    "fill the disk",
+    "",
+]
 
 
 class Killed(Exception):
@@ -97,6 +107,9 @@ class Protocol:
 
     def collect(self, store: Any) -> Garbage:
         return collect_garbage(store)
+
+    def withdraw(self, store: Any, record: CommitRecord) -> bool:
+        return withdraw(store, record)
 
 
 class Worker:
@@ -207,15 +220,18 @@ class CommitMachine(RuleBasedStateMachine):
         index=st.integers(0, MAX_WORKERS - 1),
         other=st.integers(0, MAX_WORKERS - 1),
         countdown=st.integers(1, 6),
-        accident=st.sampled_from(
-            ["", "die before", "die after", "lose the request", "lose the reply", "overtake", ""]
-        ),
+        accident=st.sampled_from(ACCIDENTS),
     )
     def step(self, index: int, other: int, countdown: int, accident: str) -> None:
         worker = self.workers[index % len(self.workers)]
         rival = self.workers[other % len(self.workers)]
         if accident == "overtake":
             worker.store.arm(countdown, lambda: self.advance(rival))
+        elif accident == "fill the disk":
+            worker.store.arm(countdown, "lose the reply")
+            self.advance(worker)
+            self.give_up(worker)
+            return
         elif accident:
             worker.store.arm(countdown, accident)
         self.advance(worker)
@@ -335,6 +351,13 @@ class CommitMachine(RuleBasedStateMachine):
             if worker.leases is not None and worker.lease is not None:
                 worker.leases.release(worker.lease)
 
+    def give_up(self, worker: Worker) -> None:
+        """Its disk is full, whether the write came through or not: it takes its files back, or some."""
+        if "commit" in worker.steps and not worker.is_running:
+            self.workers.remove(worker)
+            with suppress(StoreUnavailable):
+                self.protocol.withdraw(worker.store, worker.record)
+
     def check_what_was_told(self, worker: Worker) -> None:
         if worker.outcome is None:
             return
@@ -414,6 +437,12 @@ class CollectionBlindToRevisions(Protocol):
         return Garbage(keys=(), num_bytes=0, num_swept=0)
 
 
+class WithdrawalWithoutALook(Protocol):
+    def withdraw(self, store: Any, record: CommitRecord) -> bool:
+        store.delete(record.part.key)
+        return True
+
+
 class CollectionOfClaims(Protocol):
     def collect(self, store: Any) -> Garbage:
         garbage = collect_garbage(store)
@@ -435,6 +464,7 @@ class CollectionOfClaims(Protocol):
         RefusalTakenAsLoss,
         CollectionBlindToRevisions,
         CollectionOfClaims,
+        WithdrawalWithoutALook,
     ],
 )
 def test_a_planted_bug_is_caught(bug: type[Protocol]) -> None:

@@ -21,7 +21,7 @@ from storage.commits import (
     read_commits,
 )
 from storage.errors import CorruptObject, FingerprintMismatch, StoreUnavailable
-from storage.garbage import collect_garbage
+from storage.garbage import collect_garbage, withdraw
 from storage.manifest import CommitRecord, PartFile, RunManifest, digest
 from storage.memory_store import MemoryStore
 from storage.object_store import ObjectInfo
@@ -228,6 +228,26 @@ def test_what_a_zombie_writes_after_a_collection_is_collected_too(
     collect_garbage(memory_store)
     memory_store.put(zombie.part.key, b"late")
     assert collect_garbage(memory_store).keys == (zombie.part.key,)
+
+
+def test_an_attempt_given_up_takes_back_all_but_its_claim(memory_store: MemoryStore) -> None:
+    standing, record = attempt(memory_store), attempt(memory_store)
+    assert withdraw(memory_store, record)
+    left = [info.key for info in memory_store.list(keys.ATTEMPTS)]
+    assert left == [
+        keys.attempt(0, 1, "attempt.json"),
+        standing.part.key,
+        keys.attempt(0, 2, "attempt.json"),
+    ]
+    assert claim_attempt(memory_store, 0, "first", "holder") == 3
+
+
+def test_a_committed_attempt_is_not_taken_back(memory_store: MemoryStore) -> None:
+    first = attempt(memory_store)
+    commit_attempt(memory_store, first)
+    commit_attempt(memory_store, attempt(memory_store, revision=2))
+    assert not withdraw(memory_store, first)
+    assert memory_store.head(first.part.key).size == first.part.size
 
 
 def test_revealing_copies_the_part_and_writes_the_receipt_once(frozen_clock: FrozenClock) -> None:

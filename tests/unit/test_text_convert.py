@@ -228,3 +228,12 @@ def test_arrow_offsets_that_lead_nowhere_are_refused(tmp_path):
     path.write_bytes(data.replace(offsets, struct.pack("<iii", 0, 2**31 - 1, 8)))
     with pytest.raises(BadInput, match=r"rows\.arrow: not a readable Arrow file"):
         convert_arrow(path, tmp_path / "out.parquet", name="rows.arrow")
+
+
+def test_arrow_rows_without_a_column_are_refused_not_dropped(tmp_path):
+    batch = pa.RecordBatch.from_struct_array(pa.array([{}] * 2, pa.struct([])))
+    path = tmp_path / "rows.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(BadInput, match=r"rows\.arrow: .*2 rows without a column"):
+        convert_arrow(path, tmp_path / "out.parquet", name="rows.arrow")
