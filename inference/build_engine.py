@@ -56,6 +56,7 @@ class PagedSettings:
 
     max_num_blocks: int | None = None
     use_graphs: bool = True
+    spare_bytes: int = 0
 
     @classmethod
     def of(cls, config: EngineConfig, model: PagedModel) -> "PagedSettings":
@@ -77,6 +78,7 @@ class PagedSettings:
             kv_dtype=_kv_dtype(config, model),
             may_shorten=config.max_model_len == "auto",
             use_graphs=not config.enforce_eager and model.can_be_captured,
+            spare_bytes=config.spare_bytes,
         )
 
 
@@ -223,6 +225,7 @@ def _plan_memory(
         device=model.device,
         has_peers=model.ranks.size > 1,
         has_experts=_expert_share(model) > 1,
+        spare_bytes=settings.spare_bytes,
     )
 
 

@@ -84,6 +84,7 @@ def plan_cuda(
     device: torch.device,
     has_peers: bool,
     has_experts: bool,
+    spare_bytes: int = 0,
 ) -> MemoryPlan:
     """Give the cache all that weights, steps and graphs leave of the device.
 
@@ -98,7 +99,7 @@ def plan_cuda(
     layer_bytes = GRAPH_LAYER_BYTES_OF_RANKS if has_peers else GRAPH_LAYER_BYTES
     layer_bytes += GRAPH_LAYER_BYTES_OF_EXPERTS if has_experts else 0
     graphs = GRAPH_BYTES + max(shape.num_layers * layer_bytes, graph_bytes)
-    left = free - 2 * step_bytes - graphs
+    left = free - 2 * step_bytes - graphs - spare_bytes
     num_blocks = min(max_blocks, left // shape.block_bytes)
     if num_blocks < 8:
         raise EngineConfigError(
