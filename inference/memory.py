@@ -15,10 +15,10 @@ MIB = 2**20
 GRAPH_BYTES = 256 * MIB
 GRAPH_LAYER_BYTES = 16 * MIB
 GRAPH_LAYER_BYTES_OF_RANKS = 48 * MIB
-GRAPH_LAYER_BYTES_OF_EXPERTS = 16 * MIB
+GRAPH_LAYER_BYTES_OF_EXPERTS = 64 * MIB
 """Kept for library workspaces and fragmentation, and for a layer's nodes in all captured graphs: measured 33 to
-42 MB a layer with collectives among them (66 graphs, NCCL 2.28), 20 MB without. Experts are about half as many
-launches again, and are given as much on top."""
+42 MB a layer with collectives among them (66 graphs, NCCL 2.28), 20 MB without. Experts as
+transformers runs them are some thirty launches more than the ten of a dense layer, at 2 MB each."""
 
 CPU_CACHE_BYTES = 512 * MIB
 
@@ -55,6 +55,18 @@ def measure_step(run: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def measure_graphs(capture: Callable[[], None], device: torch.device) -> int:
+    """Return the device bytes that captured graphs take beside the tensors in them."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    capture()
+    torch.cuda.synchronize(device)
+    taken = free - torch.cuda.mem_get_info(device)[0]
+    return max(0, taken - (torch.cuda.memory_reserved(device) - reserved))
+
+
 def free_device_bytes(device: torch.device) -> int:
     """Return what this process may still allocate there: what is free, or its share of the device if it has one."""
     free, total = torch.cuda.mem_get_info(device)
@@ -67,12 +79,16 @@ def plan_cuda(
     shape: KVShape,
     *,
     step_bytes: int,
+    graph_bytes: int,
     max_blocks: int,
     device: torch.device,
     has_peers: bool,
     has_experts: bool,
+    spare_bytes: int = 0,
 ) -> MemoryPlan:
     """Give the cache all that weights, steps and graphs leave of the device.
+
+    `graph_bytes` is what all graphs will take, reckoned from a few; no less is kept than was once measured.
 
     Raises:
         EngineConfigError: not even a few blocks fit.
@@ -82,8 +98,8 @@ def plan_cuda(
     weights = torch.cuda.memory_allocated(device)
     layer_bytes = GRAPH_LAYER_BYTES_OF_RANKS if has_peers else GRAPH_LAYER_BYTES
     layer_bytes += GRAPH_LAYER_BYTES_OF_EXPERTS if has_experts else 0
-    graphs = GRAPH_BYTES + shape.num_layers * layer_bytes
-    left = free - 2 * step_bytes - graphs
+    graphs = GRAPH_BYTES + max(shape.num_layers * layer_bytes, graph_bytes)
+    left = free - 2 * step_bytes - graphs - spare_bytes
     num_blocks = min(max_blocks, left // shape.block_bytes)
     if num_blocks < 8:
         raise EngineConfigError(
