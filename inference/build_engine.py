@@ -20,16 +20,9 @@ from inference.block_manager import BlockManager
 from inference.config import EngineConfig
 from inference.engine import PagedEngine
 from inference.errors import EngineConfigError
-from inference.graphs import around, padded, sizes
+from inference.graphs import around, sizes
 from inference.kv_cache import KVCache
-from inference.memory import (
-    MemoryPlan,
-    allocate,
-    measure_graphs,
-    measure_step,
-    plan_cpu,
-    plan_cuda,
-)
+from inference.memory import MemoryPlan, allocate, measure_step, plan_cpu, plan_cuda
 from inference.model import PagedModel
 from inference.model_runner import ModelRunner
 from inference.scheduler import Scheduler
@@ -216,34 +209,22 @@ def _plan_memory(
         least = 2 if settings.max_num_blocks else per_seq + 1
         return plan_cpu(shape, weights=model.num_weight_bytes, min_blocks=least, max_blocks=most)
     model.attach(KVCache(shape, 2, model.device), settings.max_model_len)
-    step_bytes, graph_bytes = _measure(model, settings, limits, scratch)
+
+    def row_of(running: Running) -> Any:
+        raise AssertionError(f"no sequence runs while memory is measured, but {running} does")
+
+    trial = ModelRunner(model, limits, row_of=row_of, scratch=scratch, use_graphs=False)
+    step_bytes = measure_step(trial.run_largest, model.device)
+    del trial
     return plan_cuda(
         shape,
         step_bytes=step_bytes,
-        graph_bytes=graph_bytes,
         max_blocks=most,
         device=model.device,
         has_peers=model.ranks.size > 1,
         has_experts=_expert_share(model) > 1,
         spare_bytes=settings.spare_bytes,
     )
-
-
-def _measure(
-    model: PagedModel, settings: PagedSettings, limits: BatchLimits, scratch: Any
-) -> tuple[int, int]:
-    """Return the bytes of the largest step, and of all graphs as far as those of one size tell."""
-
-    def row_of(running: Running) -> Any:
-        raise AssertionError(f"no sequence runs while memory is measured, but {running} does")
-
-    runner = ModelRunner(
-        model, limits, row_of=row_of, scratch=scratch, use_graphs=settings.use_graphs
-    )
-    step_bytes = measure_step(runner.run_largest, model.device)
-    size, rows = padded(256, limits.max_num_tokens), padded(256, limits.max_num_seqs)
-    one_size = measure_graphs(lambda: runner.warm_up([size], row_sizes=[rows]), model.device)
-    return step_bytes, one_size * len(_captured_sizes(settings))
 
 
 def _max_model_len(model: PagedModel, config: EngineConfig) -> int:

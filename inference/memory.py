@@ -55,18 +55,6 @@ def measure_step(run: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def measure_graphs(capture: Callable[[], None], device: torch.device) -> int:
-    """Return the device bytes that captured graphs take beside the tensors in them."""
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    capture()
-    torch.cuda.synchronize(device)
-    taken = free - torch.cuda.mem_get_info(device)[0]
-    return max(0, taken - (torch.cuda.memory_reserved(device) - reserved))
-
-
 def free_device_bytes(device: torch.device) -> int:
     """Return what this process may still allocate there: what is free, or its share of the device if it has one."""
     free, total = torch.cuda.mem_get_info(device)
@@ -79,7 +67,6 @@ def plan_cuda(
     shape: KVShape,
     *,
     step_bytes: int,
-    graph_bytes: int,
     max_blocks: int,
     device: torch.device,
     has_peers: bool,
@@ -87,8 +74,6 @@ def plan_cuda(
     spare_bytes: int = 0,
 ) -> MemoryPlan:
     """Give the cache all that weights, steps and graphs leave of the device.
-
-    `graph_bytes` is what all graphs will take, reckoned from a few; no less is kept than was once measured.
 
     Raises:
         EngineConfigError: not even a few blocks fit.
@@ -98,7 +83,7 @@ def plan_cuda(
     weights = torch.cuda.memory_allocated(device)
     layer_bytes = GRAPH_LAYER_BYTES_OF_RANKS if has_peers else GRAPH_LAYER_BYTES
     layer_bytes += GRAPH_LAYER_BYTES_OF_EXPERTS if has_experts else 0
-    graphs = GRAPH_BYTES + max(shape.num_layers * layer_bytes, graph_bytes)
+    graphs = GRAPH_BYTES + shape.num_layers * layer_bytes
     left = free - 2 * step_bytes - graphs - spare_bytes
     num_blocks = min(max_blocks, left // shape.block_bytes)
     if num_blocks < 8:

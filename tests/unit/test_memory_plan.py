@@ -21,7 +21,7 @@ def device(monkeypatch) -> torch.device:
 
 
 def plan(device: torch.device, **changes: int | bool) -> MemoryPlan:
-    values = {"step_bytes": 100 * MIB, "graph_bytes": 0, "max_blocks": 2**30}
+    values = {"step_bytes": 100 * MIB, "max_blocks": 2**30}
     is_plain = {"has_peers": False, "has_experts": False}
     return plan_cuda(SHAPE, device=device, **{**values, **is_plain, **changes})
 
@@ -38,8 +38,6 @@ def test_the_cache_gets_what_is_left(device):
     [
         ({"spare_bytes": 320 * MIB}, 320),
         ({"step_bytes": 260 * MIB}, 320),
-        ({"graph_bytes": (4 * 16 + 320) * MIB}, 320),
-        ({"graph_bytes": 1}, 0),
         ({"has_peers": True}, 4 * 32),
     ],
 )
