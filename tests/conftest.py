@@ -1,6 +1,8 @@
 """Doubles that ship with the product, and a real S3 server, for every test."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,10 @@ from storage.clock import FrozenClock
 from storage.memory_store import MemoryStore
 from tests.prefect_server import PrefectLab, running_prefect
 from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed, make_bucket, running_seaweed
+
+if not Path("/dev/nvidiactl").exists():
+    # Read by Triton when it is first imported, and some test's libraries import it: kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
