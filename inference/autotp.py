@@ -23,8 +23,16 @@ from inference.errors import EngineConfigError
 from inference.tensor_parallel import TensorParallel
 from inference.weight_reader import Slice
 
-COLUMN_PATTERNS = [r".*\.self_attn\.[qkv]_proj\.weight$", r".*\.mlp\.(gate|up)_proj\.weight$"]
-ROW_PATTERNS = [r".*\.self_attn\.o_proj\.weight$", r".*\.mlp\.down_proj\.weight$"]
+COLUMN_PATTERNS = [
+    r".*\.self_attn\.[qkv]_proj\.weight$",
+    r".*\.mlp\.(shared_expert\.)?(gate|up)_proj\.weight$",
+]
+ROW_PATTERNS = [
+    r".*\.self_attn\.o_proj\.weight$",
+    r".*\.mlp\.(shared_expert\.)?down_proj\.weight$",
+]
+WHOLE_NAMES = ("shared_expert_gate",)
+"""Linears that every rank has: one output, of inputs that are the same everywhere."""
 
 
 def partition_linears(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
@@ -71,7 +79,8 @@ def partition_linears(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
 
 def _unknown(name: str, module: Any, model: Any) -> str:
     """Say what of a module would go wrong if its model were partitioned; empty if nothing does."""
-    if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+    is_whole = name.rpartition(".")[2] in WHOLE_NAMES or module is model.get_output_embeddings()
+    if isinstance(module, nn.Linear) and not is_whole:
         return f"it has a layer {name}"
     norm = getattr(module, "q_norm", None)
     if norm is not None and norm.weight.shape[0] != getattr(module, "head_dim", 0):

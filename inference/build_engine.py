@@ -123,9 +123,14 @@ def _min_step_tokens(model: PagedModel) -> int:
 
     256 by measurement for dense models; an expert sees only its share of the tokens.
     """
+    return 256 * _expert_share(model)
+
+
+def _expert_share(model: PagedModel) -> int:
+    """Return the tokens of which an expert sees one on average; 1 without experts."""
     num_experts = int(getattr(model.config, "num_experts", 0) or 0)
     per_token = int(getattr(model.config, "num_experts_per_tok", 0) or 0)
-    return 256 * num_experts // per_token if num_experts and per_token else 256
+    return max(1, num_experts // per_token) if num_experts and per_token else 1
 
 
 def _warm_sizes(settings: PagedSettings) -> list[int]:
@@ -217,6 +222,7 @@ def _plan_memory(
         max_blocks=most,
         device=model.device,
         has_peers=model.ranks.size > 1,
+        has_experts=_expert_share(model) > 1,
     )
 
 

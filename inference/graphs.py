@@ -49,7 +49,7 @@ class GraphPool:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # Some modules of others wait for the device (expert layers in fp32); they run as they are.
+            # Some modules of others wait for the device; they run as they are.
             logger.warning("%s cannot be captured and is launched each time: %s", key, error)
             self._uncapturable.add(key)
             return

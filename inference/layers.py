@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inference import experts
 from inference.batch import Batch
+from inference.experts import Experts
 from inference.kernels.plain import FP8_MAX
 from inference.tensor_parallel import TensorParallel
 
@@ -124,8 +126,10 @@ class FusedLayer:
         if hasattr(mlp, "gate_proj"):
             self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], is_fp8)
             self._down = _reduced(mlp.down_proj, is_fp8, ranks)
+        elif is_fp8 or experts.FULL_PRECISION_TOO:
+            self._mlp = Experts(mlp, ops, is_fp8, ranks)
         else:
-            self._mlp = mlp  # experts: the model's own module, which sums over ranks itself
+            self._mlp = lambda x_TD: mlp(x_TD[None])[0]  # sums over ranks itself
 
     def first_norm(self, residual_TD: Tensor) -> Rows:
         """Return this layer's input when it is the first layer."""
@@ -166,8 +170,8 @@ class FusedLayer:
         x = self._norm(out_TD, residual_TD, self._post_norm.weight, is_fp8)
         if self._mlp is not None:
             assert isinstance(x, Tensor)
-            out: Tensor = self._mlp(x[None])
-            return out[0]
+            out: Tensor = self._mlp(x)
+            return out
         return self._down(ops.silu_mul(self._gate_up(x), **self._options))
 
     def _norm(

@@ -15,8 +15,10 @@ MIB = 2**20
 GRAPH_BYTES = 256 * MIB
 GRAPH_LAYER_BYTES = 16 * MIB
 GRAPH_LAYER_BYTES_OF_RANKS = 48 * MIB
+GRAPH_LAYER_BYTES_OF_EXPERTS = 16 * MIB
 """Kept for library workspaces and fragmentation, and for a layer's nodes in all captured graphs: measured 33 to
-42 MB a layer with collectives among them (66 graphs, NCCL 2.28), 20 MB without."""
+42 MB a layer with collectives among them (66 graphs, NCCL 2.28), 20 MB without. Experts are about half as many
+launches again, and are given as much on top."""
 
 CPU_CACHE_BYTES = 512 * MIB
 
@@ -62,7 +64,13 @@ def free_device_bytes(device: torch.device) -> int:
 
 
 def plan_cuda(
-    shape: KVShape, *, step_bytes: int, max_blocks: int, device: torch.device, has_peers: bool
+    shape: KVShape,
+    *,
+    step_bytes: int,
+    max_blocks: int,
+    device: torch.device,
+    has_peers: bool,
+    has_experts: bool,
 ) -> MemoryPlan:
     """Give the cache all that weights, steps and graphs leave of the device.
 
@@ -73,6 +81,7 @@ def plan_cuda(
     free = free_device_bytes(device)
     weights = torch.cuda.memory_allocated(device)
     layer_bytes = GRAPH_LAYER_BYTES_OF_RANKS if has_peers else GRAPH_LAYER_BYTES
+    layer_bytes += GRAPH_LAYER_BYTES_OF_EXPERTS if has_experts else 0
     graphs = GRAPH_BYTES + shape.num_layers * layer_bytes
     left = free - 2 * step_bytes - graphs
     num_blocks = min(max_blocks, left // shape.block_bytes)

@@ -161,9 +161,15 @@ class FusedModel(PagedModel):
         *,
         is_fp8: bool = False,
         ranks: TensorParallel | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        super().__init__(model, ops, ranks=ranks)
+        """Layers go to `device` one by one, each before it is quantised; default: the model is there."""
         base = model.base_model
+        if device is not None:
+            head = model.get_output_embeddings()
+            for module in (model.get_input_embeddings(), head, base.norm, base.rotary_emb):
+                module.to(device)
+        super().__init__(model, ops, ranks=ranks)
         self._rotary = base.rotary_emb
         self._eps: float = base.norm.variance_epsilon
         self._norm: Tensor = base.norm.weight
@@ -171,6 +177,7 @@ class FusedModel(PagedModel):
         self._layers: list[FusedLayer] = []
         self._is_fp8 = is_fp8
         for index, layer in enumerate(base.layers):
+            layer.to(self.device)
             self._layers.append(FusedLayer(layer, index, self.config, ops, is_fp8, self.ranks))
             base.layers[index] = torch.nn.Identity()  # its weights live on in the fused layer
         self._head_linear: Linear = Linear(self._head, self._head_bias)
@@ -217,8 +224,11 @@ def make_paged_model(
     *,
     is_fp8: bool = False,
     ranks: TensorParallel | None = None,
+    device: torch.device | None = None,
 ) -> PagedModel:
     """Return the fastest form in which this engine can run a transformers model.
+
+    With `is_fp8` the model may be in host memory; what it becomes is on `device`.
 
     Raises:
         EngineConfigError: the model needs what the paged backend does not have.
@@ -233,7 +243,7 @@ def make_paged_model(
         and rope.get("partial_rotary_factor", 1.0) in (None, 1.0)
     )
     if is_known:
-        return FusedModel(model, ops, is_fp8=is_fp8, ranks=ranks)
+        return FusedModel(model, ops, is_fp8=is_fp8, ranks=ranks, device=device)
     if is_fp8:
         raise EngineConfigError(
             f"model.quantization is fp8: not available for model_type {config.model_type}; use none"

@@ -3,6 +3,7 @@
 No rank ever reads or holds more than its own part. What is partitioned:
 
     attention and MLP linears   as DeepSpeed's AutoTP cuts them (`inference.autotp`)
+    shared experts              as an MLP, by AutoTP; the gate in front of them is whole
     experts                     every rank has all of them, each cut along its intermediate size; transformers'
                                 own module runs them (grouped GEMMs where torch has them) and one
                                 all-reduce follows
@@ -12,7 +13,6 @@ No rank ever reads or holds more than its own part. What is partitioned:
 E experts   I intermediate size of an expert   D hidden size
 """
 
-import re
 from typing import Any
 
 import torch
@@ -22,16 +22,14 @@ from inference.autotp import partition_linears
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
 from inference.heads import check_heads
-from inference.load_weights import load_weights
+from inference.partition_fill import fill
 from inference.quantization import check_quantization
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import columns_of
 from inference.weight_reader import Slice
 from inference.weights import ModelFolder
 
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-_EXPERT_MODEL_TYPES = ("qwen3_moe",)
-_SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts")
+_EXPERT_MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
 
 
 def load_partition(
@@ -53,7 +51,7 @@ def load_partition(
     )
     parts = cut(model, ranks)
     _allocate(model, device)
-    _fill(model, parts, folder)
+    fill(model, parts, folder)
     return model.eval()
 
 
@@ -77,6 +75,8 @@ def _empty_model(folder: ModelFolder, config: EngineConfig) -> Any:
         found = AutoConfig.from_pretrained(
             str(folder.path), trust_remote_code=False, local_files_only=True
         )
+        if hasattr(found, "quantization_config"):
+            del found.quantization_config  # how the files are stored is the filler's business
         wanted = found.dtype or torch.float32
         if config.dtype != "auto":
             wanted = getattr(torch, config.dtype)
@@ -92,11 +92,6 @@ def _cut_experts(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
     """Give 3-D experts this rank's shapes: gate and up [E,2I,D] each cut along I, down [E,D,I] along I."""
     parts = {}
     for name, module in model.named_modules():
-        if any(part in _SHARED_EXPERT_NAMES for part in name.split(".")):
-            raise EngineConfigError(
-                f"engine.tensor_parallel_size is {ranks.size}: {name} is a shared expert, which cannot "
-                f"be partitioned yet; use 1"
-            )
         if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
             continue
         model_type = model.config.get_text_config().model_type
@@ -152,94 +147,3 @@ def _allocate(model: Any, device: torch.device) -> None:
             setattr(module, name, made[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-
-
-class _Targets:
-    """Where each tensor of the files goes: the memory to fill, and the slice of the tensor that fills it."""
-
-    def __init__(self, model: Any, parts: dict[str, Slice]) -> None:
-        # A head tied to the embedding is not among them: a copy of it in the files is not read.
-        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self._parts = parts
-        self._missing = {name: self._num_pieces(name) for name in self._parameters}
-
-    def _num_pieces(self, name: str) -> int:
-        """Tensors that fill one parameter: experts come one by one."""
-        parameter = self._parameters[name]
-        if name.endswith(".experts.gate_up_proj"):
-            return 2 * parameter.shape[0]
-        return parameter.shape[0] if name.endswith(".experts.down_proj") else 1
-
-    def find(self, name: str) -> tuple[Tensor, Slice | None] | None:
-        """Return the memory and the slice of one tensor; None for a tensor the model has no use for."""
-        match = _EXPERT.fullmatch(name)
-        if match is None:
-            parameter = self._parameters.get(name)
-            return None if parameter is None else (parameter.data, self._parts.get(name))
-        experts, index, kind = match[1], int(match[2]), match[3]
-        owner = f"{experts}.down_proj" if kind == "down" else f"{experts}.gate_up_proj"
-        if owner not in self._parameters or index >= self._parameters[owner].shape[0]:
-            return None
-        target, part = self._parameters[owner].data[index], self._parts[owner]
-        if kind == "down":
-            return target, part._replace(dim=1)
-        half = target.shape[0] // 2
-        return (target[:half] if kind == "gate" else target[half:]), part
-
-    def filled(self, name: str) -> None:
-        """Note that a tensor has arrived."""
-        match = _EXPERT.fullmatch(name)
-        if match is not None:
-            name = f"{match[1]}.{'down' if match[3] == 'down' else 'gate_up'}_proj"
-        if name in self._missing:
-            self._missing[name] -= 1
-
-    def missing(self) -> list[str]:
-        """Parameters that the files do not fill."""
-        return sorted(name for name, count in self._missing.items() if count > 0)
-
-
-def _fill(model: Any, parts: dict[str, Slice], folder: ModelFolder) -> None:
-    """Read this rank's slices into the parameters.
-
-    Raises:
-        ModelError: the files do not belong to config.json.
-    """
-    targets = _Targets(model, parts)
-    device = next(model.parameters()).device
-
-    def slicer(name: str, shape: tuple[int, ...]) -> Slice | None:
-        found = targets.find(name)
-        if found is None:
-            return Slice(0, 0, 0) if shape else None  # nothing of it is read
-        target, part = found
-        _check_shape(folder, name, shape, target, part)
-        return part
-
-    def destination(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        found = targets.find(name)
-        return found[0] if found and found[0].dtype == dtype else None
-
-    files = [file.path for file in folder.weight_files]
-    for name, tensor in load_weights(files, device=device, slicer=slicer, destination=destination):
-        found = targets.find(name)
-        if found is not None:
-            if tensor.data_ptr() != found[0].data_ptr():
-                found[0].copy_(tensor)
-            targets.filled(name)
-    if targets.missing():
-        raise ModelError(
-            f"{folder.path}: {len(targets.missing())} weights with missing keys, first "
-            f"{targets.missing()[0]}; the files do not belong to this config.json"
-        )
-
-
-def _check_shape(
-    folder: ModelFolder, name: str, shape: tuple[int, ...], target: Tensor, part: Slice | None
-) -> None:
-    here = part.shape_of(shape) if part and len(shape) > part.dim else shape
-    if here != tuple(target.shape) or (part and part.stop > shape[part.dim]):
-        raise ModelError(
-            f"{folder.path}: {name} has shape {shape}, of which this rank wants {tuple(target.shape)}; "
-            f"the files do not belong to this config.json"
-        )

@@ -25,17 +25,27 @@ class Prediction:
 
 
 def predict(replica: Replica, workload: Workload) -> Prediction:
-    """Predict one replica's time for `workload`; its KV room must hold the longest sequence."""
+    """Predict one replica's time for `workload`; its KV room must hold the longest sequence.
+
+    The engine spreads the work evenly over the steps that the longest completion needs anyway, if so many
+    sequences fit at once. It does not where a mixture of experts would read all its weights for few tokens.
+    """
     mean = _Means.of(workload)
     held = mean.prompt - mean.reused + mean.age
     room = replica.kv_tokens / max(held, 1.0)
+    if mean.completion > 0 and not replica.shape.is_moe:
+        evenly = _evenly(replica, workload, mean)
+        if evenly.num_running <= min(room, replica.max_num_seqs):
+            return evenly
     running = max(min(room, replica.max_num_seqs, workload.num_sequences), min(1.0, mean.count))
     steady_tokens = mean.count * mean.completion - running * mean.residual
     if running >= workload.num_sequences or steady_tokens <= 0:
         return _all_at_once(replica, workload, mean, running)
     steps = steady_tokens / running
     prefill = mean.count * (mean.prompt - mean.reused) / steps
-    steady = steps * replica.step_s(running, prefill, mean.prompt + mean.age, mean.prompt)
+    steady = steps * replica.step_s(
+        running, prefill, mean.prompt + mean.age, mean.prompt, shared=mean.reused
+    )
     drain = _drain_s(replica, workload, _residual_survivors(workload, running, mean), mean.age)
     return Prediction(prefill_s=0.0, steady_s=steady, drain_s=drain, num_running=running)
 
@@ -103,13 +113,33 @@ class _Means:
         )
 
 
+def _evenly(replica: Replica, workload: Workload, mean: _Means) -> Prediction:
+    """As many steps as the longest completion has tokens, each with its share of all the work."""
+    num_steps = workload.classes[-1].num_completion_tokens + 1
+    completion = workload.num_completion_tokens
+    context = sum(
+        c.count * c.num_completion_tokens * (c.num_prompt_tokens + c.num_completion_tokens / 2)
+        for c in workload.classes
+    )
+    num_decode = completion / num_steps
+    prefill = mean.count * (mean.prompt - mean.reused) / num_steps
+    step_s = replica.step_s(
+        num_decode, prefill, context / completion, mean.prompt, shared=mean.reused
+    )
+    return Prediction(
+        prefill_s=0.0, steady_s=num_steps * step_s, drain_s=0.0, num_running=num_decode
+    )
+
+
 def _all_at_once(replica: Replica, workload: Workload, mean: _Means, running: float) -> Prediction:
     """Everything runs from the first step on: prefill it all, then decode until the last one ends."""
     prefill_tokens = mean.count * (mean.prompt - mean.reused)
     chunk = min(prefill_tokens, PREFILL_CHUNK_TOKENS)
     prefill_s = 0.0
     if prefill_tokens > 0:
-        prefill_s = prefill_tokens / chunk * replica.step_s(0, chunk, 0, mean.prompt)
+        prefill_s = (
+            prefill_tokens / chunk * replica.step_s(0, chunk, 0, mean.prompt, shared=mean.reused)
+        )
     survivors = [_survivors(workload.classes, index) for index in range(len(workload.classes))]
     return Prediction(
         prefill_s=prefill_s,
@@ -122,12 +152,14 @@ def _all_at_once(replica: Replica, workload: Workload, mean: _Means, running: fl
 def _drain_s(replica: Replica, workload: Workload, survivors: list[float], age: float) -> float:
     """Seconds until the last sequence ends; `survivors[i]` run between completion lengths i-1 and i."""
     prompt = workload.num_prompt_tokens / workload.num_sequences
+    shared = workload.num_reused_prompt_tokens / workload.num_sequences
     total, before = 0.0, 0.0
     for sequence_class, running in zip(workload.classes, survivors, strict=True):
         length = sequence_class.num_completion_tokens
         if running > 0 and length > before:
             context = prompt + age + (before + length) / 2
-            total += (length - before) * replica.step_s(running, 0, context, prompt)
+            step_s = replica.step_s(running, 0, context, prompt, shared=shared)
+            total += (length - before) * step_s
         before = max(before, length)
     return total
 

@@ -51,10 +51,10 @@ def check_quantization(
         raise EngineConfigError(
             "model.quantization is fp8: needs engine.backend paged on a CUDA device"
         )
-    if config.tensor_parallel_size > 1 and (kind in BITSANDBYTES or stored is not None):
+    if config.tensor_parallel_size > 1 and (kind in BITSANDBYTES or stored not in (None, "fp8")):
         raise EngineConfigError(
             f"engine.tensor_parallel_size is {config.tensor_parallel_size}: ranks cannot share weights "
-            f"quantised as {stored or kind}; use 1, or an unquantised model with none or fp8"
+            f"quantised as {stored or kind}; use 1, or a model that is unquantised or stored as fp8 in blocks"
         )
     if is_here:
         _check_packages(folder, kind, stored)

@@ -117,7 +117,12 @@ def stats_to_json(stats: EngineStats) -> Message:
     return asdict(stats)
 
 
-def update_stats(stats: EngineStats, values: Message) -> None:
-    """Set totals in place to those of `stats_to_json`."""
+def update_stats(stats: EngineStats, values: Message, before: EngineStats) -> None:
+    """Set totals in place to those of `stats_to_json`, which follow on `before`."""
     for name, value in values.items():
+        earlier = getattr(before, name)
+        if name in ("peak_device_bytes", "kv_occupancy"):
+            value = max(earlier, value)
+        elif name != "extra":
+            value += earlier
         setattr(stats, name, value)

@@ -2,7 +2,8 @@
 
 One step costs its matrix products (bound by arithmetic or by reading the weights), the KV cache it
 reads, prefill attention, element-wise traffic, all-reduces, and a fixed overhead; kernels do not
-overlap. A run is then three phases, solved in closed form over classes of equal sequences:
+overlap. A run is then one kind of step, where the engine spreads its load evenly, or else three phases, solved in
+closed form over classes of equal sequences:
 
     prefill first    only when everything fits at once
     steady           the batch stays full; prefill chunks ride along with decoding
@@ -24,6 +25,7 @@ STEP_OVERHEAD_S = 0.3e-3
 ELEMENTWISE_SHARE = 0.6
 PREFILL_ATTENTION_SHARE = 0.5
 KV_BANDWIDTH_SHARE = 0.93
+KV_BANDWIDTH_SHARE_FP8 = 0.83  # converting them costs time
 ALL_REDUCE_LATENCY_S = {"nvlink": 12e-6, "xgmi": 15e-6, "pcie": 30e-6, "network": 60e-6}
 MAX_NUM_SEQS = 1024
 PREFILL_CHUNK_TOKENS = 8192
@@ -198,19 +200,31 @@ class Replica:
         """Whether one replica needs more GPUs than a host has."""
         return self.tensor_parallel_size > self.gpu.gpus_per_host
 
-    def step_s(self, num_decode: float, num_prefill: float, context: float, prompt: float) -> float:
+    def step_s(
+        self,
+        num_decode: float,
+        num_prefill: float,
+        context: float,
+        prompt: float,
+        *,
+        shared: float = 0.0,
+    ) -> float:
         """Seconds of one step: `num_decode` sequences at mean `context`, plus prefill tokens.
 
         `prompt` is the mean prompt length: it sets the cost of prefill attention and how many
-        prompts end in the step, each of which needs one row of logits.
+        prompts end in the step, each of which needs one row of logits. The first `shared` tokens of
+        every prompt are the same: computed before, and read once for all sequences.
         """
         tokens = num_decode + num_prefill
-        rows = num_decode + (num_prefill / prompt if prompt > 0 else 0.0)
+        rows = num_decode + (num_prefill / (prompt - shared) if prompt > shared else 0.0)
         # A smooth maximum: near the ridge neither the units nor the memory are kept busy.
         gemm = math.hypot(self._gemm_flops_s(tokens, rows), self._weight_read_s(tokens))
-        kv_bandwidth = self.gpu.achieved_bandwidth * KV_BANDWIDTH_SHARE
-        kv = num_decode * context * self.kv_bytes_per_token_per_gpu / kv_bandwidth
-        other = self._prefill_attention_s(num_prefill, prompt) + self._elementwise_s(tokens, rows)
+        share = KV_BANDWIDTH_SHARE_FP8 if self.kv_cache_dtype == "fp8" else KV_BANDWIDTH_SHARE
+        kv_bandwidth = self.gpu.achieved_bandwidth * share
+        read = num_decode * (context - shared) + shared
+        kv = read * self.kv_bytes_per_token_per_gpu / kv_bandwidth
+        pairs = num_prefill * (shared + (prompt - shared) / 2) + num_decode * shared
+        other = self._tile_attention_s(pairs) + self._elementwise_s(tokens, rows)
         return gemm + kv + other + self._all_reduce_s(tokens) + STEP_OVERHEAD_S
 
     def _gemm_flops_s(self, tokens: float, rows: float) -> float:
@@ -244,10 +258,11 @@ class Replica:
         share = self.shape.num_experts_per_token / self.shape.num_experts
         return float(1 - (1 - share) ** tokens)
 
-    def _prefill_attention_s(self, num_prefill: float, prompt: float) -> float:
+    def _tile_attention_s(self, pairs: float) -> float:
+        """Of prefill, and of decoding over shared prefixes: so many pairs of a query and a key."""
         shape, gpu = self.shape, self.gpu
         width = shape.num_layers * shape.num_attention_heads * shape.head_dim
-        flops = 4 * width * num_prefill * prompt / 2
+        flops = 4 * width * pairs
         rate = gpu.achieved_flops(self.dtype) * PREFILL_ATTENTION_SHARE
         return flops / self.tensor_parallel_size / rate
 

@@ -121,7 +121,8 @@ def _blocked(replica: Replica, size: int) -> str:
     )
     if heads or size == 1:
         return heads
-    if shape.stored_quantization or replica.quantization in BITSANDBYTES:
+    is_known = shape.stored_quantization in (None, "fp8")
+    if not is_known or replica.quantization in BITSANDBYTES:
         method = shape.stored_quantization or replica.quantization
         return f"ranks cannot share weights quantised as {method}"
     return ""

@@ -16,7 +16,7 @@ import transformers
 
 from inference.build_engine import build_engine
 from inference.config import DistributedConfig, EngineConfig
-from inference.errors import EngineConfigError
+from inference.errors import EngineConfigError, ModelError
 from inference.load_weights import load_weights
 from inference.model import PagedModel, make_paged_model
 from inference.partition import cut, load_partition
@@ -77,6 +77,24 @@ def compare(folder: str, ranks: TensorParallel, *, seed: int, is_fused: bool = T
                 if not torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5):
                     return f"logprobs {here} instead of {there}"
     return ""
+
+
+def compare_stored(folders: str, ranks: TensorParallel, *, seed: int) -> str:
+    """As `compare`, for a checkpoint in fp8 blocks and the one in full precision that it stands for."""
+    stored, whole = folders.split(":")
+    found = tokens(generate(stored, ranks, seed=seed))
+    expected = tokens(generate(whole, TensorParallel.alone(), seed=seed))
+    return "" if found == expected else f"tokens {found} instead of {expected}"
+
+
+def scale_missing(folder: str, ranks: TensorParallel) -> str:
+    """A weight in fp8 whose scale is not there is refused by name."""
+    try:
+        load(folder, ranks)
+    except ModelError as error:
+        is_right = "stored as fp8 in blocks but its scale is missing" in str(error)
+        return "" if is_right else str(error)
+    return "a weight without scale was loaded"
 
 
 def broken_rows(ranks: TensorParallel) -> str:
@@ -158,7 +176,16 @@ def main(document: dict[str, Any]) -> None:
         "pair-dense": lambda: compare(folders["dense"], pair, seed=seed),
         "pair-tied-with-biases": lambda: compare(folders["tied"], pair, seed=seed),
         "pair-moe": lambda: compare(folders["moe"], pair, seed=seed),
+        "pair-shared-experts": lambda: compare(folders["shared"], pair, seed=seed),
         "pair-unmodified-class": lambda: compare(folders["dense"], pair, seed=seed, is_fused=False),
+        "pair-fp8-blocks": lambda: compare_stored(folders["blocks"], pair, seed=seed),
+        "pair-fp8-blocks-of-experts": lambda: compare_stored(
+            folders["expert-blocks"], pair, seed=seed
+        ),
+        "four-fp8-blocks-cut-within": lambda: compare_stored(
+            folders["expert-blocks"], four, seed=7
+        ),
+        "pair-fp8-scale-missing": lambda: scale_missing(folders["no-scale"], pair),
         "pair-refusals": lambda: refusals(pair),
         "pair-weight-bytes": lambda: weight_bytes(folders["dense"], pair),
         "pair-least-blocks": lambda: least_blocks(folders["dense"], pair),

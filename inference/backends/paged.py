@@ -21,11 +21,17 @@ from inference.engine import PagedEngine
 from inference.errors import EngineConfigError, EngineFault
 from inference.kernels import plain
 from inference.loading import dtype_name, load_arriving, load_tokenizer
-from inference.memory import MemoryPlan
+from inference.memory import MemoryPlan, free_device_bytes
 from inference.model import PagedModel, make_paged_model
+from inference.model_config import read_model_shape
+from inference.offload import HOST_MEMORY_SHARE, free_host_bytes
 from inference.sequence import Completion, Sequence
 from inference.tensor_parallel import TensorParallel
-from inference.weights import check_model_folder, check_small_files
+from inference.weights import SmallFiles, check_model_folder, check_small_files
+from inference.world import current_device
+
+_MAX_WEIGHT_SHARE = 0.85
+"""Of the device, what weights may take that are to be quantised there: both forms of a layer are held at once."""
 
 _STEPS_A_LOOK = 64
 """Steps between two looks at the device's memory: asking takes a tenth of a millisecond."""
@@ -68,8 +74,10 @@ class PagedBackend:
         folder = check_small_files(files.folder())
         check_engine(folder, replace(config, backend="paged"))
         self.tokenizer = load_tokenizer(folder)
-        loaded = _load(files, _without_fp8(config), ranks)
-        model = make_paged_model(loaded, _ops(), is_fp8=is_fp8, ranks=ranks)
+        device = current_device()
+        source = _loading_device(folder, config, ranks, device) if is_fp8 else device
+        loaded = _load(files, _without_fp8(config), ranks, source)
+        model = make_paged_model(loaded, _ops(), is_fp8=is_fp8, ranks=ranks, device=device)
         settings = PagedSettings.of(config, model)
         load_s = time.perf_counter() - started_at
         self._engine: PagedEngine | None
@@ -152,14 +160,37 @@ def _info(
     )
 
 
-def _load(files: Arriving, config: EngineConfig, ranks: TensorParallel) -> Any:
+def _load(
+    files: Arriving, config: EngineConfig, ranks: TensorParallel, device: torch.device
+) -> Any:
     if ranks.size == 1:
-        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         return load_arriving(files, config, device)
     from inference.partition import load_partition
-    from inference.world import current_device
 
-    return load_partition(check_model_folder(files.wait_for_all()), config, ranks, current_device())
+    return load_partition(check_model_folder(files.wait_for_all()), config, ranks, device)
+
+
+def _loading_device(
+    folder: SmallFiles, config: EngineConfig, ranks: TensorParallel, device: torch.device
+) -> torch.device:
+    """Return where weights are read to before they are quantised: host memory, if the device is too small.
+
+    Raises:
+        EngineConfigError: host memory is too small as well; with the arithmetic.
+    """
+    shape = read_model_shape(folder.path)
+    dtype = shape.dtype if config.dtype == "auto" else config.dtype
+    whole = shape.weight_bytes_per_rank(ranks.size, dtype)
+    if whole <= _MAX_WEIGHT_SHARE * free_device_bytes(device):
+        return device
+    free = free_host_bytes() // ranks.size
+    if whole > HOST_MEMORY_SHARE * free:
+        raise EngineConfigError(
+            f"model.quantization is fp8: {whole / 1e9:.1f} GB of weights in {dtype} are read before they are "
+            f"quantised, and neither the device nor {free / 1e9:.1f} GB of host memory holds them; use "
+            f"more ranks or a larger machine"
+        )
+    return torch.device("cpu")
 
 
 def _ops() -> ModuleType:

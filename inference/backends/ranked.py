@@ -3,16 +3,20 @@
 It lives in the replica's process, which has no device of its own: it starts the ranks, hands sequences to the
 first one and takes completions back. A rank that dies ends them all with an error that another attempt can
 help, within seconds; nothing waits for it.
+
+A rank that is out of memory is in the middle of a step that the others cannot take back. So all shrink together:
+they are started again with smaller steps, and what is unfinished is given to them anew.
 """
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterable
 
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequences
 from inference.config import EngineConfig
-from inference.errors import EngineConfigError, EngineFault
+from inference.errors import EngineConfigError, EngineFault, OutOfMemory
 from inference.heads import check_heads
 from inference.launch import Launch
 from inference.model_config import read_model_shape
@@ -29,8 +33,13 @@ from inference.sequence import Completion, Sequence
 from inference.weights import check_model_folder
 from inference.zero import check_zero
 
+logger = logging.getLogger(__name__)
+
 _STEP_S = 0.05
 _LOAD_POLL_S = 0.5
+_MAX_SHRINKS = 3
+_AUTO_STEP_TOKENS = 8192
+"""What `auto` is at least on any device: where it is less, the first shrinking changes nothing."""
 
 
 class RankedBackend:
@@ -50,21 +59,17 @@ class RankedBackend:
         """
         started_at = time.perf_counter()
         check_ranks(config)
-        distributed = config.distributed
+        self._config = config
+        self._module = module
         self._stats = EngineStats()
-        self._unfinished: set[int] = set()
+        self._stats_before = EngineStats()
+        self._unfinished: dict[int, Sequence] = {}
         self._num_submitted = self._num_received = self._reported_waiting = 0
+        self._num_shrinks = 0
         self._heard_at = time.monotonic()
-        self._silence_s = distributed.timeout_s + 60
-        self._group: RankGroup | None = RankGroup(
-            Launch(
-                module=module,
-                num_ranks=config.tensor_parallel_size // distributed.num_hosts,
-                distributed=distributed,
-            ),
-            dataclasses.asdict(config),
-        )
-        info = self._wait_until_ready(self._group)
+        self._silence_s = config.distributed.timeout_s + 60
+        self._group: RankGroup | None = None
+        info = self._start()
         elapsed_s = time.perf_counter() - started_at
         self._info = dataclasses.replace(
             info,
@@ -105,21 +110,25 @@ class RankedBackend:
         accepted = check_sequences(sequences, self._unfinished, self._info.max_model_len)
         if not accepted:
             return
-        self.ranks.send({"kind": "submit", "sequences": [sequence_to_json(s) for s in accepted]})
         if not self._unfinished:
             self._heard_at = time.monotonic()  # they were idle, not silent
-        self._unfinished.update(sequence.seq_id for sequence in accepted)
-        self._num_submitted += len(accepted)
+        self._unfinished.update({sequence.seq_id: sequence for sequence in accepted})
+        self._send(accepted)
 
     def step(self) -> list[Completion]:
         """Return what the ranks have finished, after a short wait if nothing has come.
 
         Raises:
             EngineFault: a rank is gone, or none has been heard of for longer than any step may take.
-            OutOfMemory: a device is full.
+            OutOfMemory: a device is full even after shrinking.
         """
         finished: list[Completion] = []
-        for message in self.ranks.take(_STEP_S):
+        try:
+            messages = self.ranks.take(_STEP_S)
+        except OutOfMemory as error:
+            self._shrink(error)
+            return finished
+        for message in messages:
             self._heard_at = time.monotonic()
             if message["kind"] == "progress":
                 finished += self._take_in(message)
@@ -139,12 +148,68 @@ class RankedBackend:
             self._group = None
             self._unfinished.clear()
 
+    def _start(self) -> BackendInfo:
+        """Start the ranks and wait until they are ready."""
+        distributed = self._config.distributed
+        self._group = RankGroup(
+            Launch(
+                module=self._module,
+                num_ranks=self._config.tensor_parallel_size // distributed.num_hosts,
+                distributed=distributed,
+            ),
+            dataclasses.asdict(self._config),
+        )
+        return self._wait_until_ready(self._group)
+
+    def _send(self, sequences: Iterable[Sequence]) -> None:
+        values = [sequence_to_json(sequence) for sequence in sequences]
+        self.ranks.send({"kind": "submit", "sequences": values})
+        self._num_submitted += len(values)
+
+    def _shrink(self, error: OutOfMemory) -> None:
+        """Start all ranks again with steps half as large, and give them what is unfinished.
+
+        Raises:
+            OutOfMemory: they cannot be smaller, were made smaller too often, or other hosts would have to start
+                their ranks anew.
+        """
+        if self._config.distributed.num_hosts > 1:
+            raise error
+        limit, fewest = self._config.max_num_batched_tokens, self._info.max_num_seqs
+        if limit == "auto":
+            limit = _AUTO_STEP_TOKENS
+        smaller = max(fewest, limit // 2)
+        if self._num_shrinks == _MAX_SHRINKS or smaller >= limit:
+            raise OutOfMemory(
+                f"{error}; steps were made smaller {self._num_shrinks} times, to {limit} tokens, and cannot be "
+                f"smaller than engine.max_num_seqs, {fewest}; lower it, or use more ranks"
+            ) from error
+        logger.warning(
+            "out of memory: the ranks start again with at most %d tokens a step instead of %d",
+            smaller,
+            limit,
+        )
+        self.ranks.close()
+        self._num_shrinks += 1
+        self._config = dataclasses.replace(
+            self._config,
+            max_num_batched_tokens=smaller,
+            max_num_seqs=fewest,
+            max_model_len=self._info.max_model_len,
+        )
+        self._stats_before = dataclasses.replace(self._stats)
+        self._num_submitted = self._num_received = self._reported_waiting = 0
+        self._start()
+        self._heard_at = time.monotonic()
+        self._send(self._unfinished.values())
+
     def _take_in(self, message: Message) -> list[Completion]:
-        update_stats(self._stats, message["stats"])
+        update_stats(self._stats, message["stats"], self._stats_before)
         self._reported_waiting = message["num_waiting"]
         self._num_received = message["num_received"]
         completions = [completion_from_json(values) for values in message["completions"]]
-        self._unfinished.difference_update(c.seq_id for c in completions)
+        for completion in completions:
+            del self._unfinished[completion.seq_id]
         return completions
 
     def _wait_until_ready(self, group: RankGroup) -> BackendInfo:

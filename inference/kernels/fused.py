@@ -24,6 +24,7 @@ from inference.kernels.elementwise import (
     silu_mul_fp8_kernel,
     silu_mul_kernel,
 )
+from inference.kernels.fused_experts import experts as experts
 from inference.kernels.tile_attention import tile_kernel
 
 TILE_ROWS = 128

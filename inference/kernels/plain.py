@@ -4,6 +4,8 @@ T tokens   D hidden size   I intermediate size   N query heads   K KV heads   H 
 S tokens in one block   B decoding rows   L tokens of the longest row
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,6 +60,46 @@ def quantise_rows(x_TD: Tensor) -> Rows8:
     scale_T1 = (x_TD.float().abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=1e-12)
     rows = (x_TD.float() / scale_T1).clamp(-FP8_MAX, FP8_MAX)
     return rows.to(torch.float8_e4m3fn), scale_T1
+
+
+class ExpertWeights(NamedTuple):
+    """One matrix of every expert, [E,out,in]: as it is, or in e4m3 with its fp32 scales [E,out]."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+    def product(self, rows: Tensor, expert: int) -> Tensor:
+        """[R,in] -> [R,out]"""
+        if self.scale is None:
+            return F.linear(rows, self.weight[expert])
+        rows_8, row_scale = quantise_rows(rows)
+        product = (rows_8.float() @ self.weight[expert].float().t()) * row_scale
+        return (product * self.scale[expert]).to(rows.dtype)
+
+
+def experts(
+    x_TD: Tensor,
+    logits_TE: Tensor,
+    top_k: int,
+    is_normed: bool,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+) -> Tensor:
+    """Route each token to its experts and return the weighted sum of what they make of it, [T,D]."""
+    wide = torch.promote_types(logits_TE.dtype, torch.float32)
+    share_TK, expert_TK = torch.topk(F.softmax(logits_TE, dim=-1, dtype=wide), top_k, dim=-1)
+    if is_normed:
+        share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
+    share_TK = share_TK.to(logits_TE.dtype)
+    out_TKD = x_TD.new_zeros(*expert_TK.shape, x_TD.shape[1])
+    for expert in range(gate_up.weight.shape[0]):
+        token, place = torch.where(expert_TK == expert)
+        if len(token):
+            inner = silu_mul(gate_up.product(x_TD[token], expert))
+            assert isinstance(inner, Tensor)
+            share = share_TK[token, place, None]
+            out_TKD[token, place] = down.product(inner, expert) * share
+    return out_TKD.sum(dim=1)
 
 
 def rope_store(

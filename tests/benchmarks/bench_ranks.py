@@ -55,6 +55,8 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
             max_num_seqs=args.max_num_seqs or "auto",
             max_num_batched_tokens=args.max_num_batched_tokens or "auto",
             enforce_eager=args.eager,
+            quantization="fp8" if args.fp8 else "none",
+            kv_cache_dtype="fp8" if args.fp8 else "auto",
         ),
         module="tests.benchmarks.random_rank",
     )
@@ -70,8 +72,10 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
         peak = backend.stats.peak_device_bytes
     finally:
         backend.close()
+    predicted_s = predicted(shape, int(size), mix, int(count), backend.info, args)
     return {
         **found,
+        "predicted_s": predicted_s and round(predicted_s, 2),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "s": round(elapsed_s, 2),
@@ -83,6 +87,37 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
         "peak_gb": round(peak / 1e9, 1),
         **extra,
     }
+
+
+def predicted(
+    shape: str, size: int, mix: str, count: int, info: Any, args: argparse.Namespace
+) -> float | None:
+    """Seconds that the sizing expects of this mix on this GPU; None for one it does not know."""
+    from workload import requests
+
+    from inference.hardware import match_gpu
+    from inference.model_config import model_shape
+    from inference.prediction import predict
+    from inference.roofline import Replica, Workload
+    from tasks.hardware import load_hardware
+    from tests.benchmarks.random_model import config_of
+
+    known = load_hardware()
+    memory = next((gpu.memory_bytes for gpu in known if gpu.name in info.device), 0.0)
+    gpu = match_gpu(info.device, memory, known)
+    if gpu is None:
+        return None
+    rows = [(len(prompt), length) for prompt, length in requests(mix, count)]
+    reused = 512 * (count - 1) if mix == "template" else 0
+    replica = Replica(
+        shape=model_shape(config_of(shape).to_dict()),
+        gpu=gpu,
+        tensor_parallel_size=size,
+        quantization="fp8" if args.fp8 else "none",
+        kv_cache_dtype="fp8" if args.fp8 else "auto",
+        max_num_seqs=info.max_num_seqs,
+    )
+    return predict(replica, Workload.of(rows, num_reused_prompt_tokens=reused)).seconds
 
 
 def run(
@@ -135,7 +170,7 @@ def run_case(case: str, options: list[str], limit_s: float, logs: Path) -> dict[
     if "error" in found:
         for log in sorted(logs.glob("rank-*.log")):
             print(f"----- end of {log}\n{log.read_text(errors='replace')[-4000:]}", flush=True)
-    return {"case": case, **found}
+    return {"case": case, "options": options, **found}
 
 
 def one(case: str, args: argparse.Namespace) -> None:
@@ -157,18 +192,24 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for each case")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()) / "bench-ranks")
     parser.add_argument("--eager", action="store_true", help="no graphs")
+    parser.add_argument("--fp8", action="store_true", help="weights and KV cache")
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--min-step-tokens", help="least target of a step, for ranks on a device")
+    parser.add_argument(
+        "--own-experts", action="store_true", help="experts on the engine's kernels"
+    )
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         one(args.cases[0], args)
         return
-    options = ["--eager"] if args.eager else []
+    options = [f"--{name}" for name in ("eager", "fp8") if getattr(args, name)]
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         if value := getattr(args, name):
             options += [f"--{name.replace('_', '-')}", str(value)]
+    if args.own_experts:
+        os.environ["NIGHTJAR_BENCH_OWN_EXPERTS"] = "1"
     if args.min_step_tokens:
         os.environ["NIGHTJAR_BENCH_MIN_STEP_TOKENS"] = args.min_step_tokens
     for case in args.cases:
@@ -177,7 +218,7 @@ def main() -> None:
         print(json.dumps(found), flush=True)
         if "error" in found and "--eager" not in options:
             found = run_case(case, [*options, "--eager"], args.limit, logs)
-            print(json.dumps({"eager": True, **found}), flush=True)
+            print(json.dumps(found), flush=True)
     say("end")
 
 

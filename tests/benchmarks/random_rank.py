@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import inference.__main__ as rank_process
+from inference import experts
 from inference.arriving import Arriving
 from inference.backends import paged
 from inference.build_engine import PagedSettings, build_engine
@@ -25,19 +26,20 @@ from inference.partition import _allocate, _empty_model, cut
 from inference.rank_exit import ExitCode
 from inference.tensor_parallel import TensorParallel
 from inference.weights import check_model_folder
-from inference.world import current_device
 from tests.benchmarks.random_model import fill_randomly
 
 logger = logging.getLogger("bench")
 
 
-def random_part(files: Arriving, config: EngineConfig, ranks: TensorParallel) -> Any:
-    """Return this rank's part of the model with random weights, on its device."""
+def random_part(
+    files: Arriving, config: EngineConfig, ranks: TensorParallel, device: torch.device
+) -> Any:
+    """Return this rank's part of the model with random weights, on the device."""
     started_at = time.perf_counter()
     model = _empty_model(check_model_folder(files.folder()), config)
     if ranks.size > 1:
         cut(model, ranks)
-    _allocate(model, current_device())
+    _allocate(model, device)
     fill_randomly(model)
     _say(f"weights in {time.perf_counter() - started_at:.1f} s")
     return model.eval()
@@ -73,6 +75,7 @@ def main(arguments: list[str]) -> ExitCode:
     faulthandler.enable()
     faulthandler.dump_traceback_later(60, repeat=True)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    experts.FULL_PRECISION_TOO = "NIGHTJAR_BENCH_OWN_EXPERTS" in os.environ
     paged._load = random_part
     paged.build_engine = reported_build
     return rank_process.main(arguments)

@@ -15,7 +15,7 @@ import pytest
 from inference.backends.paged import PagedBackend
 from inference.backends.ranked import RankedBackend
 from inference.config import DistributedConfig, EngineConfig
-from inference.errors import EngineFault
+from inference.errors import EngineFault, OutOfMemory
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
 from tests.processes import REPOSITORY, is_alive
@@ -113,3 +113,39 @@ def test_ranks_do_not_outlive_their_owner(launcher, signum):
         owner.wait()
         owner.stdout.close()
     assert wait_until_gone(pids) == []
+
+
+def small_steps(limit: int) -> EngineConfig:
+    return replace(config_of(2), max_num_seqs=8, max_num_batched_tokens=limit)
+
+
+def test_ranks_of_which_one_is_out_of_memory_go_on_together_with_smaller_steps(monkeypatch, caplog):
+    monkeypatch.setenv("NIGHTJAR_TEST_MOST_TOKENS", "40")
+    alone = PagedBackend(config_of(1))
+    alone.submit(sequences(12))
+    expected = drain(alone)
+    backend = RankedBackend(small_steps(64), module="tests.small_rank")
+    try:
+        before = backend.ranks.pids
+        backend.submit(sequences(12))
+        found = drain(backend)
+        after = backend.ranks.pids
+    finally:
+        backend.close()
+    assert {i: c.token_ids for i, c in found.items()} == {
+        i: c.token_ids for i, c in expected.items()
+    }
+    assert set(before.values()).isdisjoint(after.values())
+    assert "at most 32 tokens a step instead of 64" in caplog.text
+    assert backend.stats.num_completion_tokens == alone.stats.num_completion_tokens
+
+
+def test_steps_that_cannot_be_smaller_end_the_replica_with_the_numbers(monkeypatch):
+    monkeypatch.setenv("NIGHTJAR_TEST_MOST_TOKENS", "2")
+    backend = RankedBackend(small_steps(8), module="tests.small_rank")
+    try:
+        backend.submit(sequences(3))
+        with pytest.raises(OutOfMemory, match=r"smaller than engine\.max_num_seqs, 8; lower it"):
+            drain(backend)
+    finally:
+        backend.close()

@@ -17,10 +17,9 @@ from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
+from tests.fp8_checkpoints import quantised_in_blocks, store
 from tests.pipeline import CASES, MODELS, Nightjar
 from tests.tiny_models import EXPERTS, SIZES, make_model
-
-BLOCK = 4  # Qwen publishes blocks of 128x128; tiny models have no such widths
 
 
 def sequences(num: int = 12) -> list[Sequence]:
@@ -39,36 +38,6 @@ def run(model: Path, backend: str = "transformers", **knobs: Any) -> dict[int, C
         found |= {completion.seq_id: completion for completion in engine.step()}
     engine.close()
     return found
-
-
-def quantised_in_blocks(source: Path, folder: Path) -> tuple[Path, Path]:
-    """A checkpoint in fp8 blocks, and the full-precision one that it stands for."""
-    stored, whole = (Path(shutil.copytree(source, folder / name)) for name in ("fp8", "whole"))
-    weights = load_file(source / "model.safetensors")
-    blocks: dict[str, torch.Tensor] = {}
-    for name, weight in weights.items():
-        if "_proj" not in name:
-            blocks[name] = weight
-            continue
-        rows, columns = weight.shape[0] // BLOCK, weight.shape[1] // BLOCK
-        tiles = weight.view(rows, BLOCK, columns, BLOCK)
-        scales = tiles.abs().amax(dim=(1, 3), keepdim=True) / 448
-        tiles_8 = (tiles / scales).to(torch.float8_e4m3fn)
-        blocks[name] = tiles_8.view(weight.shape)
-        blocks[f"{name}_scale_inv"] = scales[:, 0, :, 0].clone()
-        weights[name] = (tiles_8.float() * scales).view(weight.shape)
-    save_file(blocks, stored / "model.safetensors", metadata={"format": "pt"})
-    save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
-    store(stored, settings | {"weight_block_size": [BLOCK, BLOCK]})
-    return stored, whole
-
-
-def store(folder: Path, settings: dict[str, Any]) -> Path:
-    """Make config.json say how the weights are stored."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    return folder
 
 
 @pytest.mark.parametrize("backend", ["transformers", "paged"])

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from inference.backends import create_backend
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.launch import Launch, RankProcesses
+from tests.fp8_checkpoints import quantised_in_blocks
 from tests.paged_cases import COMMON
 from tests.rank_cases import HEADS
 
@@ -28,6 +30,13 @@ CONFIGS: dict[str, Any] = {
     "moe": lambda: transformers.Qwen3MoeConfig(
         **HEADS, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),
+    "shared": lambda: transformers.Qwen2MoeConfig(
+        **HEADS,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+    ),
     "three": lambda: transformers.Qwen3Config(
         **{**COMMON, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 50},
         head_dim=8,
@@ -37,12 +46,17 @@ PAIRS = [
     "pair-dense",
     "pair-tied-with-biases",
     "pair-moe",
+    "pair-shared-experts",
     "pair-unmodified-class",
+    "pair-fp8-blocks",
+    "pair-fp8-blocks-of-experts",
+    "pair-fp8-scale-missing",
     "pair-refusals",
     "pair-weight-bytes",
     "pair-least-blocks",
 ]
 CASES = {
+    "four-fp8-blocks-cut-within": 4,
     **dict.fromkeys([*PAIRS, "four-moe", "four-dense", "four-broken-rows", "four-fabric"], 4),
     "three-dense": 3,
 }
@@ -58,6 +72,25 @@ def save_model(name: str, folder: Path) -> None:
     shutil.copy(MODELS / "tiny-a" / "tokenizer.json", folder)
 
 
+def save_blocks(folder: Path) -> dict[str, str]:
+    """Checkpoints stored as fp8 in blocks of 8x8; four ranks cut experts, 16 wide, within a block."""
+    found = {}
+    for name, kind in {"blocks": "dense", "expert-blocks": "moe"}.items():
+        source = folder / f"{name}-source"
+        torch.manual_seed(3)
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32)
+        model.save_pretrained(source)
+        shutil.copy(MODELS / "tiny-a" / "tokenizer.json", source)
+        pair = folder / f"{name}-pair"
+        pair.mkdir()
+        found[name] = ":".join(map(str, quantised_in_blocks(source, pair, 8)))
+    broken = Path(shutil.copytree(found["blocks"].split(":")[0], folder / "no-scale"))
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight_scale_inv"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    return found | {"no-scale": str(broken)}
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What each of four ranks found, by case."""
@@ -66,6 +99,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         save_model(name, folder / name)
     document = folder / "document.json"
     models = {name: str(folder / name) for name in CONFIGS}
+    models |= save_blocks(folder)
     document.write_text(json.dumps({"models": models, "found": str(folder)}))
     with (folder / "output").open("wb") as output:
         ranks = RankProcesses(

@@ -323,7 +323,7 @@ def _sample_fused(logits: torch.Tensor, rows: list[SamplerRow], keep_marks: bool
     return found if keep_marks else [token & (STOPPED - 1) for token in found]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral-window", "gpt-neox"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe", "mistral-window", "gpt-neox"])
 def test_an_engine_on_the_kernels_gives_the_plain_models_tokens(family):
     sequences = sequences_of(prompts_of(7, shared=18), max_tokens=6)
     expected = reference(model_of(family).to(DEVICE), sequences)

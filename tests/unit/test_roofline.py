@@ -2,8 +2,8 @@
 
 The numbers below are of 2026-11-25: one H100 80GB, torch 2.11 (CUDA 13), random weights, greedy,
 forced completion lengths. `limit` is a serial bound at 800 TFLOP/s and 3.35 TB/s, `simulated` a
-step-by-step simulation of an ordinary good engine, `measured` the better of two settings of vLLM
-0.24, whose host falls behind on small models and short sequences.
+step-by-step simulation of an ordinary good engine that reads a shared prefix for every row; `measured` is this
+engine (tests/benchmarks/results/engine_h100_202611.md).
 """
 
 import math
@@ -63,21 +63,19 @@ def mix(name, count):
     return Workload.of([lengths() for _ in range(count)], num_reused_prompt_tokens=reused)
 
 
-# model, mix, count, limit s, simulated s, measured s
+# model, mix, count, limit s, simulated s
 BF16 = [
-    ("0.6B", "uniform", 256, 4.98, 6.1, 7.44),
-    ("0.6B", "chat", 1024, 3.45, 4.5, 10.06),
-    ("0.6B", "template", 1024, 4.12, 5.3, 7.95),
-    ("8B", "uniform", 256, 12.90, 15.8, 17.75),
-    ("8B", "chat", 1024, 13.70, 17.3, 23.23),
-    ("8B", "template", 1024, 11.82, 15.9, 14.72),
-    ("8B", "chat", 4096, 44.30, 57.0, 68.40),
+    ("0.6B", "uniform", 256, 4.98, 6.1),
+    ("0.6B", "chat", 1024, 3.45, 4.5),
+    ("8B", "uniform", 256, 12.90, 15.8),
+    ("8B", "chat", 1024, 13.70, 17.3),
+    ("8B", "chat", 4096, 44.30, 57.0),
 ]
 
 
-@pytest.mark.parametrize(("model", "name", "count", "limit", "simulated", "measured"), BF16)
+@pytest.mark.parametrize(("model", "name", "count", "limit", "simulated"), BF16)
 def test_a_predicted_run_lies_within_15_percent_of_the_simulated_one(
-    model, name, count, limit, simulated, measured
+    model, name, count, limit, simulated
 ):
     seconds = predict(Replica(shape=MODELS[model], gpu=H100), mix(name, count)).seconds
     assert seconds == pytest.approx(simulated, rel=0.15)
@@ -85,25 +83,29 @@ def test_a_predicted_run_lies_within_15_percent_of_the_simulated_one(
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "count", "limit", "simulated", "measured"),
-    [row for row in BF16 if row[0] == "8B"],
+    ("model", "quantization", "name", "count", "measured"),
+    [
+        ("0.6B", "none", "uniform", 256, 6.84),
+        ("0.6B", "none", "chat", 1024, 5.12),
+        ("0.6B", "none", "template", 1024, 3.07),
+        ("8B", "none", "uniform", 256, 15.45),
+        ("8B", "none", "chat", 1024, 15.53),
+        ("8B", "none", "template", 1024, 11.08),
+        ("8B", "fp8", "uniform", 256, 10.68),
+        ("8B", "fp8", "chat", 1024, 10.89),
+        ("8B", "fp8", "template", 1024, 7.64),
+    ],
 )
-def test_a_predicted_8b_run_lies_within_30_percent_of_the_measured_one(
-    model, name, count, limit, simulated, measured
+def test_every_shape_that_was_measured_is_predicted_within_20_percent(
+    model, quantization, name, count, measured
 ):
-    seconds = predict(Replica(shape=MODELS[model], gpu=H100), mix(name, count)).seconds
-    assert seconds == pytest.approx(measured, rel=0.30)
-
-
-@pytest.mark.parametrize(
-    ("name", "count", "limit", "measured"),
-    [("uniform", 256, 6.87, 13.01), ("chat", 1024, 7.50, 17.14), ("template", 1024, 6.60, 12.45)],
-)
-def test_a_predicted_fp8_run_lies_between_the_bound_and_the_measured_one(
-    name, count, limit, measured
-):
-    replica = Replica(shape=MODELS["8B"], gpu=H100, quantization="fp8", kv_cache_dtype="fp8")
-    assert limit < predict(replica, mix(name, count)).seconds < measured
+    replica = Replica(
+        shape=MODELS[model],
+        gpu=H100,
+        quantization=quantization,
+        kv_cache_dtype="fp8" if quantization == "fp8" else "auto",
+    )
+    assert predict(replica, mix(name, count)).seconds == pytest.approx(measured, rel=0.20)
 
 
 @pytest.mark.parametrize(
