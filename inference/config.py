@@ -97,6 +97,9 @@ class EngineConfig:
     enforce_eager: bool = False
     """Launch every step kernel by kernel instead of replaying captured CUDA graphs: slower, for finding faults."""
 
+    spare_bytes: int = 0
+    """Device memory that the KV cache leaves alone; set when ranks start again after running out of it."""
+
     seed: int = 0
     """The run's seed; a sequence's own draw comes from `Sequence.draw_seed`."""
 

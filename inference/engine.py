@@ -118,17 +118,23 @@ class PagedEngine:
         try:
             self._in_flight.append(self.runner.launch(step))
         except torch.OutOfMemoryError as error:
-            if self.runner.has_peers:  # they are in the middle of this step and cannot take it back
-                raise OutOfMemory(
-                    f"out of memory in a step of at most {self.scheduler.max_num_batched_tokens} tokens; "
-                    f"lower engine.max_num_batched_tokens or engine.max_num_seqs, or use more ranks"
-                ) from error
+            if self.runner.has_peers:
+                raise self._full_among_peers() from error
             self._drain(finished)
             self._shrink(step, error)
             return
         except RuntimeError as error:
+            if self.runner.has_peers and "out of memory" in str(error):  # NCCL's way to say it
+                raise self._full_among_peers() from error
             raise EngineFault(f"the device failed on step {step.number}: {error}") from error
         self._count(step)
+
+    def _full_among_peers(self) -> OutOfMemory:
+        """The error of a rank whose peers are in the middle of the same step and cannot take it back."""
+        return OutOfMemory(
+            f"out of memory in a step of at most {self.scheduler.max_num_batched_tokens} tokens; "
+            f"lower engine.max_num_batched_tokens or engine.max_num_seqs, or use more ranks"
+        )
 
     def _set_up(self, admitted: list[Running]) -> None:
         """Bring what the host keeps per slot in line with the sequences that start there."""

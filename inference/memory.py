@@ -15,10 +15,10 @@ MIB = 2**20
 GRAPH_BYTES = 256 * MIB
 GRAPH_LAYER_BYTES = 16 * MIB
 GRAPH_LAYER_BYTES_OF_RANKS = 48 * MIB
-GRAPH_LAYER_BYTES_OF_EXPERTS = 16 * MIB
+GRAPH_LAYER_BYTES_OF_EXPERTS = 64 * MIB
 """Kept for library workspaces and fragmentation, and for a layer's nodes in all captured graphs: measured 33 to
-42 MB a layer with collectives among them (66 graphs, NCCL 2.28), 20 MB without. Experts are about half as many
-launches again, and are given as much on top."""
+42 MB a layer with collectives among them (66 graphs, NCCL 2.28), 20 MB without. Experts as
+transformers runs them are some thirty launches more than the ten of a dense layer, at 2 MB each."""
 
 CPU_CACHE_BYTES = 512 * MIB
 
@@ -71,6 +71,7 @@ def plan_cuda(
     device: torch.device,
     has_peers: bool,
     has_experts: bool,
+    spare_bytes: int = 0,
 ) -> MemoryPlan:
     """Give the cache all that weights, steps and graphs leave of the device.
 
@@ -83,7 +84,7 @@ def plan_cuda(
     layer_bytes = GRAPH_LAYER_BYTES_OF_RANKS if has_peers else GRAPH_LAYER_BYTES
     layer_bytes += GRAPH_LAYER_BYTES_OF_EXPERTS if has_experts else 0
     graphs = GRAPH_BYTES + shape.num_layers * layer_bytes
-    left = free - 2 * step_bytes - graphs
+    left = free - 2 * step_bytes - graphs - spare_bytes
     num_blocks = min(max_blocks, left // shape.block_bytes)
     if num_blocks < 8:
         raise EngineConfigError(

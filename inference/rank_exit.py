@@ -74,7 +74,8 @@ def code_of(error: BaseException) -> ExitCode:
     if isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError):
         return ExitCode.OUT_OF_MEMORY
     if isinstance(error, dist.DistError):
-        return ExitCode.LOST_PEER
+        is_full = "out of memory" in str(error)  # of NCCL's own buffers
+        return ExitCode.OUT_OF_MEMORY if is_full else ExitCode.LOST_PEER
     if isinstance(error, EngineFault | RuntimeError):
         return ExitCode.ENGINE_FAULT
     return ExitCode.FAULT

@@ -26,7 +26,8 @@ from storage.object_store import ObjectStore
 from storage.reveal import reveal
 from storage.shard_writer import WrittenPart
 from tasks.claims import Claim
-from tasks.receipt import Mark, ShardFacts, shard_receipt
+from tasks.metering import Mark
+from tasks.receipt import ShardFacts, shard_receipt
 from tasks.shard_work import ShardWork, Written
 from tasks.yardstick import Yardstick
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from inference.backends.base import BackendInfo, EngineStats
 from storage import records
+from tasks.metering import Mark
 from tasks.yardstick import Yardstick, losses
 
 _WORDS = {
@@ -36,72 +37,6 @@ _WORDS = {
     "write": "waiting for results to be written",
     "other": "work outside the engine",
 }
-
-
-@dataclass(slots=True)
-class Meter:
-    """Where a replica's time has gone so far, in seconds, beside what the engine counts itself."""
-
-    stage_s: float = 0.0
-    load_s: float = 0.0
-    warmup_s: float = 0.0
-    start_s: float = 0.0
-    canary_s: float = 0.0
-    read_s: float = 0.0
-    tokenise_s: float = 0.0
-    step_s: float = 0.0
-    """Inside `Backend.step`."""
-
-    tail_s: float = 0.0
-    """Of `step_s`."""
-
-    tail_tokens: int = 0
-    """Completion tokens that were added meanwhile."""
-
-    write_s: float = 0.0
-
-    @property
-    def started_s(self) -> float:
-        """What is spent before the first shard is claimed."""
-        return self.stage_s + self.load_s + self.warmup_s + self.canary_s
-
-    def starved(self, seconds: float, tokenise_share: float) -> None:
-        """The engine waited so long for rows; the feed says how much of it was tokenising."""
-        if not self.step_s:
-            self.start_s += seconds
-            return
-        self.tokenise_s += seconds * tokenise_share
-        self.read_s += seconds * (1 - tokenise_share)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """All totals at one moment; a receipt covers what lies between two."""
-
-    at: float
-    """Monotonic seconds."""
-
-    meter: Meter = field(default_factory=Meter)
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_cached_tokens: int = 0
-    num_prompt_tokens: int = 0
-
-    @classmethod
-    def take(cls, stats: EngineStats, meter: Meter, *, at: float) -> "Mark":
-        """Copy the running totals."""
-        return cls(
-            at=at,
-            meter=Meter(**{name: getattr(meter, name) for name in Meter.__slots__}),
-            prefill_s=stats.prefill_s,
-            decode_s=stats.decode_s,
-            num_steps=stats.num_steps,
-            num_preemptions=stats.num_preemptions,
-            num_cached_tokens=stats.num_cached_tokens,
-            num_prompt_tokens=stats.num_prompt_tokens,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

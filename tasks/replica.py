@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inference.backends.base import Backend, EngineStats
+from inference.backends.base import Backend
 from inference.errors import InferenceError
 from storage.errors import AccessDenied, StorageError
 from storage.manifest import PlanManifest, Shard
@@ -28,9 +28,9 @@ from tasks.claims import Claim, Claims
 from tasks.commit_shard import CommitResult, ShardCommitter
 from tasks.feed import PreparedBatch, PromptFeed
 from tasks.latency import Latencies
+from tasks.metering import Meter, Metering
 from tasks.metrics import EngineReading
 from tasks.progress import Progress
-from tasks.receipt import Mark, Meter
 from tasks.results import ResultColumns, count_states
 from tasks.retry import ends_run, is_retryable
 from tasks.reuse import ReuseIndex
@@ -108,14 +108,14 @@ class Replica:
 
     _next_seq_id: int = 0
     _num_failed: int = 0
-    _meter: Meter = field(default_factory=Meter)
-    _mark: Mark | None = None
+    _metering: Metering = field(init=False)
     _closing: threading.Event = field(default_factory=threading.Event)
     _threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(_NUM_THREADS, "nightjar-replica")
     )
 
     def __post_init__(self) -> None:
+        self._metering = Metering(self.spent)
         self._claiming = Claiming(
             claims=self.claims, threads=self._threads, may_claim=self.may_claim
         )
@@ -201,12 +201,11 @@ class Replica:
         return self._backend.num_waiting <= self._backend.info.max_num_seqs
 
     def _wait_for_claim(self, claiming: Future[Claim | None]) -> None:
-        if self._mark is None:
-            self._start_meter()
+        stage_s, self.committer.stage_s = self.committer.stage_s, 0.0
+        self._metering.begin(stage_s)
         started = time.monotonic()
         _wait_any([claiming])
-        if not self._meter.step_s:
-            self._meter.start_s += time.monotonic() - started
+        self._metering.waited_for_claim(time.monotonic() - started)
 
     def _take_claim(self) -> bool:
         """Begin on a shard that was claimed; False while no answer has come."""
@@ -283,28 +282,11 @@ class Replica:
             self.progress.phase = "loading the model"
             started = time.monotonic()
             self._backend = self.build_backend()
-            elapsed = time.monotonic() - started
-            # An engine that was warm already took no time, and has counted before.
-            warmup_s = min(self._backend.info.warmup_s, elapsed)
-            self._meter.warmup_s += warmup_s
-            waited_s = min(self.take_waited_s(), elapsed - warmup_s)
-            self._meter.stage_s += waited_s
-            self._meter.load_s += elapsed - warmup_s - waited_s
-            if self._mark is not None:
-                self._mark = Mark.take(self._backend.stats, self._mark.meter, at=self._mark.at)
+            self._metering.built(
+                self._backend, time.monotonic() - started, staging_s=self.take_waited_s()
+            )
             self.progress.phase = "generating"
         return self._backend
-
-    def _start_meter(self) -> None:
-        """Count from now on; what staging and a canary took before is the first shard's."""
-        self._meter = self.spent
-        self._meter.stage_s += self.committer.stage_s
-        self.committer.stage_s = 0.0
-        self._mark = Mark(at=time.monotonic() - self._meter.started_s)
-
-    def _take_mark(self) -> Mark:
-        stats = self._backend.stats if self._backend is not None else EngineStats()
-        return Mark.take(stats, self._meter, at=time.monotonic())
 
     def _step(self, backend: Backend) -> None:
         # Nothing waits and nothing is being read: from here on the batch only shrinks.
@@ -321,10 +303,9 @@ class Replica:
             self._engine_failed(error)
             return
         stepped = time.monotonic()
-        self._meter.step_s += stepped - started
-        if is_tail and backend.stats.decode_s > decoded_s:
-            self._meter.tail_s += backend.stats.decode_s - decoded_s
-            self._meter.tail_tokens += num_running * (backend.stats.num_steps - num_steps)
+        tail_s = backend.stats.decode_s - decoded_s if is_tail else 0.0
+        tail_tokens = num_running * (backend.stats.num_steps - num_steps) if tail_s > 0 else 0
+        self._metering.stepped(stepped - started, tail_s=tail_s, tail_tokens=tail_tokens)
         for completion in completions:
             shard_id, key, submitted_at = self._owners.pop(completion.seq_id)
             self.latencies.add(stepped - submitted_at)
@@ -346,7 +327,7 @@ class Replica:
         if self._backend is not None:
             self._backend.close()
             self._backend = None
-        self._mark = self._take_mark()
+        self._metering.restart()
         if not error.retryable:
             raise error
 
@@ -360,10 +341,8 @@ class Replica:
                 OSError, StorageError
             ):  # the commit thread meets it again, and reports it
                 work.write()
-            self._meter.write_s += time.monotonic() - started
-        before, after = self._mark, self._take_mark()
-        self._mark = after
-        assert before is not None, shard_id
+            self._metering.wrote(time.monotonic() - started)
+        before, after = self._metering.cut(self._backend)
         claim = self._claims_of[shard_id]
 
         def commit() -> CommitResult:
@@ -422,9 +401,9 @@ class Replica:
             time.sleep(_IDLE_WAIT_S)
         waited = time.monotonic() - started
         if self._reading:
-            self._meter.starved(waited, self._works[self._reading[0]].tokenise_share)
+            self._metering.meter.starved(waited, self._works[self._reading[0]].tokenise_share)
         elif self._committing:
-            self._meter.write_s += waited
+            self._metering.wrote(waited)
 
 
 def _wait_any(futures: list[Any]) -> None:

@@ -35,10 +35,10 @@ from tasks.fingerprint import (
     versions,
 )
 from tasks.job import RunConfig
+from tasks.metering import Meter
 from tasks.model import RunModel, begin_model, peek_model
 from tasks.plan import load_plan, load_shards, make_plan
 from tasks.progress import Progress
-from tasks.receipt import Meter
 from tasks.results import ResultColumns
 from tasks.reuse import ReuseIndex, open_reuse
 from tasks.run_forecast import refuse_over_budget

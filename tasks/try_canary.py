@@ -20,8 +20,8 @@ from tasks.drain import build_engine
 from tasks.feed import PreparedRow
 from tasks.forecast import lengths_of_canary
 from tasks.history import read_history
+from tasks.metering import Meter
 from tasks.progress import Progress
-from tasks.receipt import Meter
 from tasks.run import Run
 from tasks.run_forecast import forecast_run, workload_of
 

@@ -5,7 +5,7 @@ first one and takes completions back. A rank that dies ends them all with an err
 help, within seconds; nothing waits for it.
 
 A rank that is out of memory is in the middle of a step that the others cannot take back. So all shrink together:
-they are started again with smaller steps, and what is unfinished is given to them anew.
+they are started again with smaller steps and a KV cache a tenth smaller, and what is unfinished is given to them anew.
 """
 
 import dataclasses
@@ -167,7 +167,7 @@ class RankedBackend:
         self._num_submitted += len(values)
 
     def _shrink(self, error: OutOfMemory) -> None:
-        """Start all ranks again with steps half as large, and give them what is unfinished.
+        """Start all ranks again with steps half as large and some memory spare; give them what is unfinished.
 
         Raises:
             OutOfMemory: they cannot be smaller, were made smaller too often, or other hosts would have to start
@@ -196,6 +196,7 @@ class RankedBackend:
             max_num_batched_tokens=smaller,
             max_num_seqs=fewest,
             max_model_len=self._info.max_model_len,
+            spare_bytes=self._config.spare_bytes + self._info.memory.get("kv_cache", 0) // 10,
         )
         self._stats_before = dataclasses.replace(self._stats)
         self._num_submitted = self._num_received = self._reported_waiting = 0

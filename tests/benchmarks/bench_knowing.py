@@ -23,10 +23,10 @@ from tasks.drain import drain, new_invocation
 from tasks.gpu_sample import open_gpu
 from tasks.latency import Latencies
 from tasks.lengths import bucket
+from tasks.metering import Meter
 from tasks.metrics import EngineReading, ReplicaCollector
 from tasks.orchestrate import LOOK_EVERY_S
 from tasks.progress import Progress
-from tasks.receipt import Meter
 from tasks.repetition import is_repetitive
 from tasks.run import Run, prepare
 from tasks.stop import StopSignal

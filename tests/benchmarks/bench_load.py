@@ -63,6 +63,8 @@ def main() -> None:
         for num_threads, buffer_mib in _variants(args):
             name = f"shm_bare_{num_threads}x{buffer_mib}"
             found[name] = _median(args.rounds, partial(_bare, paths, num_threads, buffer_mib))
+            mapped = partial(_bare, paths, num_threads, buffer_mib, is_mapped=True)
+            found[name.replace("bare", "mapped")] = _median(args.rounds, mapped)
         found |= _loaders("shm", paths, args, _variants(args))
         found["shm_first"] = _median(args.rounds, partial(_first_in_new_process, paths, args))
     _say("shm")
@@ -221,15 +223,20 @@ def _first_in_new_process(paths: list[Path], args: argparse.Namespace) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def _bare(paths: list[Path], num_threads: int, buffer_mib: int) -> float:
-    """GB/s of regions read into pinned buffers, two a thread, and copied on: no tensors, no order."""
+def _bare(
+    paths: list[Path], num_threads: int, buffer_mib: int, *, is_mapped: bool = False
+) -> float:
+    """GB/s of regions read into pinned buffers, two a thread, and copied on: no tensors, no order.
+
+    With `is_mapped` they are copied from a mapping of the file instead, fresh in every round.
+    """
     size = buffer_mib << 20
     regions = [
         (path, offset)
         for path in paths
         for offset in range(0, path.stat().st_size - size + 1, size)
     ]
-    files = {path: os.open(path, os.O_RDONLY) for path in paths}
+    files = {path: _BareFile(path, is_mapped=is_mapped) for path in paths}
     device = torch.empty(len(regions) * size, dtype=torch.uint8, device="cuda")
     lanes = [_BareLane(size) for _ in range(num_threads)]
 
@@ -243,12 +250,28 @@ def _bare(paths: list[Path], num_threads: int, buffer_mib: int) -> float:
         list(pool.map(drain, range(num_threads)))  # the threads and their streams are made here
         torch.cuda.synchronize()
         began = time.perf_counter()
+        files |= {path: _BareFile(path, is_mapped=is_mapped) for path in paths}
         list(pool.map(drain, range(num_threads)))
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    for fd in files.values():
-        os.close(fd)
     return device.nbytes / seconds / 1e9
+
+
+class _BareFile:
+    """A file's bytes, read or copied from a mapping."""
+
+    def __init__(self, path: Path, *, is_mapped: bool) -> None:
+        self._file = path.open("rb", buffering=0)
+        size = path.stat().st_size
+        self._mapped = (
+            torch.from_file(str(path), size=size, dtype=torch.uint8) if is_mapped else None
+        )
+
+    def fill(self, buffer: torch.Tensor, offset: int) -> None:
+        if self._mapped is None:
+            os.preadv(self._file.fileno(), [buffer.numpy().data], offset)
+        else:
+            buffer.copy_(self._mapped[offset : offset + len(buffer)])
 
 
 class _BareLane:
@@ -260,10 +283,10 @@ class _BareLane:
         self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         self._turn = 0
 
-    def move(self, fd: int, offset: int, target: torch.Tensor) -> None:
+    def move(self, file: _BareFile, offset: int, target: torch.Tensor) -> None:
         self._turn ^= 1
         self._events[self._turn].synchronize()
-        os.preadv(fd, [self._buffers[self._turn].numpy().data], offset)
+        file.fill(self._buffers[self._turn], offset)
         with torch.cuda.stream(self._stream):
             target.copy_(self._buffers[self._turn], non_blocking=True)
         self._events[self._turn].record(self._stream)

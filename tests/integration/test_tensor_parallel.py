@@ -46,6 +46,7 @@ PAIRS = [
     "pair-dense",
     "pair-tied-with-biases",
     "pair-moe",
+    "pair-own-experts",
     "pair-shared-experts",
     "pair-unmodified-class",
     "pair-fp8-blocks",

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from inference.backends.base import BackendInfo
 from inference.config import DistributedConfig, EngineConfig, config_from_json
@@ -26,6 +27,8 @@ from inference.rank_messages import (
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence, TokenLogprob
 from inference.vocabulary import columns_of
+
+NCCL_FULL = dist.DistBackendError("ncclUnhandledCudaError: Cuda failure 2 'out of memory'")
 
 
 def test_one_host_needs_nothing_and_never_asks_what_its_name_resolves_to():
@@ -150,6 +153,7 @@ def test_a_stream_that_is_not_ours_is_refused():
     [
         (EngineConfigError("x"), ExitCode.CONFIG_ERROR, EngineConfigError, False),
         (ModelError("x"), ExitCode.MODEL_ERROR, ModelError, False),
+        (NCCL_FULL, ExitCode.OUT_OF_MEMORY, OutOfMemory, True),
         (OutOfMemory("x"), ExitCode.OUT_OF_MEMORY, OutOfMemory, True),
         (EngineFault("x"), ExitCode.ENGINE_FAULT, EngineFault, True),
         (RuntimeError("x"), ExitCode.ENGINE_FAULT, EngineFault, True),

@@ -5,7 +5,8 @@ import pytest
 from inference.backends.base import BackendInfo, EngineStats
 from inference.model_shape import ModelShape
 from tasks.hardware import load_hardware
-from tasks.receipt import Mark, Meter, ShardFacts, shard_receipt
+from tasks.metering import Mark, Meter
+from tasks.receipt import ShardFacts, shard_receipt
 from tasks.repetition import is_repetitive
 from tasks.yardstick import Yardstick
 
