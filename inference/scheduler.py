@@ -13,9 +13,9 @@ What happens when is kept in calendars by step number, so a step costs its event
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from itertools import accumulate
 
 from inference.block_manager import ROOT, BlockManager
+from inference.even_load import EvenLoad, Waiting
 from inference.expectations import LengthEstimate, PlannedPrefixes
 from inference.sequence import Sequence
 from inference.steps import Chunk, Running, Step
@@ -25,9 +25,6 @@ MIN_SHARING_ROWS = 4
 
 GROWTH_BLOCKS = 4
 """Blocks a sequence gets at a time once it has outgrown what was expected of it."""
-
-DUE_PLACES = 64
-"""Places in the queue of waiting sequences where the prefill that is due is looked at."""
 
 HOLD_BACK_STEPS = 16
 """Steps without admissions after a preemption, so that what was taken is not asked for again at once."""
@@ -57,16 +54,10 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self._min_step_tokens = min_step_tokens or max_num_batched_tokens
         self._completion_of = completion_of
-        self._sizes_around = sizes_around or (lambda num_tokens: (num_tokens, num_tokens))
-        self._num_owed_tokens = (
-            0  # of the even load, while steps were computed at the size below it
-        )
+        self._load = EvenLoad(min_step_tokens or max_num_batched_tokens, sizes_around)
         self.lengths = LengthEstimate()
-        self._waiting: list[Running] = []  # the next one last
-        self._is_sorted = True
-        self._num_prefill_tokens: list[int] = []  # of waiting[:i + 1], shared prefixes not counted
+        self._waiting = Waiting(blocks.block_size)
         self._planned = PlannedPrefixes(blocks.block_size)
         self._prefilling: deque[Running] = deque()
         self._decoding: list[Running] = []
@@ -75,8 +66,6 @@ class Scheduler:
         self._grow_at: dict[int, list[Running]] = defaultdict(list)
         self._step = 0
         self._has_new_rows = False
-        self._num_work_tokens = 0  # expected tokens of everything submitted and not yet computed
-        self._last_finish = 0
         self._hold_back_until = 0
         self.num_preemptions = 0
 
@@ -103,10 +92,9 @@ class Scheduler:
             running = Running(sequence, prompt, max_tokens)
             running.num_expected_tokens = min(max_tokens, self.lengths.of(sequence))
             running.num_planned_cached = self._planned.add(prompt)
-            self._waiting.append(running)
-            self._num_work_tokens += len(prompt) - running.num_planned_cached
-            self._num_work_tokens += running.num_expected_tokens
-        self._is_sorted = False
+            self._waiting.add(running)
+            self._load.num_work_tokens += len(prompt) - running.num_planned_cached
+            self._load.num_work_tokens += running.num_expected_tokens
 
     def is_short_of_blocks(self) -> bool:
         """Whether the next `schedule` would have to preempt; results in flight may still free blocks."""
@@ -124,7 +112,7 @@ class Scheduler:
         budget = self._token_target(len(decodes)) - len(decodes)
         chunks, admitted = self._prefill(budget)
         assert decodes or chunks, "a step without tokens: a waiting sequence does not fit the cache"
-        self._num_work_tokens -= len(decodes) + sum(chunk.num_tokens for chunk in chunks)
+        self._load.num_work_tokens -= len(decodes) + sum(chunk.num_tokens for chunk in chunks)
         finishing = [r for r in self._finish_at.pop(self._step, ()) if not r.is_finished]
         for running in finishing:
             self._leave(running)
@@ -133,7 +121,7 @@ class Scheduler:
 
     def finish(self, running: Running, num_completion_tokens: int) -> None:
         """Take out a sequence that ended before its last allowed token. Safe if it has left already."""
-        self._num_work_tokens -= max(0, running.num_expected_tokens - num_completion_tokens)
+        self._load.num_work_tokens -= max(0, running.num_expected_tokens - num_completion_tokens)
         if not running.is_finished:
             self._leave(running)
 
@@ -154,62 +142,10 @@ class Scheduler:
         """Give the slot of a finished sequence back, once nothing of its last step is needed any more."""
         self._free_slots.append(running.slot)
 
-    # ---- the even load
-
     def _token_target(self, num_decodes: int) -> int:
-        """Tokens for this step: what is left, over the steps that the longest completion needs anyway.
-
-        More if a waiting sequence would otherwise start too late to end with the longest one.
-        """
-        self._sort()
-        num_steps = max(1, self._last_finish - self._step + 1)
-        if self._waiting:
-            num_steps = max(num_steps, self._waiting[-1].num_expected_tokens)
-        even = -(-self._num_work_tokens // num_steps)
-        due = num_decodes + self._prefill_due(num_steps)
-        target = max(even, due, self._min_step_tokens, num_decodes)
-        if self._waiting or self._prefilling:
-            target = max(self._full_size(target), self._sizes_around(max(1, num_decodes))[1])
-        return min(target, self.max_num_batched_tokens)
-
-    def _full_size(self, target: int) -> int:
-        """Return the size below or above a target, such that over many steps it is met on average.
-
-        Always taking the size above would prefill sooner, and leave steps of few rows at the end.
-        """
-        below, above = self._sizes_around(target)
-        self._num_owed_tokens += target
-        size = above if self._num_owed_tokens >= above else below
-        self._num_owed_tokens = min(max(self._num_owed_tokens - size, 0), above)
-        return size
-
-    def _prefill_due(self, num_steps: int) -> int:
-        """Prefill tokens a step that let every waiting sequence start in time, looked at in a few places."""
-        waiting, sums = self._waiting, self._num_prefill_tokens
-        if not waiting:
-            return 0
         begun = sum(len(r.token_ids) - r.num_computed_tokens for r in self._prefilling)
-        whole = begun + sums[len(waiting) - 1]
-        due = 0.0
-        for index in range(len(waiting) - 1, -1, -max(1, len(waiting) // DUE_PLACES)):
-            before = sums[index - 1] if index else 0
-            steps = num_steps - waiting[index].num_expected_tokens
-            due = max(due, (whole - before) / max(1, steps))
-        return int(due)
-
-    def _sort(self) -> None:
-        """Longest completion first; rows of one prefix stay together where lengths tie."""
-        if self._is_sorted:
-            return
-        self._waiting.sort(
-            key=lambda running: (
-                running.num_expected_tokens - running.num_sampled,
-                running.token_ids[: self.blocks.block_size],
-            )
-        )
-        lengths = (len(r.token_ids) - r.num_planned_cached for r in self._waiting)
-        self._num_prefill_tokens = list(accumulate(lengths))
-        self._is_sorted = True
+        target = self._load.target(self._step, num_decodes, self._waiting, begun)
+        return min(target, self.max_num_batched_tokens)
 
     # ---- prefill
 
@@ -236,7 +172,7 @@ class Scheduler:
         """Give the next waiting sequence a slot and blocks; False if there is none or no room."""
         if not self._waiting or not self._free_slots or self._is_holding_back():
             return False
-        running = self._waiting[-1]
+        running = self._waiting.next()
         shared = self.blocks.match(running.token_ids)
         num_expected = max(1, self.lengths.of(running.sequence) - running.num_sampled)
         running.num_expected_tokens = max(running.num_expected_tokens, running.num_sampled + 1)
@@ -255,7 +191,7 @@ class Scheduler:
         running.prefix_id = self.blocks.prefix_id(shared[-1]) if shared else ROOT
         if running.num_sampled == 0:
             running.num_cached_tokens = num_cached
-        self._num_work_tokens -= num_cached - running.num_planned_cached
+        self._load.num_work_tokens -= num_cached - running.num_planned_cached
         running.num_planned_cached = 0
         self._prefilling.append(running)
         admitted.append(running)
@@ -284,7 +220,7 @@ class Scheduler:
         self._decoding.append(running)
         self._has_new_rows = True
         expected = self._step + running.num_expected_tokens - running.num_sampled
-        self._last_finish = max(self._last_finish, min(running.last_step, expected))
+        self._load.last_finish = max(self._load.last_finish, min(running.last_step, expected))
         self._plan_growth(running)
 
     def _num_shared_blocks(self, running: Running) -> int:
@@ -343,15 +279,12 @@ class Scheduler:
 
     def _requeue(self, running: Running) -> None:
         tokens = self._completion_of(running)
-        self._num_work_tokens += running.num_computed_tokens + len(tokens)
+        self._load.num_work_tokens += running.num_computed_tokens + len(tokens)
         running.token_ids = running.token_ids + tokens
         running.num_sampled += len(tokens)
         self._free_slots.append(running.slot)
         running.slot, running.num_computed_tokens = -1, 0
-        self._waiting.append(running)
-        del self._num_prefill_tokens[len(self._waiting) - 1 :]
-        before = self._num_prefill_tokens[-1] if self._num_prefill_tokens else 0
-        self._num_prefill_tokens.append(before + len(running.token_ids))
+        self._waiting.push(running)
 
     def _leave(self, running: Running) -> None:
         running.is_finished = True
