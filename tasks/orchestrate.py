@@ -160,16 +160,15 @@ def generate(
                 report = DrainReport()
                 on_look = watched(run.record.run_id)
                 every_s = EVERY_S if on_look is None else LOOK_EVERY_S
-                with watching(run.store, progress, every_s=every_s, on_look=on_look):
+                cache = run.commit_cache
+                with watching(run.store, progress, cache=cache, every_s=every_s, on_look=on_look):
                     if drainer is not None:
                         report.exhausted = dict(drainer(run))
                     else:
                         report = run_replicas(
                             run, progress=progress, should_stop=should_stop, run_shard=run_shard
                         )
-                manifest = step(
-                    "publish", lambda: finish(run.store, progress, cache=run.commit_cache)
-                )
+                manifest = step("publish", lambda: finish(run.store, progress, cache=cache))
         finally:
             run.close()
     return _ended(run, report, manifest)

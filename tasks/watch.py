@@ -70,14 +70,18 @@ def watching(
     store: ObjectStore,
     progress: Progress,
     *,
+    cache: CommitCache,
     every_s: float = EVERY_S,
     on_look: OnLook | None = None,
 ) -> Iterator[None]:
-    """Watch in a thread while the body runs; `on_look` is shown each look, the first one at once."""
+    """Watch in a thread while the body runs; `on_look` is shown each look, the first one at once.
+
+    Commits that are read are added to `cache`, so that nobody in this process reads them again.
+    """
     done = threading.Event()
     thread = threading.Thread(
         target=_loop,
-        args=(store, Watch(progress), done, every_s, on_look),
+        args=(store, Watch(progress), done, cache, every_s, on_look),
         name="nightjar-watch",
         daemon=True,
     )
@@ -93,10 +97,10 @@ def _loop(
     store: ObjectStore,
     watch: Watch,
     done: threading.Event,
+    cache: CommitCache,
     every_s: float,
     on_look: OnLook | None,
 ) -> None:
-    cache: CommitCache = {}
     pause_s = 0.0 if on_look is not None else every_s
     while not done.wait(pause_s):
         started = time.thread_time()

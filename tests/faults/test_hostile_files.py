@@ -17,7 +17,7 @@ import pytest
 from inference.errors import InferenceError
 from storage.errors import BadInput
 from tasks.feed_process import FeedProcess
-from tests.feed_bench import MODELS, Bench, make_job
+from tests.feed_bench import CASES, MODELS, Bench, make_job
 from tests.hostile_files import MAKERS, MESSAGE
 
 MB = 1_000_000
@@ -222,6 +222,25 @@ def test_a_hostile_file_has_its_stated_outcome_in_little_memory(
     peak = child.resident_bytes("VmHWM") - before
     check(found, OUTCOMES[kind])
     assert peak < MAX_PEAK_BYTES, f"{peak / MB:.0f} MB"
+
+
+def test_no_input_of_the_cases_takes_more_memory(
+    process: FeedProcess, child: Child, tmp_path: Path
+) -> None:
+    """Their outcomes are stated where each is tested with its own settings."""
+    inputs = [path for path in CASES.rglob("*") if path.suffix in (".parquet", ".jsonl", ".csv")]
+    assert len(inputs) >= 45
+    num_read = 0
+    for index, path in enumerate(sorted(inputs)):
+        work = tmp_path / f"{index}"
+        work.mkdir()
+        child.forget_peak()
+        before = child.resident_bytes()
+        num_read += isinstance(outcome(process, path, work), Read)
+        assert process._child is not None
+        assert process._child.pid == child.pid, path
+        assert child.resident_bytes("VmHWM") - before < MAX_PEAK_BYTES, path
+    assert num_read >= 35
 
 
 def test_every_kind_has_an_outcome() -> None:

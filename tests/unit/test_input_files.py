@@ -79,6 +79,32 @@ def test_globs_match_whole_keys(files, place, pattern, expected):
     assert names(files, place, f"{place}/{pattern}") == expected
 
 
+@pytest.mark.parametrize(
+    ("pattern", "key", "is_match"),
+    [
+        ("a/**/c", "a/c", True),
+        ("a/**/c", "a/b/b/c", True),
+        ("a/**c", "a/b/bc", True),
+        ("a/*c", "a/b/c", False),
+        ("a?c", "a/c", False),
+        ("[b-d]*", "c/", False),
+        ("[]b]", "]", True),
+        ("[a-]", "-", True),
+        ("a[b", "a[b", True),
+        ("*a" * 60 + "b", "a" * 200, False),  # at once, whatever a regular expression would take
+        ("**a" * 60, "a" * 200, True),
+    ],
+)
+def test_a_glob_means_what_it_says(pattern, key, is_match):
+    assert matches(key, pattern) == is_match
+
+
+@pytest.mark.parametrize("pattern", ["[b-a]", "x[!]"])
+def test_brackets_that_mean_nothing_are_refused(pattern):
+    with pytest.raises(BadInput, match="brackets is empty or the wrong way round"):
+        matches("a", pattern)
+
+
 def test_one_file_is_itself_even_if_its_name_looks_like_a_marker(files, place):
     assert names(files, place, f"{place}/in/_temporary/d.parquet") == ["_temporary/d.parquet"]
 
