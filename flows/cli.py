@@ -81,12 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tiers.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
     tiers.add_argument("--all", action="store_true", help="every GPU count, not only the smallest")
+    bench = _command(
+        commands, "bench", "measure an engine on this machine, completions of forced lengths"
+    )
+    _add_bench(bench)
     cancel = _command(commands, "cancel", "stop every replica of a run, wherever it runs")
     _add_submit(commands)
     _add_deploy(commands)
     for command in (status, retry, verify, report, drain, cancel):
         command.add_argument("run", help=_RUN_HELP)
-    for command in (status, retry, verify, report, drain, cancel, gc, stage, tiers):
+    for command in (status, retry, verify, report, drain, cancel, gc, stage, tiers, bench):
         _add_storage(command)
     return parser
 
@@ -120,6 +124,30 @@ def _command(
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("model", help="folder, s3:// prefix, hf://repo@revision or GGUF file")
+    bench.add_argument(
+        "--mix",
+        action="append",
+        dest="mixes",
+        metavar="MIX:REQUESTS",
+        help="uniform, chat or template, and how many; may be repeated; default: chat:64",
+    )
+    bench.add_argument(
+        "--repeat", type=int, default=1, help="times a mix is run; the median counts"
+    )
+    bench.add_argument(
+        "--backend", default="auto", choices=("auto", "paged", "zero", "transformers")
+    )
+    bench.add_argument("--dtype", default="auto")
+    bench.add_argument("--quantization", default="none", choices=("none", "fp8", "int8", "nf4"))
+    bench.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
+    bench.add_argument("--tensor-parallel-size", type=int, default=1)
+    bench.add_argument(
+        "--to", default="auto", help="where to stage: auto, shm, nvme, none or a folder"
+    )
 
 
 def _add_submit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

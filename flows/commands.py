@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flows import console
 from flows.cli import (
@@ -23,9 +23,12 @@ from flows.cli import (
     EXIT_UNVERIFIED,
 )
 from flows.config import JobError, load_job
+from flows.model_commands import bench as bench
+from flows.model_commands import stage as stage
+from flows.model_commands import tiers as tiers
 from flows.night_commands import cancel as cancel
 from flows.night_commands import deploy as deploy
-from flows.night_commands import open_run, print_document, storage_of
+from flows.night_commands import open_run, print_document
 from flows.night_commands import submit as submit
 from inference.errors import InferenceError
 from storage import keys
@@ -259,53 +262,6 @@ def _gc_models(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def stage(args: argparse.Namespace) -> int:
-    """Stage, list, pin or evict models on this machine."""
-    from storage import model_caches
-    from tasks.stage import as_json, describe, describe_entries, describe_evictions
-    from tasks.stage import stage as stage_model
-
-    roots = model_caches.roots_of(args.to)
-    if args.list:
-        entries = model_caches.list_staged(roots)
-        document = {"models": [_plain(entry._asdict()) for entry in entries]}
-        print_document(args, document, describe_entries(entries))
-        return EXIT_OK
-    if args.model is None:
-        raise JobError("stage: name a model, or give --list")
-    if args.evict:
-        evictions = model_caches.evict(args.model, roots=roots)
-        document = {"evicted": [eviction._asdict() for eviction in evictions]}
-        print_document(args, document, describe_evictions(evictions))
-        return EXIT_OK if all(not e.kept_because for e in evictions) else EXIT_REFUSED
-    if args.unpin:
-        model_caches.pin(args.model, pinned=False, roots=roots)
-        return EXIT_OK
-    with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
-        if args.pin:
-            model_caches.pin(staged.content_id, roots=roots)
-        print_document(args, _plain(as_json(staged.report)), describe(staged.report))
-    return EXIT_OK
-
-
-def tiers(args: argparse.Namespace) -> int:
-    """Size a model from its config alone, on every GPU type known."""
-    from inference.tiers import tiers_table
-    from tasks.run_folder import open_run as open_recorded
-    from tasks.sizing import size
-
-    store = None
-    if args.job is not None:
-        store, _ = open_recorded(args.job, storage_of(args))
-    sizing = size(args.model, hardware=args.hardware, run=store)
-    rows = tiers_table(sizing, detail="all" if args.all else "smallest")
-    if args.json:
-        print(json.dumps(rows))
-    else:
-        console.print_tiers(rows)
-    return EXIT_OK if sizing.best is not None else EXIT_REFUSED
-
-
 def refuse(args: argparse.Namespace, error: BaseException) -> int:
     """One line on what is wrong and what to change."""
     if getattr(args, "json", False):
@@ -347,11 +303,6 @@ def _conclude(args: argparse.Namespace, ended: "Ended") -> int:
         )
         return EXIT_FAILED_ROWS
     return EXIT_OK
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths as text, so that the document is JSON."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 @contextmanager

@@ -15,9 +15,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from inference.backends.base import BackendInfo
 from storage import keys
 from storage.errors import NotFound
 from storage.object_store import ObjectStore
+from tasks.bench import MixResult
 from tasks.progress import Progress, Snapshot
 from tasks.status import RunStatus
 from tasks.verify import Verification
@@ -178,6 +180,29 @@ def samples(store: ObjectStore, count: int = 3) -> list[dict[str, Any]]:
             ):
                 return [row for row in batch.to_pylist() if row["state"] == "ok"][:count]
     return []
+
+
+def print_bench(info: BackendInfo, results: list[MixResult]) -> None:
+    """Print what an engine is and how long it took for each mix."""
+    console = Console()
+    held = ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in info.memory.items())
+    console.print(
+        f"{info.backend} on {info.num_ranks} x {info.device}, {info.dtype}; loaded in {info.load_s:.1f} s, "
+        f"warm after {info.warmup_s:.1f} s; {held or 'memory not planned'}"
+    )
+    table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
+    table.add_column("mix", no_wrap=True)
+    for name in ("seconds", "prompt tokens", "completion tokens", "completion tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            f"{result.mix}:{result.num_requests}",
+            f"{result.seconds:.2f}",
+            f"{result.num_prompt_tokens:,}",
+            f"{result.num_completion_tokens:,}",
+            f"{result.completion_tokens_per_s:,.1f}",
+        )
+    console.print(table)
 
 
 def _summary_table(status: RunStatus) -> Table:

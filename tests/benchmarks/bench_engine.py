@@ -20,12 +20,12 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 import torch
 import transformers
 from random_model import SHAPES, config_of
-from workload import requests
 
 from inference.backends.row import Row
 from inference.build_engine import PagedSettings, build_engine
 from inference.config import EngineConfig
 from inference.model import make_paged_model
+from inference.request_mixes import requests
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from tests.benchmarks.workload import Request, requests
+from inference.request_mixes import Request, requests
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 151_936

@@ -28,12 +28,12 @@ from inference.engine import PagedEngine
 from inference.graphs import around, padded
 from inference.model_runner import InFlight
 from inference.planner import Planner, Slots
+from inference.request_mixes import requests
 from inference.sampling import SamplingParams
 from inference.scheduler import Scheduler
 from inference.sequence import Sequence
 from inference.slot_params import SlotParams
 from inference.steps import Running, Step
-from tests.benchmarks.workload import requests
 
 
 class _Done:

@@ -93,11 +93,10 @@ def predicted(
     shape: str, size: int, mix: str, count: int, info: Any, args: argparse.Namespace
 ) -> float | None:
     """Seconds that the sizing expects of this mix on this GPU; None for one it does not know."""
-    from workload import requests
-
     from inference.hardware import match_gpu
     from inference.model_config import model_shape
     from inference.prediction import predict
+    from inference.request_mixes import requests
     from inference.roofline import Replica, Workload
     from tasks.hardware import load_hardware
     from tests.benchmarks.random_model import config_of
@@ -124,8 +123,7 @@ def run(
     backend: Any, mix: str, count: int, *, first_id: int, most: int = 4096
 ) -> tuple[float, int, int]:
     """Run a mix, completions of `most` tokens at most; return seconds, prompt tokens and completion tokens."""
-    from workload import requests
-
+    from inference.request_mixes import requests
     from inference.sampling import SamplingParams
     from inference.sequence import Sequence
 

@@ -4,11 +4,13 @@
     chat       short turns with heavy tails: prompt about 120, completion about 150
     template   a data job: 512 instruction tokens shared by all rows, then a short row
 
-The numbers drawn are those of the peers' benchmarks, so that results compare.
+The numbers drawn are those of the benchmarks that other engines were measured with, so that results compare.
 """
 
 import math
 import random
+
+MIXES = ("uniform", "chat", "template")
 
 Request = tuple[list[int], int]
 """Prompt token ids, completion tokens."""
@@ -39,4 +41,4 @@ def requests(mix: str, count: int, *, vocab_size: int = 150_000, seed: int = 0) 
             (shared + token_ids(length(160, 0.7, 16, 1536)), length(96, 0.7, 8, 512))
             for _ in range(count)
         ]
-    raise ValueError(f"unknown mix {mix!r}; one of uniform, chat, template")
+    raise ValueError(f"unknown mix {mix!r}; one of {', '.join(MIXES)}")

@@ -1,0 +1,106 @@
+"""Commands about a model on machines: bring it here, say where it fits, measure it."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from flows import console
+from flows.cli import EXIT_OK, EXIT_REFUSED
+from flows.config import JobError
+from flows.night_commands import print_document, storage_of
+
+
+def stage(args: argparse.Namespace) -> int:
+    """Stage, list, pin or evict models on this machine."""
+    from storage import model_caches
+    from tasks.stage import as_json, describe, describe_entries, describe_evictions
+    from tasks.stage import stage as stage_model
+
+    roots = model_caches.roots_of(args.to)
+    if args.list:
+        entries = model_caches.list_staged(roots)
+        document = {"models": [_plain(entry._asdict()) for entry in entries]}
+        print_document(args, document, describe_entries(entries))
+        return EXIT_OK
+    if args.model is None:
+        raise JobError("stage: name a model, or give --list")
+    if args.evict:
+        evictions = model_caches.evict(args.model, roots=roots)
+        document = {"evicted": [eviction._asdict() for eviction in evictions]}
+        print_document(args, document, describe_evictions(evictions))
+        return EXIT_OK if all(not e.kept_because for e in evictions) else EXIT_REFUSED
+    if args.unpin:
+        model_caches.pin(args.model, pinned=False, roots=roots)
+        return EXIT_OK
+    with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
+        if args.pin:
+            model_caches.pin(staged.content_id, roots=roots)
+        print_document(args, _plain(as_json(staged.report)), describe(staged.report))
+    return EXIT_OK
+
+
+def tiers(args: argparse.Namespace) -> int:
+    """Size a model from its config alone, on every GPU type known."""
+    from inference.tiers import tiers_table
+    from tasks.run_folder import open_run as open_recorded
+    from tasks.sizing import size
+
+    store = None
+    if args.job is not None:
+        store, _ = open_recorded(args.job, storage_of(args))
+    sizing = size(args.model, hardware=args.hardware, run=store)
+    rows = tiers_table(sizing, detail="all" if args.all else "smallest")
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        console.print_tiers(rows)
+    return EXIT_OK if sizing.best is not None else EXIT_REFUSED
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure an engine on this machine over mixes of requests."""
+    from inference.backends import create_backend
+    from inference.config import EngineConfig
+    from inference.weights import check_small_files
+    from tasks.bench import bench as run_mixes
+    from tasks.bench import parse_mix
+    from tasks.stage import stage as stage_model
+
+    mixes = [parse_mix(text) for text in args.mixes or ["chat:64"]]
+    if args.repeat < 1:
+        raise JobError(f"--repeat is {args.repeat}; give 1 or more")
+    with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
+        config = EngineConfig(
+            model=str(staged.path),
+            backend=args.backend,
+            dtype=args.dtype,
+            quantization=args.quantization,
+            kv_cache_dtype=args.kv_cache_dtype,
+            tensor_parallel_size=args.tensor_parallel_size,
+        )
+        vocab_size = int(check_small_files(staged.path).config["vocab_size"])
+        backend = create_backend(config)
+        try:
+            results = run_mixes(backend, mixes, vocab_size=vocab_size, repeat=args.repeat)
+        finally:
+            backend.close()
+        info = backend.info
+    document = {
+        "model": args.model,
+        "engine": {
+            name: getattr(info, name)
+            for name in ("backend", "device", "dtype", "num_ranks", "load_s", "warmup_s", "memory")
+        },
+        "mixes": [result.to_json() for result in results],
+    }
+    if args.json:
+        print(json.dumps(document))
+    else:
+        console.print_bench(info, results)
+    return EXIT_OK
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths as text, so that the document is JSON."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
