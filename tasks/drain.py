@@ -17,7 +17,7 @@ from storage.commits import read_commits
 from storage.lease import Leases
 from storage.manifest import CommitRecord, Shard
 from storage.records import num_unanswered
-from tasks.budget import BudgetGate, BudgetSpent
+from tasks.budget import MOST_UNSEEN, BudgetGate, BudgetSpent
 from tasks.canary import kept_answers
 from tasks.cancel import CancelWatch
 from tasks.claims import Claims
@@ -112,7 +112,12 @@ def drain(
         device=sampler.take,
         measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
-    budget = BudgetGate(store=run.store, usd=run.job.budget.usd)
+    budget = BudgetGate(
+        store=run.store,
+        usd=run.job.budget.usd,
+        most_unseen=MOST_UNSEEN,
+        cache=run.commit_cache,
+    )
     with run.open_feed() as feed:
         watch = CancelWatch(run.store, invocation, should_stop)
         replica = Replica(

@@ -109,7 +109,7 @@ def drain_by_waves(
         BudgetSpent: the next shard would cost more than `budget.usd` leaves.
     """
     seen = _Progress()
-    budget = BudgetGate(store=run.store, usd=run.job.budget.usd)
+    budget = BudgetGate(store=run.store, usd=run.job.budget.usd, cache=run.commit_cache)
     try:
         with should_stop.watched():
             while not (should_stop.is_set() or is_cancelled(run.store, invocation)):

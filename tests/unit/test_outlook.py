@@ -7,6 +7,7 @@ from flows.config import load_job
 from flows.console import status_line
 from storage import keys
 from storage.manifest import CommitRecord, PartFile, PlanManifest, Shard
+from storage.memory_store import MemoryStore
 from tasks.budget import BudgetGate, check_budget
 from tasks.forecast import Speed, Work, forecast, lengths_of
 from tasks.history import History
@@ -155,6 +156,33 @@ def test_a_status_line_speaks_of_the_whole_run():
         "not published | 1,000/2,000 rows | 10/20 shards | 1 replicas | 83 tokens/s"
     )
     assert "WARNING: P90 finish" in line
+
+
+class CountedStore(MemoryStore):
+    """Counts its listings."""
+
+    num_listings = 0
+
+    def list(self, prefix=""):
+        self.num_listings += 1
+        return super().list(prefix)
+
+
+def test_far_from_its_budget_a_gate_seldom_looks_and_near_it_every_time(frozen_clock):
+    store = CountedStore(clock=frozen_clock)
+    price = commit(0).receipt["usd"]
+    gate = BudgetGate(store=store, usd=90 * price + 0.01, most_unseen=16)
+    looks = []
+    for shard_id in range(100):
+        store.put(keys.commit(shard_id), commit(shard_id).to_json())
+        before = store.num_listings
+        is_allowed = gate.allows()
+        looks.append(store.num_listings > before)
+        if not is_allowed:
+            break
+    assert shard_id + 1 == 90, "all that fits and no more, whatever was not looked at"
+    assert sum(looks[:60]) < 8
+    assert all(looks[-3:])
 
 
 def test_the_gate_closes_before_a_shard_that_would_not_fit(memory_store):
