@@ -9,13 +9,17 @@ DEMO := .demo
 MODEL := $(DEMO)/smollm2
 AUDIT := .audit
 
-.PHONY: demo test lint campaign soak sbom audit clean
+.PHONY: demo test timing lint campaign soak sbom audit clean
 
 demo: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/nightjar run configs/demo.yaml
 
 test: $(VENV)/.triton $(MODEL)/config.json
 	OMP_NUM_THREADS=1 NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# Judged by the clock, so with nothing beside it: a real model's second run is forecast from its first.
+timing: $(VENV)/.installed $(MODEL)/config.json
+	OMP_NUM_THREADS=1 NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest -m timing -k forecast tests/integration
 
 # An hour of kills and store faults, and two hours of runs under faults: by hand, never in CI.
 campaign: $(VENV)/.installed
