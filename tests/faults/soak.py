@@ -10,8 +10,9 @@ then and started again. After each run garbage is collected and everything store
 clean connection; dummy runs must also equal, row by row, what an undisturbed run wrote.
 
 One line a minute, one JSON document at the end; exit code 1 if anything stored was wrong or not flat.
-Flat: over the rests between runs, the long-lived replica's median resident size and median number of
-open files in the last quarter of its life are at most 10 % (and 4 files) above those of the first.
+Flat: over the rests between runs, the long-lived replica's median resident size in the last quarter of its
+life is at most 10 % above that of the first, and its least number of open files at most 4 more: connections that
+the store's pools still hold at a rest come and go, what leaks stays.
 """
 
 import argparse
@@ -331,7 +332,7 @@ def flatness(rests: list[Rest]) -> dict[str, Any]:
     quarter = len(lived) // 4
     first, last = lived[:quarter], lived[-quarter:]
     rss = [statistics.median(rest.rss_mib for rest in part) for part in (first, last)]
-    files = [statistics.median(rest.num_files for rest in part) for part in (first, last)]
+    files = [min(rest.num_files for rest in part) for part in (first, last)]
     return {
         "num_rests": len(lived),
         "rss_mib_first_last_quarter": [round(value, 1) for value in rss],
