@@ -9,6 +9,10 @@ The numbers drawn are those of the benchmarks that other engines were measured w
 
 import math
 import random
+import time
+from typing import Protocol
+
+from inference.sequence import Completion, Sequence
 
 MIXES = ("uniform", "chat", "template")
 
@@ -42,3 +46,38 @@ def requests(mix: str, count: int, *, vocab_size: int = 150_000, seed: int = 0) 
             for _ in range(count)
         ]
     raise ValueError(f"unknown mix {mix!r}; one of {', '.join(MIXES)}")
+
+
+class Engine(Protocol):
+    """What sequences can be run on: any backend, or the paged engine itself."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences submitted and not yet returned."""
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Take sequences."""
+
+    def step(self) -> list[Completion]:
+        """Advance; return what finished."""
+
+
+def run_to_ends(engine: Engine, sequences: list[Sequence]) -> float:
+    """Run sequences whose completions have forced lengths; return the seconds it took.
+
+    Raises:
+        ValueError: a completion had another length than was asked for.
+    """
+    started_at = time.perf_counter()
+    engine.submit(sequences)
+    lengths = {}
+    while engine.num_unfinished:
+        for completion in engine.step():
+            lengths[completion.seq_id] = len(completion.token_ids)
+    elapsed_s = time.perf_counter() - started_at
+    wrong = sum(lengths[s.seq_id] != s.sampling.max_tokens for s in sequences)
+    if wrong:
+        raise ValueError(
+            f"{wrong} of {len(sequences)} completions have another length than asked for"
+        )
+    return elapsed_s

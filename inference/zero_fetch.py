@@ -42,7 +42,7 @@ def mend_fetching() -> None:
     from deepspeed.runtime.zero import partition_parameters as zero
 
     own = zero._no_gather_coalesced
-    if getattr(own, "is_mended", False):
+    if own.__module__ == __name__:
         return
     states = zero.ZeroParamStatus
 
@@ -56,5 +56,4 @@ def mend_fetching() -> None:
             param.ds_status = states.INFLIGHT
         return Copies(params, states)
 
-    fetch.is_mended = True  # type: ignore[attr-defined]
     zero._no_gather_coalesced = fetch

@@ -4,13 +4,13 @@ So the work depends on no weights and no stop token, and results of machines, se
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 from inference.backends.base import Backend, BackendInfo
-from inference.request_mixes import MIXES, Request, requests
+from inference.request_mixes import MIXES, Request, requests, run_to_ends
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
 from storage.errors import BadInput
@@ -50,10 +50,10 @@ def parse_mix(text: str) -> tuple[str, int]:
     Raises:
         BadInput: there is no such mix, or the number is none.
     """
-    mix, _, count = text.partition(":")
-    if mix not in MIXES or not count.isdigit() or int(count) < 1:
+    mix, _, number = text.partition(":")
+    if mix not in MIXES or not number.isdigit() or int(number) < 1:
         raise BadInput(f"--mix is {text!r}; give MIX:REQUESTS, MIX one of {', '.join(MIXES)}")
-    return mix, int(count)
+    return mix, int(number)
 
 
 def bench(
@@ -72,13 +72,13 @@ def bench(
         InferenceError: the engine failed.
         ValueError: a completion had another length than was asked for.
     """
-    numbers = _numbers()
+    numbers = count()
     warm = [(prompt, _WARM_TOKENS) for prompt, _ in requests("chat", _WARM_REQUESTS, seed=1)]
     _run(backend, _fitted(warm, backend.info, vocab_size, shift=1), numbers)
     results = []
-    for mix, count in mixes:
+    for mix, num_requests in mixes:
         times, steps = [], 0
-        drawn = requests(mix, count)
+        drawn = requests(mix, num_requests)
         for nth in range(repeat):
             before = backend.stats.num_steps
             fitted = _fitted(drawn, backend.info, vocab_size, shift=nth)
@@ -87,7 +87,7 @@ def bench(
         results.append(
             MixResult(
                 mix=mix,
-                num_requests=count,
+                num_requests=num_requests,
                 seconds=statistics.median(times),
                 all_seconds=[round(seconds, 3) for seconds in times],
                 num_prompt_tokens=sum(len(prompt) for prompt, _ in fitted),
@@ -97,13 +97,6 @@ def bench(
         )
         on_result(results[-1])
     return results
-
-
-def _numbers() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1
 
 
 def _fitted(
@@ -127,16 +120,4 @@ def _run(backend: Backend, fitted: list[Request], numbers: Iterator[int]) -> flo
         Sequence(next(numbers), prompt, SamplingParams(max_tokens=length, ignore_eos=True))
         for prompt, length in fitted
     ]
-    started_at = time.perf_counter()
-    backend.submit(sequences)
-    lengths = {}
-    while backend.num_unfinished:
-        for completion in backend.step():
-            lengths[completion.seq_id] = len(completion.token_ids)
-    elapsed_s = time.perf_counter() - started_at
-    wrong = sum(lengths[s.seq_id] != s.sampling.max_tokens for s in sequences)
-    if wrong:
-        raise ValueError(
-            f"{wrong} of {len(sequences)} completions have another length than asked for"
-        )
-    return elapsed_s
+    return run_to_ends(backend, sequences)

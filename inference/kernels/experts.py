@@ -4,7 +4,7 @@ Rows (a token with one of its experts) are put in order of their experts, each e
 rows, so that every program multiplies one expert's weights with one block. The grids are as large as any routing of
 so many tokens needs, and programs past the last block end at once: one captured launch serves any routing.
 
-    T tokens   E experts   TOP_K experts a token   S = T TOP_K rows   D hidden size   I width of an expert
+    T tokens   E experts   TOP_K experts a token   S = T TOP_K rows   D hidden size   I width of an expert (WIDTH)
 """
 
 import triton
@@ -108,7 +108,7 @@ def gate_up_kernel(
     S,
     TOP_K: tl.constexpr,
     D: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
+    WIDTH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -116,7 +116,7 @@ def gate_up_kernel(
     IS_FP8: tl.constexpr,
 ):
     """x [T,D], weight [E,2I,D] -> out [blocks BM, I] = silu(x gate) * (x up), a row for each row of the blocks."""
-    NUM_N: tl.constexpr = (I + BN - 1) // BN
+    NUM_N: tl.constexpr = (WIDTH + BN - 1) // BN
     block = tl.program_id(0) // NUM_N
     if block >= tl.load(num_blocks_ptr):
         return
@@ -126,10 +126,10 @@ def gate_up_kernel(
     offs_k = tl.arange(0, BK)
     row = tl.load(rows_ptr + block * BM + offs_m)
     is_row = row < S
-    is_n = offs_n < I
+    is_n = offs_n < WIDTH
     token = (row // TOP_K).to(tl.int64)
     x_place = x_ptr + token[:, None] * D + offs_k[None, :]
-    gate_place = weight_ptr + expert * (2 * I * D) + offs_n[None, :] * D + offs_k[:, None]
+    gate_place = weight_ptr + expert * (2 * WIDTH * D) + offs_n[None, :] * D + offs_k[:, None]
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
     for k in tl.range(0, D, BK, num_stages=STAGES):
@@ -137,24 +137,24 @@ def gate_up_kernel(
             x = tl.load(x_place + k, mask=is_row[:, None], other=0.0)
         else:
             x = tl.load(x_place + k, mask=is_row[:, None] & (offs_k[None, :] < D - k), other=0.0)
-        if D % BK == 0 and I % BN == 0:
+        if D % BK == 0 and WIDTH % BN == 0:
             gate_weight = tl.load(gate_place + k)
-            up_weight = tl.load(gate_place + I * D + k)
+            up_weight = tl.load(gate_place + WIDTH * D + k)
         else:
             mask = is_n[None, :] & (offs_k[:, None] < D - k)
             gate_weight = tl.load(gate_place + k, mask=mask, other=0.0)
-            up_weight = tl.load(gate_place + I * D + k, mask=mask, other=0.0)
+            up_weight = tl.load(gate_place + WIDTH * D + k, mask=mask, other=0.0)
         gate = tl.dot(x, gate_weight, gate, input_precision="ieee")
         up = tl.dot(x, up_weight, up, input_precision="ieee")
     if IS_FP8:
         x_scale = tl.load(x_scale_ptr + token, mask=is_row, other=0.0)[:, None]
-        scale_place = scale_ptr + expert * (2 * I) + offs_n
+        scale_place = scale_ptr + expert * (2 * WIDTH) + offs_n
         gate *= x_scale * tl.load(scale_place, mask=is_n, other=0.0)[None, :]
-        up *= x_scale * tl.load(scale_place + I, mask=is_n, other=0.0)[None, :]
+        up *= x_scale * tl.load(scale_place + WIDTH, mask=is_n, other=0.0)[None, :]
     gate = gate.to(out_ptr.dtype.element_ty).to(tl.float32)
     up = up.to(out_ptr.dtype.element_ty).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up
-    out_place = (block * BM + offs_m).to(tl.int64)[:, None] * I + offs_n[None, :]
+    out_place = (block * BM + offs_m).to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
     mask = is_row[:, None] & is_n[None, :]
     tl.store(out_ptr + out_place, value.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -172,7 +172,7 @@ def down_kernel(
     out_ptr,
     S,
     D: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
+    WIDTH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -192,18 +192,20 @@ def down_kernel(
     is_row = row < S
     is_n = offs_n < D
     place = (block * BM + offs_m).to(tl.int64)
-    x_place = x_ptr + place[:, None] * I + offs_k[None, :]
-    weight_place = weight_ptr + expert * (D * I) + offs_n[None, :] * I + offs_k[:, None]
+    x_place = x_ptr + place[:, None] * WIDTH + offs_k[None, :]
+    weight_place = weight_ptr + expert * (D * WIDTH) + offs_n[None, :] * WIDTH + offs_k[:, None]
     acc = tl.zeros([BM, BN], tl.float32)
-    for k in tl.range(0, I, BK, num_stages=STAGES):
-        if I % BK == 0:
+    for k in tl.range(0, WIDTH, BK, num_stages=STAGES):
+        if WIDTH % BK == 0:
             x = tl.load(x_place + k, mask=is_row[:, None], other=0.0)
         else:
-            x = tl.load(x_place + k, mask=is_row[:, None] & (offs_k[None, :] < I - k), other=0.0)
-        if I % BK == 0 and D % BN == 0:
+            x = tl.load(
+                x_place + k, mask=is_row[:, None] & (offs_k[None, :] < WIDTH - k), other=0.0
+            )
+        if WIDTH % BK == 0 and D % BN == 0:
             weight = tl.load(weight_place + k)
         else:
-            mask = is_n[None, :] & (offs_k[:, None] < I - k)
+            mask = is_n[None, :] & (offs_k[:, None] < WIDTH - k)
             weight = tl.load(weight_place + k, mask=mask, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision="ieee")
     if IS_FP8:

@@ -103,7 +103,7 @@ def experts(
         num_rows,
         TOP_K=top_k,
         D=hidden,
-        I=width,
+        WIDTH=width,
         **options,
     )
     inner, inner_scale = quantise_rows(inner) if is_fp8 else (inner, inner)
@@ -121,7 +121,7 @@ def experts(
         parts,
         num_rows,
         D=hidden,
-        I=width,
+        WIDTH=width,
         **options,
     )
     out = torch.empty_like(x_TD)

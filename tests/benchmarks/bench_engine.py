@@ -25,7 +25,7 @@ from inference.backends.row import Row
 from inference.build_engine import PagedSettings, build_engine
 from inference.config import EngineConfig
 from inference.model import make_paged_model
-from inference.request_mixes import requests
+from inference.request_mixes import requests, run_to_ends
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
 
@@ -78,16 +78,7 @@ def sequences_of(mix: str, count: int, temperature: float) -> list[Sequence]:
 def run(engine: Any, sequences: list[Sequence]) -> float:
     """Run sequences to their ends; return the seconds it took."""
     engine.scheduler.forget_prefixes()  # each run prefills its prompts anew
-    started_at = time.perf_counter()
-    engine.submit(sequences)
-    lengths = {}
-    while engine.num_unfinished:
-        for completion in engine.step():
-            lengths[completion.seq_id] = len(completion.token_ids)
-    elapsed_s = time.perf_counter() - started_at
-    wrong = [s.seq_id for s in sequences if lengths[s.seq_id] != s.sampling.max_tokens]
-    assert not wrong, f"{len(wrong)} completions of another length than asked for"
-    return elapsed_s
+    return run_to_ends(engine, sequences)
 
 
 def profile(engine: Any, sequences: list[Sequence], first: int, count: int) -> None:

@@ -123,7 +123,7 @@ def run(
     backend: Any, mix: str, count: int, *, first_id: int, most: int = 4096
 ) -> tuple[float, int, int]:
     """Run a mix, completions of `most` tokens at most; return seconds, prompt tokens and completion tokens."""
-    from inference.request_mixes import requests
+    from inference.request_mixes import requests, run_to_ends
     from inference.sampling import SamplingParams
     from inference.sequence import Sequence
 
@@ -133,16 +133,9 @@ def run(
         )
         for i, (prompt, length) in enumerate(requests(mix, count, seed=9 if not first_id else 0))
     ]
-    started_at = time.perf_counter()
-    backend.submit(sequences)
-    lengths = {}
-    while backend.num_unfinished:
-        for completion in backend.step():
-            lengths[completion.seq_id] = len(completion.token_ids)
-    elapsed_s = time.perf_counter() - started_at
-    wanted = {s.seq_id: s.sampling.max_tokens for s in sequences}
-    assert lengths == wanted, "completions of another length than asked for"
-    return elapsed_s, sum(len(s.prompt_token_ids) for s in sequences), sum(wanted.values())
+    elapsed_s = run_to_ends(backend, sequences)
+    num_prompt = sum(len(s.prompt_token_ids) for s in sequences)
+    return elapsed_s, num_prompt, sum(s.sampling.max_tokens for s in sequences)
 
 
 def run_case(case: str, options: list[str], limit_s: float, logs: Path) -> dict[str, Any]:

@@ -1,13 +1,8 @@
 """Experts on Triton kernels and in e4m3 against the model's own module: on the GPU, else in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 import transformers
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 from inference.experts import Experts, quantised_experts
 from inference.kernels import plain

@@ -1,14 +1,11 @@
 """Triton kernels against plain torch in fp64, with poisoned outputs: on the GPU, else in Triton's interpreter."""
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 pytest.importorskip("triton", reason="Triton is not installed: kernels are not tested here")
 
 from inference.batch import (
