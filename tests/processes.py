@@ -115,7 +115,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], Any], *, timeout_s: float = 30.0, what: str = "") -> Any:
+def wait_for(condition: Callable[[], Any], *, timeout_s: float = 120.0, what: str = "") -> Any:
     """Return the condition's first true value."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):

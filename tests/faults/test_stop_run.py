@@ -54,7 +54,7 @@ def test_a_stopped_run_lets_its_leases_go_and_is_taken_up_again(
     store = wait_for(lambda: run_in(tmp_path), what="the first commit")
     assert holders(store)
     run.send_signal(signum)
-    _, err = run.communicate(timeout=30)
+    _, err = run.communicate(timeout=120)
     assert run.returncode == code, err
     assert f"stopped by {signal.Signals(signum).name}" in err
     assert "Traceback" not in err
@@ -97,9 +97,9 @@ def test_a_stop_while_planning_is_heard_at_once(cli: Cli, tmp_path: Path) -> Non
     feeds = wait_for(lambda: children(run.pid, "tasks.feed_child"), what="the feed")
     run.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    _, err = run.communicate(timeout=30)
+    _, err = run.communicate(timeout=120)
     assert run.returncode == 143, err
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 5
     assert "Traceback" not in err
     assert not list(tmp_path.glob("out/*/plan.json"))
     wait_for(lambda: not any(map(is_alive, feeds)), what="the feed to end")
@@ -118,8 +118,8 @@ def test_a_second_signal_ends_at_once_and_the_run_is_taken_up_again(
     assert run.poll() is None
     run.send_signal(signal.SIGINT)
     began = time.monotonic()
-    assert run.wait(10) == 130
-    assert time.monotonic() - began < 1
+    assert run.wait(60) == 130
+    assert time.monotonic() - began < 5
     wait_for(lambda: not any(map(is_alive, feeds)), what="the feed to end")
     assert cli.call("run", str(job)).returncode == 0
     (record,) = tmp_path.glob("out/*/run.json")

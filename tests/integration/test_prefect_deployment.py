@@ -100,7 +100,7 @@ def task_run_names(lab: PrefectLab, run_id: str, count: int) -> list[str]:
         names = sorted(task["name"] for task in lab.task_runs(run_id))
         return names if len(names) >= count else []
 
-    return wait_for(recorded, f"{count} task runs are recorded", 30)
+    return wait_for(recorded, f"{count} task runs are recorded", 120)
 
 
 def test_a_deployment_run_publishes_and_the_next_has_nothing_left_to_do(

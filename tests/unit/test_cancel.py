@@ -39,7 +39,7 @@ def test_a_watch_is_set_by_the_marker_and_by_the_signal_it_stands_for(memory_sto
     try:
         assert not watch.is_set()
         cancel(memory_store, "mine")
-        wait_for(watch.is_set, "the watch is set", 10)
+        wait_for(watch.is_set, "the watch is set", 60)
     finally:
         watch.close()
     other = CancelWatch(memory_store, "another", outer, poll_s=60)
