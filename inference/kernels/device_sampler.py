@@ -12,8 +12,9 @@ import triton
 from torch import Tensor
 
 from inference.batch import NUM_SAMPLES
+from inference.kernels.floors import floors_kernel
 from inference.kernels.penalties import bans_kernel, tally_kernel
-from inference.kernels.sampling import commit_kernel, draws_kernel, floors_kernel, maxima_kernel
+from inference.kernels.sampling import commit_kernel, draws_kernel, maxima_kernel
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import PartitionedVocabulary, WholeVocabulary
 

@@ -31,12 +31,16 @@ def after_penalties(x, at, W, past, HAS_PENALTIES: tl.constexpr):
         tally, is_tallied, repetition, presence, frequency = past
         if is_tallied:
             seen = tl.load(tally + at, mask=at < W, other=0).to(tl.int32)
+            if repetition != 1.0:
+                scaled = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
+                x = tl.where(seen != 0, scaled, x)
             count = seen & 0x7FFF
-            scaled = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
-            x = tl.where(seen != 0, scaled, x)
-            # The product is exact in fp64 and rounded once: no compiler can fuse it into the sum.
-            product = (count.to(tl.float64) * frequency.to(tl.float64)).to(tl.float32)
-            x = tl.where(count > 0, x - (product + presence), x)
+            if frequency != 0.0:
+                # The product is exact in fp64 and rounded once: no compiler can fuse it into the sum.
+                product = (count.to(tl.float64) * frequency.to(tl.float64)).to(tl.float32)
+                x = tl.where(count > 0, x - (product + presence), x)
+            else:
+                x = tl.where(count > 0, x - presence, x)
     return x
 
 

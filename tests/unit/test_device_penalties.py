@@ -133,6 +133,7 @@ SPECIAL = st.sampled_from([math.nan, math.inf, -math.inf, 3e38, -3e38, 0.0, -0.0
     st.builds(
         SamplingParams,
         temperature=st.sampled_from([0.0, 0.7]),
+        top_k=st.sampled_from([0, 0, 2]),
         top_p=st.sampled_from([1.0, 0.5]),
         repetition_penalty=st.one_of(st.just(1.0), st.floats(0.01, 100)),
         presence_penalty=st.floats(-2, 2),
@@ -141,9 +142,12 @@ SPECIAL = st.sampled_from([math.nan, math.inf, -math.inf, 3e38, -3e38, 0.0, -0.0
         stop_token_ids=st.sampled_from([(), (0,), (1, 2, 99)]),
         ignore_eos=st.booleans(),
     ),
+    st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_any_penalties_on_any_logits_give_the_references_token(values, prompt, so_far, sampling):
-    logits = torch.tensor([values, values], device=DEVICE)
+def test_any_penalties_on_any_logits_give_the_references_token(
+    values, prompt, so_far, sampling, dtype
+):
+    logits = torch.tensor([values, values], dtype=dtype, device=DEVICE)
     so_far = [token for token in so_far if token < len(values)]
     rows = [SamplerRow(sampling, 5, prompt, so_far, {1}), SamplerRow(SamplingParams(), 6, [1])]
     table = Slots(2, len(values))
@@ -172,6 +176,34 @@ def test_a_rows_scores_are_the_references_to_the_last_bit():
         for i, (row, token) in enumerate(zip(rows, expected, strict=True)):
             row.token_ids = [*row.token_ids, token]
             logits[i, token] = logits[i, (token + 1) % vocab] * (1 + 2**-23)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_floors_lie_between_penalised_scores_that_differ_in_low_bits_only(sign, dtype):
+    """Logits in bf16 that all have the same 16 bits or the next: what penalties take is far below their spacing."""
+    vocab, num_rows = 64, 12
+    logits = torch.full((num_rows, vocab), sign * 40.0, dtype=dtype, device=DEVICE)
+    logits[:, ::5] = sign * 40.25
+    rows = [
+        SamplerRow(
+            SamplingParams(
+                temperature=3.0,
+                frequency_penalty=0.001,
+                presence_penalty=0.0005,
+                **({"top_k": 3 + 5 * i} if i % 2 else {"top_p": 0.05 + 0.07 * i}),
+            ),
+            draw_seed,
+            [1],
+            [token for token in range(vocab) for _ in range(token * 7 % 11)],
+        )
+        for draw_seed in range(3)
+        for i in range(num_rows // 3)
+    ]
+    table = Slots(num_rows, vocab)
+    for slot, row in enumerate(rows):
+        table.start(slot, row)
+    assert table.choose(logits, list(range(num_rows)), rows) == sample(logits, rows).token_ids
 
 
 def test_a_broken_logit_of_a_banned_token_still_breaks_its_row():
