@@ -157,25 +157,28 @@ def test_any_penalties_on_any_logits_give_the_references_token(
         assert table.choose(logits, [0, 1], rows) == sample(logits, rows).token_ids
 
 
-def test_a_rows_scores_are_the_references_to_the_last_bit():
-    """Presence after frequency after repetition, each rounded: seen tokens' logits are set to tie but for a bit."""
-    vocab = 512
+@pytest.mark.parametrize("is_lower", [True, False])
+def test_a_rows_scores_are_the_references_to_the_last_bit(is_lower):
+    """An unseen token ties with what the seen one's score must be: the lower id wins, unless a bit is wrong."""
+    seen, unseen = (4, 9) if is_lower else (9, 4)
     sampling = SamplingParams(
-        repetition_penalty=1.1, frequency_penalty=0.3, presence_penalty=0.7, temperature=0.0
+        repetition_penalty=1.1, frequency_penalty=0.37, presence_penalty=0.21, max_tokens=400
     )
+    count = 150
+    rows = [SamplerRow(sampling, i, [seen] * (i % 2), [seen] * (i % 97 + 1)) for i in range(count)]
+    logits = torch.full((count, 12), -1e6)
     generator = torch.Generator().manual_seed(3)
-    history = torch.randint(0, vocab // 2, (700,), generator=generator).tolist()
-    rows = [SamplerRow(sampling, i, history[:5], history[i:], ()) for i in range(8)]
-    logits = torch.randn(8, vocab, generator=generator) * 4
-    table = Slots(8, vocab)
+    logits[:, seen] = torch.randn(count, generator=generator) * 20
+    penalties = sampling.frequency_penalty * torch.tensor([len(r.token_ids) for r in rows])
+    value = logits[:, seen]
+    scaled = torch.where(value > 0, value / 1.1, value * 1.1)
+    logits[:, unseen] = scaled - (penalties + sampling.presence_penalty)
+    logits = logits.to(DEVICE)
+    table = Slots(count, 12)
     for slot, row in enumerate(rows):
         table.start(slot, row)
-    for _ in range(6):
-        expected = sample(logits.to(DEVICE), rows).token_ids
-        assert table.choose(logits.to(DEVICE), list(range(8)), rows) == expected
-        for i, (row, token) in enumerate(zip(rows, expected, strict=True)):
-            row.token_ids = [*row.token_ids, token]
-            logits[i, token] = logits[i, (token + 1) % vocab] * (1 + 2**-23)
+    assert sample(logits, rows).token_ids == [4] * count
+    assert table.choose(logits, list(range(count)), rows) == [4] * count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
