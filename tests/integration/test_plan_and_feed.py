@@ -16,7 +16,8 @@ from storage import keys
 from storage.errors import BadInput, CorruptObject, FingerprintMismatch
 from storage.manifest import PlanManifest
 from tasks.feed import input_schema
-from tasks.plan import load_plan, load_shards, make_plan
+from tasks.plan import make_plan
+from tasks.run_record import load_plan, load_shards
 from tests.feed_bench import MODELS, RECORD, Bench, make_job
 
 MESSAGES = [{"role": "user", "content": "hi"}]
