@@ -1,0 +1,78 @@
+"""AbsentCard: a CUDA device as Triton sees it, where there is none: kernels can be compiled for it, not run.
+
+Made active, it answers what Triton asks of the device before a launch, from numbers that were read elsewhere. So a
+process can compile for a device without a context on it, which would take half a gigabyte of its memory.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """What the choice and the compilation of our kernels depend on."""
+
+    capability: int
+    """90 for 9.0."""
+
+    num_multiprocessors: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "CardFacts":
+        """Ask a CUDA device."""
+        properties = torch.cuda.get_device_properties(device)
+        return cls(
+            capability=10 * properties.major + properties.minor,
+            num_multiprocessors=properties.multi_processor_count,
+        )
+
+
+class AbsentCard(DriverBase):  # type: ignore[misc]
+    """A driver for `triton.runtime.driver.set_active`."""
+
+    def __init__(self, facts: CardFacts) -> None:
+        self._facts = facts
+        self.utils = self
+        """Triton asks for properties there."""
+
+    @classmethod
+    def is_active(cls) -> bool:
+        """Never found by Triton on its own."""
+        return False
+
+    def activate(self) -> None:
+        """Have Triton compile for this card from now on, in this process."""
+        triton.runtime.driver.set_active(self)
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return GPUTarget("cuda", self._facts.capability, 32)
+
+    def get_current_device(self) -> int:
+        """The number under which Triton keeps what it has compiled."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Those that do not depend on a context."""
+        return {"multiprocessor_count": self._facts.num_multiprocessors}
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where tensors of this card are."""
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, ty: str) -> NoReturn:
+        """For launchers, which there are none of."""
+        raise NotImplementedError(f"an absent card launches nothing, so {ty} needs no C++ type")
+
+    def get_benchmarker(self) -> Any:
+        """For autotuning."""
+        raise NotImplementedError("nothing can be timed on an absent card")

@@ -1,0 +1,141 @@
+"""Kernels compiled while the weights load, by processes beside this one: `inference.compile_ahead`.
+
+What they compile goes into Triton's cache on disk, where the engine's first launches find it. Without them, or when
+they fail, the same launches compile it one after the other, as Triton always does.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from inference.config import EngineConfig
+from inference.model import FUSED_MODEL_TYPES
+
+logger = logging.getLogger(__name__)
+
+_MOST_PROCESSES = 8
+_PATIENCE_S = 60.0
+"""Longer than all kernels take one after the other; who has not finished then is stopped."""
+
+
+class Precompile:
+    """Processes that compile for one engine; leaving the `with` block ends what is left of them."""
+
+    def __init__(self, num_processes: int) -> None:
+        """Start them; they import what they need while they wait for `tell`. 0: there are none, all else is idle."""
+        self._num_processes = num_processes
+        self._process = _start() if num_processes else None
+
+    @classmethod
+    def of(
+        cls, model_config: Mapping[str, Any], config: EngineConfig, device: torch.device
+    ) -> "Precompile":
+        """Start and tell them, where that helps: on CUDA, for one rank of a model that runs on our kernels.
+
+        Args:
+            model_config: the parsed config.json.
+            config: the engine's.
+            device: what to compile for.
+        """
+        if not _is_worth_it(model_config, config, device):
+            return cls(0)
+        kernels = cls(max(0, min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)))
+        from inference.kernels.absent_card import CardFacts  # Triton exists where CUDA does
+
+        kernels.tell(CardFacts.of(device), model_config, config)
+        return kernels
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def tell(self, card: Any, model_config: Mapping[str, Any], config: EngineConfig) -> None:
+        """Say what to compile for: the `CardFacts` of the device, the parsed config.json, the engine's settings."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        task = {
+            "card": dataclasses.asdict(card),
+            "model_config": dict(model_config),
+            "config": dataclasses.asdict(config),
+            "num_processes": self._num_processes,
+        }
+        try:
+            self._process.stdin.write(json.dumps(task).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:  # it has ended already; `wait` says why
+            logger.debug("compiling ahead did not take its task")
+
+    def wait(self) -> float:
+        """Wait until all is compiled, or has failed; return the seconds that took."""
+        if self._process is None:
+            return 0.0
+        started_at = time.perf_counter()
+        try:
+            output, errors = self._process.communicate(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            logger.debug("compiling ahead has not ended after %.0f s more: stopped", _PATIENCE_S)
+        else:
+            lines = (output if self._process.returncode == 0 else errors).decode().splitlines()
+            logger.debug(
+                "compiling ahead ended with %d: %s", self._process.returncode, (lines or [""])[-1]
+            )
+        self._stop()
+        return time.perf_counter() - started_at
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its children as well
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def _is_worth_it(
+    model_config: Mapping[str, Any], config: EngineConfig, device: torch.device
+) -> bool:
+    text_config = model_config.get("text_config") or model_config
+    return (
+        device.type == "cuda"
+        and config.tensor_parallel_size == 1
+        and config.quantization in ("none", "fp8")
+        and text_config.get("model_type") in FUSED_MODEL_TYPES
+        and os.environ.get("TRITON_INTERPRET", "0") != "1"
+    )
+
+
+def _start() -> "subprocess.Popen[bytes]":
+    root = str(Path(__file__).parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    # No device, so that no context can be made on it; one thread, so that the process can be forked.
+    alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "inference.compile_ahead"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **alone},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )

@@ -1,0 +1,127 @@
+"""What real models' warm-ups ask of Triton, beside what `inference.compile_ahead` foretells; no device is needed.
+
+    python -m tests.warm_up_kernels foretold     one JSON line for every case: what was asked for and not foretold, and back
+    python -m tests.warm_up_kernels compiled     compiles ahead, then warms up a real model: how much that compiled
+
+A process of its own: in the tests' process Triton interprets kernels.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+import triton
+
+from inference.absent_model import AbsentModel
+from inference.build_engine import PagedSettings, run_all
+from inference.compile_ahead import compile_all, noted_instead_of_compiled, variants
+from inference.config import EngineConfig
+from inference.kernels import fused
+from inference.kernels.absent_card import AbsentCard, CardFacts
+from inference.model import FusedModel, PagedModel, make_paged_model
+from tests.paged_cases import CONFIGS
+
+FACTS = CardFacts(capability=90, num_multiprocessors=fused.num_multiprocessors(torch.device("cpu")))
+FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
+SIZES: dict[str, Any] = {"max_num_seqs": 24, "max_num_batched_tokens": 200}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "dense": ("qwen3", {}, {}),
+    "dense fp8": ("qwen3", {}, FP8),
+    "biases, odd sizes": ("llama", {}, {"max_num_seqs": 13, "max_model_len": 64}),
+    "tied, one block a row": ("qwen2", {"tie_word_embeddings": True}, {"dtype": "float16"}),
+    "a window": ("mistral-window", {}, {}),
+    "windows in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+        {},
+    ),
+    "experts": ("qwen3-moe", {}, {}),
+    "experts fp8": ("qwen3-moe", {"norm_topk_prob": True}, FP8),
+    "experts in some layers": ("qwen3-moe", {"mlp_only_layers": [0]}, FP8),
+}
+
+
+class IdleCard(AbsentCard):
+    """Loads kernels and launches them to no effect."""
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        return lambda *args: None
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        return object(), 0, 0, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {**super().get_device_properties(device), "max_shared_mem": 228 * 1024}
+
+
+class Case:
+    """A tiny model of a family with the engine's settings on a card."""
+
+    def __init__(self, name: str) -> None:
+        family, model_changes, engine = CASES[name]
+        plain = CONFIGS[family]()
+        values = {k: v for k, v in plain.to_dict().items() if k != "layer_types"}
+        self.transformers_config = type(plain)(**{**values, "dtype": "bfloat16", **model_changes})
+        with TemporaryDirectory() as folder:
+            self.transformers_config.save_pretrained(folder)
+            self.model_config = json.loads((Path(folder) / "config.json").read_text())
+        self.config = EngineConfig(model="tiny", **{**SIZES, **engine})
+
+    def model(self, device: str) -> PagedModel:
+        """The real one."""
+        dtype = self.config.dtype
+        model = transformers.AutoModelForCausalLM.from_config(
+            self.transformers_config,
+            dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+        ).to(device)
+        return make_paged_model(model, fused, is_fp8=self.config.quantization == "fp8")
+
+    def settings(self) -> PagedSettings:
+        """Those of the real model on a card."""
+        return PagedSettings.of(self.config, self.model("meta"))
+
+    def compare(self) -> dict[str, Any]:
+        """Foretell, then warm up the real model, in host memory with real addresses."""
+        foretold = set(variants(self.model_config, self.config))
+        absent = FusedModel(AbsentModel(self.model_config, self.config.dtype), fused)
+        assert PagedSettings.of(self.config, absent) == self.settings()
+        with noted_instead_of_compiled() as asked:
+            run_all(self.model("cpu"), self.settings())
+        return {
+            "num_foretold": len(foretold),
+            "not_foretold": [dataclasses.astuple(v) for v in set(asked) - foretold],
+            "not_asked": [dataclasses.astuple(v) for v in foretold - set(asked)],
+        }
+
+
+def compiled(name: str) -> dict[str, Any]:
+    case = Case(name)
+    foretold = variants(case.model_config, case.config)
+    compile_all(foretold, 2)
+    hits: list[bool] = []
+
+    def listen(*, cache_hit: bool, **_: Any) -> None:
+        hits.append(cache_hit)
+
+    triton.knobs.compilation.listener = listen
+    run_all(case.model("cpu"), case.settings())
+    return {"num_foretold": len(foretold), "found": sum(hits), "compiled": len(hits) - sum(hits)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    IdleCard(FACTS).activate()
+    if sys.argv[1] == "compiled":
+        print(json.dumps(compiled("dense")))
+        return
+    for name in CASES:
+        print(json.dumps({"case": name, **Case(name).compare()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
