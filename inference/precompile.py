@@ -4,6 +4,7 @@ What they compile goes into Triton's cache on disk, where the engine's first lau
 they fail, the same launches compile it one after the other, as Triton always does.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -32,29 +33,27 @@ _PATIENCE_S = 60.0
 class Precompile:
     """Processes that compile for one engine; leaving the `with` block ends what is left of them."""
 
-    def __init__(self, num_processes: int) -> None:
-        """Start them; they import what they need while they wait for `tell`. 0: there are none, all else is idle."""
-        self._num_processes = num_processes
-        self._process = _start() if num_processes else None
+    def __init__(self, task: Mapping[str, Any] | None) -> None:
+        """Start them on a task of `task_for`. None: there are none, and nothing to wait for."""
+        self._process = None if task is None else _start(task)
 
     @classmethod
-    def of(
+    def beside(
         cls, model_config: Mapping[str, Any], config: EngineConfig, device: torch.device
     ) -> "Precompile":
-        """Start and tell them, where that helps: on CUDA, for one rank of a model that runs on our kernels.
+        """Start them where that helps: on CUDA, for one rank of a model that runs on our kernels.
 
         Args:
             model_config: the parsed config.json.
             config: the engine's.
             device: what to compile for.
         """
-        if not _is_worth_it(model_config, config, device):
-            return cls(0)
-        kernels = cls(max(0, min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)))
+        num_processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)
+        if num_processes < 1 or not _is_worth_it(model_config, config, device):
+            return cls(None)
         from inference.kernels.absent_card import CardFacts  # Triton exists where CUDA does
 
-        kernels.tell(CardFacts.of(device), model_config, config)
-        return kernels
+        return cls(task_for(CardFacts.of(device), model_config, config, num_processes))
 
     def __enter__(self) -> Self:
         return self
@@ -67,23 +66,6 @@ class Precompile:
     ) -> None:
         self._stop()
 
-    def tell(self, card: Any, model_config: Mapping[str, Any], config: EngineConfig) -> None:
-        """Say what to compile for: the `CardFacts` of the device, the parsed config.json, the engine's settings."""
-        if self._process is None:
-            return
-        assert self._process.stdin is not None
-        task = {
-            "card": dataclasses.asdict(card),
-            "model_config": dict(model_config),
-            "config": dataclasses.asdict(config),
-            "num_processes": self._num_processes,
-        }
-        try:
-            self._process.stdin.write(json.dumps(task).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:  # it has ended already; `wait` says why
-            logger.debug("compiling ahead did not take its task")
-
     def wait(self) -> float:
         """Wait until all is compiled, or has failed; return the seconds that took."""
         if self._process is None:
@@ -92,12 +74,11 @@ class Precompile:
         try:
             output, errors = self._process.communicate(timeout=_PATIENCE_S)
         except subprocess.TimeoutExpired:
-            logger.debug("compiling ahead has not ended after %.0f s more: stopped", _PATIENCE_S)
+            logger.debug("compiling ahead was stopped: not done after %.0f s more", _PATIENCE_S)
         else:
-            lines = (output if self._process.returncode == 0 else errors).decode().splitlines()
-            logger.debug(
-                "compiling ahead ended with %d: %s", self._process.returncode, (lines or [""])[-1]
-            )
+            code = self._process.returncode
+            lines = (errors if code else output).decode(errors="replace").splitlines()
+            logger.debug("compiling ahead ended with %d: %s", code, (lines or [""])[-1])
         self._stop()
         return time.perf_counter() - started_at
 
@@ -110,7 +91,20 @@ class Precompile:
         process.wait()
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+
+def task_for(
+    card: Any, model_config: Mapping[str, Any], config: EngineConfig, num_processes: int
+) -> dict[str, Any]:
+    """Return what `inference.compile_ahead` reads: `card` is the device's `CardFacts`."""
+    return {
+        "card": dataclasses.asdict(card),
+        "model_config": dict(model_config),
+        "config": dataclasses.asdict(config),
+        "num_processes": num_processes,
+    }
 
 
 def _is_worth_it(
@@ -126,12 +120,12 @@ def _is_worth_it(
     )
 
 
-def _start() -> "subprocess.Popen[bytes]":
+def _start(task: Mapping[str, Any]) -> "subprocess.Popen[bytes]":
     root = str(Path(__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     # No device, so that no context can be made on it; one thread, so that the process can be forked.
     alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "inference.compile_ahead"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **alone},
         stdin=subprocess.PIPE,
@@ -139,3 +133,8 @@ def _start() -> "subprocess.Popen[bytes]":
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it has ended already; `wait` says why
+        process.stdin.write(json.dumps(task).encode() + b"\n")
+        process.stdin.flush()
+    return process

@@ -1,9 +1,10 @@
 """What real models' warm-ups ask of Triton, beside what `inference.compile_ahead` foretells; no device is needed.
 
-    python -m tests.warm_up_kernels foretold     one JSON line for every case: what was asked for and not foretold, and back
-    python -m tests.warm_up_kernels compiled     compiles ahead, then warms up a real model: how much that compiled
+    python -m tests.warm_up_kernels
 
-A process of its own: in the tests' process Triton interprets kernels.
+Prints one JSON line of what foretelling needed, one for every case (asked for and not foretold, and back), and one of
+what a real model's warm-up compiled after `inference.precompile` was done. A process of its own: in the tests' process
+Triton interprets kernels.
 """
 
 import dataclasses
@@ -14,17 +15,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 import triton
 
 from inference.absent_model import AbsentModel
 from inference.build_engine import PagedSettings, run_all
-from inference.compile_ahead import compile_all, noted_instead_of_compiled, variants
+from inference.compile_ahead import noted_instead_of_compiled, variants
 from inference.config import EngineConfig
 from inference.kernels import fused
 from inference.kernels.absent_card import AbsentCard, CardFacts
 from inference.model import FusedModel, PagedModel, make_paged_model
-from tests.paged_cases import CONFIGS
+from inference.precompile import Precompile, task_for
 
 FACTS = CardFacts(capability=90, num_multiprocessors=fused.num_multiprocessors(torch.device("cpu")))
 FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
@@ -59,10 +59,23 @@ class IdleCard(AbsentCard):
         return {**super().get_device_properties(device), "max_shared_mem": 228 * 1024}
 
 
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 128,
+}
+
+
 class Case:
     """A tiny model of a family with the engine's settings on a card."""
 
     def __init__(self, name: str) -> None:
+        from tests.paged_cases import CONFIGS
+
         family, model_changes, engine = CASES[name]
         plain = CONFIGS[family]()
         values = {k: v for k, v in plain.to_dict().items() if k != "layer_types"}
@@ -74,6 +87,8 @@ class Case:
 
     def model(self, device: str) -> PagedModel:
         """The real one."""
+        import transformers
+
         dtype = self.config.dtype
         model = transformers.AutoModelForCausalLM.from_config(
             self.transformers_config,
@@ -89,38 +104,39 @@ class Case:
         """Foretell, then warm up the real model, in host memory with real addresses."""
         foretold = set(variants(self.model_config, self.config))
         absent = FusedModel(AbsentModel(self.model_config, self.config.dtype), fused)
-        assert PagedSettings.of(self.config, absent) == self.settings()
+        settings = self.settings()
         with noted_instead_of_compiled() as asked:
-            run_all(self.model("cpu"), self.settings())
+            run_all(self.model("cpu"), settings)
         return {
             "num_foretold": len(foretold),
             "not_foretold": [dataclasses.astuple(v) for v in set(asked) - foretold],
             "not_asked": [dataclasses.astuple(v) for v in foretold - set(asked)],
+            "same_settings": PagedSettings.of(self.config, absent) == settings,
         }
 
+    def compile(self) -> dict[str, Any]:
+        """Compile ahead, then warm up the real model, which is to find all of it."""
+        hits: list[bool] = []
 
-def compiled(name: str) -> dict[str, Any]:
-    case = Case(name)
-    foretold = variants(case.model_config, case.config)
-    compile_all(foretold, 2)
-    hits: list[bool] = []
+        def listen(*, cache_hit: bool, **_: Any) -> None:
+            hits.append(cache_hit)
 
-    def listen(*, cache_hit: bool, **_: Any) -> None:
-        hits.append(cache_hit)
-
-    triton.knobs.compilation.listener = listen
-    run_all(case.model("cpu"), case.settings())
-    return {"num_foretold": len(foretold), "found": sum(hits), "compiled": len(hits) - sum(hits)}
+        with Precompile(task_for(FACTS, self.model_config, self.config, 2)) as kernels:
+            kernels.wait()
+        triton.knobs.compilation.listener = listen
+        run_all(self.model("cpu"), self.settings())
+        return {"found": sum(hits), "compiled": len(hits) - sum(hits)}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     IdleCard(FACTS).activate()
-    if sys.argv[1] == "compiled":
-        print(json.dumps(compiled("dense")))
-        return
+    variants(TINY, EngineConfig(model="tiny", **SIZES))
+    needed = {"transformers": "transformers" in sys.modules, "cuda": torch.cuda.is_initialized()}
+    print(json.dumps(needed), flush=True)
     for name in CASES:
         print(json.dumps({"case": name, **Case(name).compare()}), flush=True)
+    print(json.dumps(Case("dense").compile()))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class PagedBackend:
         folder = check_small_files(files.folder())
         check_engine(folder, replace(config, backend="paged"))
         device = current_device()
-        with Precompile.of(folder.config, config, device) as kernels:
+        with Precompile.beside(folder.config, config, device) as kernels:
             self.tokenizer = load_tokenizer(folder)
             source = _loading_device(folder, config, ranks, device) if is_fp8 else device
             loaded = _load(files, _without_fp8(config), ranks, source)
