@@ -33,8 +33,9 @@ class LLM:
             TypeError: there is no such field.
         """
         config = EngineConfig(model=model, **engine_kwargs)
-        self.tokenizer = _load_tokenizer(config)
         self.backend = create_backend(config)
+        # The backend's own, where it decodes with one.
+        self.tokenizer = getattr(self.backend, "tokenizer", None) or _load_tokenizer(config)
 
     def __enter__(self) -> Self:
         return self
