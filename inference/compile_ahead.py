@@ -31,9 +31,12 @@ class Variant:
 
 
 def _compile(variant: Variant) -> None:
-    """Compile it, unless Triton's cache has it."""
-    kernel = getattr(importlib.import_module(variant.module), variant.name)
-    kernel.preload(variant.specialization)
+    """Compile it and build its launcher, unless Triton's cache has them."""
+    import triton
+
+    function = getattr(importlib.import_module(variant.module), variant.name)
+    kernel = function.preload(variant.specialization)
+    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 def variants(model_config: Mapping[str, Any], config: EngineConfig) -> list[Variant]:
@@ -78,16 +81,27 @@ def noted_instead_of_compiled() -> Iterator[dict[Variant, int]]:
         knobs.jit_cache_hook = hook
 
 
+def _build_extension() -> None:
+    """Build what Triton needs of a device at all, unless its cache has that."""
+    import triton
+
+    triton.runtime.driver.active.utils.extension()
+
+
 def compile_all(found: list[Variant], num_processes: int) -> None:
     """Compile in so many processes, forked from this one, which must have one thread.
 
     Raises:
-        BrokenProcessPool: one of them was killed.
+        Exception: the first of what went wrong in any of them, once the others are done.
     """
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        for _ in pool.map(_compile, found):
-            pass
+        futures = [
+            pool.submit(_build_extension),
+            *(pool.submit(_compile, variant) for variant in found),
+        ]
+    for future in futures:
+        future.result()
 
 
 def main() -> None:

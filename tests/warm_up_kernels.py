@@ -22,7 +22,7 @@ from inference.build_engine import PagedSettings, run_all
 from inference.compile_ahead import noted_instead_of_compiled, variants
 from inference.config import EngineConfig
 from inference.kernels import fused
-from inference.kernels.absent_card import AbsentCard, CardFacts
+from inference.kernels.absent_card import AbsentCard, CardFacts, Utils
 from inference.model import FusedModel, PagedModel, make_paged_model
 from inference.precompile import Precompile, task_for
 
@@ -46,17 +46,30 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-class IdleCard(AbsentCard):
-    """Loads kernels and launches them to no effect."""
-
-    def launcher_cls(self, src: Any, metadata: Any) -> Any:
-        return lambda *args: None
+class IdleUtils(Utils):
+    """Loads kernels to no effect."""
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
         return object(), 0, 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {**super().get_device_properties(device), "max_shared_mem": 228 * 1024}
+
+
+class IdleCard(AbsentCard):
+    """Launches what it loads to no effect; the launchers are built where there is a driver library to link them to."""
+
+    def __init__(self, facts: CardFacts) -> None:
+        super().__init__(facts)
+        self.utils = IdleUtils(facts)
+        make = self.launcher_cls
+
+        def idle(src: Any, metadata: Any) -> Any:
+            if triton.knobs.nvidia.libcuda_path:
+                make(src, metadata)
+            return lambda *args: None
+
+        self.launcher_cls = idle
 
 
 TINY: dict[str, Any] = {
@@ -123,9 +136,20 @@ class Case:
 
         with Precompile(task_for(FACTS, self.model_config, self.config, 2)) as kernels:
             kernels.wait()
+        before = num_cached()
         triton.knobs.compilation.listener = listen
         run_all(self.model("cpu"), self.settings())
-        return {"found": sum(hits), "compiled": len(hits) - sum(hits)}
+        return {
+            "found": sum(hits),
+            "compiled": len(hits) - sum(hits),
+            "cached_before": before,
+            "cached_after": num_cached(),
+        }
+
+
+def num_cached() -> int:
+    """Kernels and C extensions in Triton's cache."""
+    return len(list(Path(triton.knobs.cache.dir).iterdir()))
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
 Made active, it answers what Triton asks of the device before a launch, from numbers that were read elsewhere. So a
 process can compile for a device without a context on it, which would take half a gigabyte of its memory.
+
+Triton builds small C extensions besides kernels: one for the device, and before 3.7 one to launch each signature of a
+kernel. Those that are built here are Triton's own; they need CUDA's driver library, and no device.
 """
 
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +36,34 @@ class CardFacts:
         )
 
 
+class Utils:
+    """What Triton's own driver has under this name; all but the properties comes from the device's extension."""
+
+    def __init__(self, facts: CardFacts) -> None:
+        self._facts = facts
+        self._extension: Any = None
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Those that are known without a context."""
+        return {"multiprocessor_count": self._facts.num_multiprocessors}
+
+    def extension(self) -> Any:
+        """The device's extension, which is built if it is not in Triton's cache."""
+        self._extension = self._extension or CudaUtils()
+        return self._extension
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.extension(), name)
+
+
 class AbsentCard(DriverBase):  # type: ignore[misc]
     """A driver for `triton.runtime.driver.set_active`."""
 
     def __init__(self, facts: CardFacts) -> None:
         self._facts = facts
-        self.utils = self
-        """Triton asks for properties there."""
+        self.utils = Utils(facts)
+        self.launcher_cls = CudaLauncher
+        """What makes a kernel's launcher; builds it, where it needs to be."""
 
     @classmethod
     def is_active(cls) -> bool:
@@ -60,10 +85,6 @@ class AbsentCard(DriverBase):  # type: ignore[misc]
     def get_current_stream(self, device: int) -> int:
         """The default stream."""
         return 0
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Those that do not depend on a context."""
-        return {"multiprocessor_count": self._facts.num_multiprocessors}
 
     def get_active_torch_device(self) -> torch.device:
         """Where tensors of this card are."""
