@@ -5,6 +5,7 @@ Attention work is cut here: decoding rows into items of about one size, chunks a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -164,9 +165,9 @@ class Planner:
             int(own.sum()) // max(1, limits.max_num_items - num_rows) + block,
         )
         count = -(-own // (-(-target // block) * block))
-        if num_rows and count.max() == 1 and not num_tiles:
-            self._fill_whole_items(parts, rows, lens)
-            return 0
+        if num_rows and count.max() == 1:
+            self._fill_whole_items(parts, rows, lens, prefix, num_prefix_parts)
+            return num_tiles
         size = -(-own // (count * block)) * block
         count = -(-own // size)
         num_parts = count + num_prefix_parts
@@ -195,20 +196,32 @@ class Planner:
         parts["row_num_parts"][num_rows:] = 0
         return num_tiles
 
-    def _fill_whole_items(self, parts: dict[str, Any], rows: IntArray, lens: IntArray) -> None:
-        """Make each row one item: none is long enough to be cut, none has a shared prefix."""
-        order = np.argsort(-lens)
-        items = parts["items"][: len(rows)]
+    def _fill_whole_items(
+        self,
+        parts: dict[str, Any],
+        rows: IntArray,
+        lens: IntArray,
+        prefix: IntArray,
+        num_prefix_parts: IntArray,
+    ) -> None:
+        """Make each row's own keys one item, the longest first: none is long enough to be cut."""
+        num_rows = len(rows)
+        has_prefix = num_prefix_parts > 0
+        num_parts = np.where(has_prefix, num_prefix_parts + 1, 0)
+        first_part = np.cumsum(num_parts) - num_parts
+        order = np.argsort(prefix - lens)
+        items = parts["items"][:num_rows]
         items[:, 0] = order
         items[:, 1] = rows[order]
-        items[:, 2] = 0
+        items[:, 2] = prefix[order]
         items[:, 3] = items[:, 5] = lens[order]
-        items[:, 4] = -1
-        items[:, 6] = 1
-        items[:, 7] = 0
-        parts["counts"][NUM_ITEMS] = len(rows)
-        parts["row_part"][: len(rows)] = 0
-        parts["row_num_parts"][:] = 0
+        items[:, 4] = np.where(has_prefix, first_part + num_prefix_parts, -1)[order]
+        items[:, 6] = ~has_prefix[order]
+        items[:, 7] = first_part[order]
+        parts["counts"][NUM_ITEMS] = num_rows
+        parts["row_part"][:num_rows] = first_part
+        parts["row_num_parts"][:num_rows] = num_parts
+        parts["row_num_parts"][num_rows:] = 0
 
     def _fill_cascade(
         self, parts: dict[str, Any], rows: IntArray
@@ -221,11 +234,12 @@ class Planner:
             return none, 0, none
         keys = np.where(prefix > 0, slots.shared_block[rows], 0)
         order = np.argsort(keys, kind="stable").astype(np.int32)
-        _, starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)
+        sorted_keys = keys[order]
+        bounds = [0, *(np.flatnonzero(np.diff(sorted_keys)) + 1).tolist(), len(rows)]
         groups = [
-            (int(start), int(size))
-            for start, size in zip(starts, sizes, strict=True)
-            if size >= MIN_SHARING_ROWS and prefix[order[start]] > 0
+            (start, end - start)
+            for start, end in pairwise(bounds)
+            if end - start >= MIN_SHARING_ROWS and sorted_keys[start] > 0
         ]
         shared, num_parts = none.copy(), none.copy()
         parts["cascade_rows"][: len(rows)] = order

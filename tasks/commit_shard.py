@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from inference.backends.base import Backend, BackendInfo, EngineStats
@@ -18,10 +17,10 @@ from storage import keys
 from storage.answers import ANSWERS
 from storage.attempts import PART
 from storage.commits import CommitOutcome, commit_attempt, new_nonce
-from storage.errors import CorruptObject, NoSpace, StorageError
+from storage.errors import NoSpace, StorageError
 from storage.failpoints import failpoint
 from storage.garbage import withdraw
-from storage.manifest import CommitRecord, Json, PartFile, file_digest
+from storage.manifest import CommitRecord, Json, PartFile
 from storage.object_store import ObjectStore
 from storage.reveal import reveal
 from storage.shard_writer import WrittenPart
@@ -59,22 +58,6 @@ class ShardCommitter:
     device: Callable[[], dict[str, float] | None] = lambda: None
     """What the driver said of the GPU since the last call."""
 
-    def fetch_base(self, claim: Claim, folder: Path) -> Path | None:
-        """Download the part a retry starts from; None for a first attempt.
-
-        Raises:
-            CorruptObject: the stored part is not the one its commit names.
-        """
-        if claim.base is None:
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
-        path, part = folder / "base.parquet", claim.base.part
-        self.store.download(part.key, path)
-        found = file_digest(path)
-        if found != part.sha256:
-            raise CorruptObject(f"{part.key}: digest {found}, its commit says {part.sha256}")
-        return path
-
     def commit(
         self,
         work: ShardWork,
@@ -86,7 +69,7 @@ class ShardCommitter:
         """Write, upload and commit one attempt. Raises StorageError when the store stays away."""
         written = work.write()
         part, states, tokens = written.part, written.states, written.tokens
-        if claim.base is not None and not work.num_improved:
+        if work.base is not None and not work.base.num_improved:
             return CommitResult("unchanged", None)
         info = backend.info if backend else _NO_ENGINE
         receipt = shard_receipt(

@@ -26,10 +26,13 @@ from tasks.content import engine_digest
 from tasks.feed import input_schema
 from tasks.gpu_sample import DeviceSampler, open_gpu
 from tasks.holder import holder_name, is_dead
+from tasks.metering import Metering
 from tasks.metrics import ReplicaCollector, exported
 from tasks.progress import Progress
 from tasks.ranks import distributed_of, num_ranks
+from tasks.read_shard import ShardReader
 from tasks.replica import Replica, ShardOutcome
+from tasks.replica_engine import ReplicaEngine
 from tasks.run import Run
 from tasks.stop import Stopped, StopSignal
 from tasks.yardstick import Yardstick
@@ -121,22 +124,28 @@ def drain(
     with run.open_feed() as feed:
         watch = CancelWatch(run.store, invocation, should_stop)
         replica = Replica(
-            plan=run.plan,
             claims=claims,
-            feed=feed,
+            reader=ShardReader(
+                plan=run.plan,
+                store=run.store,
+                feed=feed,
+                columns=run.columns,
+                input_schema=input_schema(run.plan),
+                work_dir=run.work_dir,
+                kept=kept_answers(run.store),
+                engine=engine_digest(run.record.fingerprint_fields),
+                reuse=run.open_reuse(),
+            ),
+            engine=ReplicaEngine(
+                build=lambda: run.take_backend() or build_engine(run, build_backend),
+                take_waited_s=run.model.take_waited_s,
+                metering=Metering(run.take_spent()),
+                progress=progress,
+            ),
             committer=committer,
-            build_backend=lambda: run.take_backend() or build_engine(run, build_backend),
-            take_waited_s=run.model.take_waited_s,
-            columns=run.columns,
-            input_schema=input_schema(run.plan),
-            work_dir=run.work_dir,
             progress=progress,
             should_stop=watch,
             may_claim=budget.allows,
-            kept=kept_answers(run.store),
-            spent=run.take_spent(),
-            engine=engine_digest(run.record.fingerprint_fields),
-            reuse=run.open_reuse(),
         )
         collector = partial(_collector, run, replica, progress, gpu)
         exporter = exported(run.job.metrics, collector, holder.replace("/", "-"))

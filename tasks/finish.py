@@ -15,7 +15,7 @@ from tasks.history import past_run, remember
 from tasks.job import job_of
 from tasks.progress import Progress
 from tasks.publish import publish_run, reveal_all
-from tasks.run import planned, read_record
+from tasks.run_record import planned, read_record
 
 log = logging.getLogger("nightjar.finish")
 

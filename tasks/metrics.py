@@ -42,7 +42,9 @@ class EngineReading:
 class Source(Protocol):
     """A replica, as far as metrics are concerned."""
 
-    latencies: Latencies
+    @property
+    def latencies(self) -> Latencies:
+        """How long rows took."""
 
     def reading(self) -> EngineReading:
         """What its engine is doing now; called from another thread."""

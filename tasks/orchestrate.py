@@ -22,7 +22,8 @@ from tasks.launch import run_replicas
 from tasks.progress import Progress
 from tasks.publish import num_failed, reveal_all
 from tasks.replica import Replica
-from tasks.run import Run, attach, prepare, read_record
+from tasks.run import Run, attach, prepare
+from tasks.run_record import read_record
 from tasks.scratch import scratch_folder
 from tasks.status import run_status
 from tasks.stop import Broken, StopSignal

@@ -19,6 +19,7 @@ from storage.object_store import ObjectStore
 from tasks.deadline import deadline_at
 from tasks.history import START_PHASES, num_generated_tokens
 from tasks.job import RunConfig, job_of
+from tasks.run_record import load_plan, load_shards, read_record
 
 _Z90 = 1.2816
 _PREFILL_WEIGHT = 1 / 8  # of a prompt token beside a generated one
@@ -72,9 +73,6 @@ def read_outlook(
     Raises:
         BadInput: the folder is not a run's.
     """
-    from tasks.plan import load_plan, load_shards
-    from tasks.run import read_record
-
     now = now or datetime.now(UTC)
     record = read_record(store)
     plan = load_plan(store)

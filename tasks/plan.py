@@ -13,19 +13,20 @@ import pyarrow as pa
 
 from inference.errors import EngineConfigError
 from storage import keys, records
-from storage.errors import AlreadyExists, BadInput, CorruptObject, FingerprintMismatch, NotFound
+from storage.errors import AlreadyExists, BadInput, CorruptObject, FingerprintMismatch
 from storage.failpoints import failpoint
 from storage.input_schema import encode_schema
 from storage.inputs import InputFiles
-from storage.manifest import PlanManifest, RunRecord, Shard, digest
+from storage.manifest import PlanManifest, RunRecord, digest
 from storage.object_store import ObjectStore
 from tasks.feed_process import FeedProcess
-from tasks.feed_spec import FeedLimits, run_sampling
+from tasks.feed_spec import FeedLimits
 from tasks.job import RunConfig
 from tasks.plan_count import Count, count_rows
 from tasks.plan_inputs import PlannedInput, plan_inputs
 from tasks.plan_table import shards_from_bytes, shards_to_bytes
 from tasks.reuse import ReuseIndex, named_runs, open_reuse
+from tasks.run_record import load_plan
 
 Progress = Callable[[int, int], None]
 """Called with rows done and rows in total."""
@@ -101,36 +102,6 @@ def _reuse(
         index.close()
 
 
-def load_plan(store: ObjectStore) -> PlanManifest | None:
-    """Return the stored plan, or None if there is none yet.
-
-    Raises:
-        CorruptObject: plan.json cannot be read.
-    """
-    try:
-        data = store.get(keys.PLAN)
-    except NotFound:
-        return None
-    return PlanManifest.from_json(data, source=f"{store.uri}/{keys.PLAN}")
-
-
-def load_shards(store: ObjectStore, plan: PlanManifest) -> list[Shard]:
-    """Return the plan's shards.
-
-    Raises:
-        CorruptObject: plan.parquet is missing or not the one the plan names.
-    """
-    source = f"{store.uri}/{keys.PLAN_TABLE}"
-    try:
-        data = store.get(keys.PLAN_TABLE)
-    except NotFound:
-        raise CorruptObject(f"{source}: missing, though {keys.PLAN} is there") from None
-    found = digest(data)
-    if found != plan.table_digest:
-        raise CorruptObject(f"{source}: is {found}, the plan names {plan.table_digest}")
-    return shards_from_bytes(data, source=source)
-
-
 def _adopted(plan: PlanManifest, record: RunRecord, store: ObjectStore) -> PlanManifest:
     if plan.fingerprint != record.fingerprint:
         raise FingerprintMismatch(
@@ -142,7 +113,7 @@ def _adopted(plan: PlanManifest, record: RunRecord, store: ObjectStore) -> PlanM
 
 def _check_job(job: RunConfig) -> None:
     try:
-        run_sampling(job.sampling)
+        job.sampling.params()
     except ValueError as error:
         raise EngineConfigError(f"sampling: {error}") from None
     if job.shards.target_tokens < 1 or job.shards.max_rows < 1:

@@ -20,6 +20,7 @@ from tasks.history import num_generated_tokens
 from tasks.job import job_of
 from tasks.lengths import merged
 from tasks.run_receipt import run_rate, run_roofline, run_seconds, run_summary
+from tasks.run_record import planned, read_record
 
 NUM_SLOWEST = 8
 NUM_COMPLETIONS = 10
@@ -93,8 +94,6 @@ def report_facts(store: ObjectStore, *, cache: CommitCache | None = None) -> Rep
         BadInput: the folder is not a planned run's.
         StorageError: a part or commit cannot be read.
     """
-    from tasks.run import planned, read_record
-
     record, plan = read_record(store), planned(store)
     commits = current_commits(store, digest(store.get(keys.PLAN)), cache=cache)
     ordered = sorted(commits.values(), key=lambda c: (c.committed_at, c.shard_id))

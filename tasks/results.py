@@ -22,6 +22,13 @@ class RowOutcome(NamedTuple):
     error: str | None
 
 
+class SampleKey(NamedTuple):
+    """Which output row of a shard a sequence becomes."""
+
+    offset: int  # row within the shard
+    sample_index: int
+
+
 class SampleResult(NamedTuple):
     """One output row's result columns, without its attempt."""
 

@@ -30,6 +30,7 @@ from tasks.content import answer_digest, engine_digest, engine_fields
 from tasks.history import read_history
 from tasks.job import RunConfig
 from tasks.results import ResultColumns, SampleResult, stored_sample
+from tasks.run_record import planned, read_record
 
 log = logging.getLogger("nightjar.reuse")
 
@@ -179,8 +180,6 @@ def named_runs(job: RunConfig) -> list[str]:
 
 
 def _last_run(job: RunConfig) -> list[str]:
-    from tasks.run import read_record
-
     for past in reversed([run for run in read_history(job).runs if run.run_uri]):
         try:
             read_record(open_store(past.run_uri, job.storage))
@@ -223,8 +222,6 @@ def open_reuse(
 
 
 def _add(index: ReuseIndex, store: ObjectStore, fields: dict[str, Any]) -> str | None:
-    from tasks.run import planned, read_record
-
     try:
         theirs = read_record(store).fingerprint_fields
         planned(store)

@@ -7,41 +7,32 @@ attach: the same from a run folder, for a replica that joins.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from inference.backends import Backend, resolve_backend
 from inference.errors import ModelError
 from storage import keys
 from storage.commits import CommitCache, current_commits
-from storage.errors import AlreadyExists, BadInput, CorruptObject, InputChanged, NotFound
-from storage.failpoints import failpoint
+from storage.errors import BadInput, InputChanged
 from storage.inputs import InputFiles
 from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, digest, to_json
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
 from tasks.feed import PromptFeed
 from tasks.feed_process import FeedProcess
-from tasks.fingerprint import (
-    check_fingerprint,
-    default_run_id,
-    fingerprint,
-    fingerprint_fields,
-    versions,
-)
+from tasks.fingerprint import default_run_id, fingerprint, fingerprint_fields
 from tasks.job import RunConfig
 from tasks.metering import Meter
 from tasks.model import RunModel, begin_model, peek_model
-from tasks.plan import load_plan, load_shards, make_plan
+from tasks.plan import make_plan
 from tasks.progress import Progress
 from tasks.results import ResultColumns
 from tasks.reuse import ReuseIndex, open_reuse
 from tasks.run_forecast import refuse_over_budget
+from tasks.run_record import load_shards, planned, write_record
 
 log = logging.getLogger("nightjar.run")
 
@@ -177,7 +168,7 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
             job.name, fingerprint(fields), [file.etag for file in files]
         )
         store = open_store(f"{root.uri}/{run_id}", job.storage)
-        record = _write_record(store, job, run_id, fields)
+        record = write_record(store, job, run_id, fields)
         store.put(keys.JOB, to_json(dataclasses.asdict(job)))
         progress.phase = "planning"
         plan = make_plan(
@@ -240,40 +231,6 @@ def attach(
     return _run(job, record, store, plan, model, work_dir)
 
 
-def read_record(store: ObjectStore) -> RunRecord:
-    """Read run.json, with the job as the latest start has it.
-
-    Budget, deadline, canary and the like may differ from start to start; what can change a token cannot.
-
-    Raises:
-        BadInput: the folder is not a run's.
-    """
-    try:
-        record = RunRecord.from_json(store.get(keys.RUN), source=f"{store.uri}/{keys.RUN}")
-    except NotFound:
-        raise BadInput(
-            f"{store.uri}: no run.json; give a run folder, such as OUTPUT_URI/RUN_ID"
-        ) from None
-    try:
-        latest = store.get(keys.JOB)
-    except NotFound:
-        return record
-    try:
-        return dataclasses.replace(record, job=json.loads(latest))
-    except ValueError:
-        raise CorruptObject(
-            f"{store.uri}/{keys.JOB}: not JSON; delete it, and the job of the first start holds"
-        ) from None
-
-
-def planned(store: ObjectStore) -> PlanManifest:
-    """Read the plan. Raises BadInput when the folder has none."""
-    plan = load_plan(store)
-    if plan is None:
-        raise BadInput(f"{store.uri}: no plan.json; start the run with `nightjar run JOB` first")
-    return plan
-
-
 def _check_single_writer(job: RunConfig) -> None:
     replicas = job.hardware.replicas
     if job.storage.allow_single_writer and replicas not in ("auto", 1):
@@ -309,28 +266,6 @@ def _pinned(job: RunConfig, model: RunModel) -> RunConfig:
     if not job.model.source.startswith("hf://"):
         return job
     return dataclasses.replace(job, model=dataclasses.replace(job.model, source=model.uri))
-
-
-def _write_record(
-    store: ObjectStore, job: RunConfig, run_id: str, fields: dict[str, Any]
-) -> RunRecord:
-    record = RunRecord(
-        run_id=run_id,
-        name=job.name,
-        fingerprint=fingerprint(fields),
-        fingerprint_fields=fields,
-        job=dataclasses.asdict(job),
-        versions=versions(),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    try:
-        store.put_if_absent(keys.RUN, record.to_json())
-    except AlreadyExists:
-        standing = read_record(store)
-        check_fingerprint(store.uri, standing.fingerprint_fields, fields)
-        return standing
-    failpoint("after_record")
-    return record
 
 
 def _check_inputs(plan: PlanManifest, found: list[tuple[str, str]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from storage.manifest import RunRecord
 from storage.object_store import DEFAULT_STORAGE, ObjectStore, StorageConfig, open_store
-from tasks.run import read_record
+from tasks.run_record import read_record
 
 
 class RunFolder(NamedTuple):

@@ -2,8 +2,8 @@
 
     read (feed thread) -> sequences -> accept ... accept -> is_complete -> write
 
-Input columns are spilled to a local Arrow file while reading and streamed back while writing, so
-only token ids, outcomes and completions of a shard are ever in memory.
+Input columns are spilled to a local file while reading and streamed back while writing, so only
+token ids, outcomes and completions of a shard are ever in memory.
 """
 
 import shutil
@@ -11,7 +11,6 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,28 +23,24 @@ from storage import records
 from storage.answers import ANSWERS, WrittenAnswers
 from storage.local_errors import translate
 from storage.manifest import Shard
-from storage.shard_writer import PartWriter, WrittenPart, read_part
+from storage.shard_writer import PartWriter, WrittenPart
+from tasks.base_part import BasePart
 from tasks.feed import PreparedBatch, PreparedRow
 from tasks.lengths import bucket, merged
 from tasks.repetition import is_repetitive
 from tasks.results import (
     ResultColumns,
     RowOutcome,
+    SampleKey,
     SampleResult,
     sample_result,
     unrun_sample,
 )
 from tasks.shard_answers import ShardAnswers
+from tasks.spill import Spill
 
 _PREFIX_TOKENS = 32  # rows whose prompts agree this far are started together
 _WRITE_ROWS = 1024
-
-
-class SampleKey(NamedTuple):
-    """Which output row of the shard a sequence becomes."""
-
-    offset: int  # row within the shard
-    sample_index: int
 
 
 class Written(NamedTuple):
@@ -86,8 +81,8 @@ class ShardWork:
     answers: ShardAnswers
     """Of every output row, by digest."""
 
-    base: Path | None = None
-    """The part a retry starts from: its answered rows are kept, its failed ones redone."""
+    base: BasePart | None = None
+    """What a retry starts from: its answered rows are kept, its failed ones redone."""
 
     kept: Mapping[tuple[int, int], SampleResult] = field(default_factory=dict)
     """Answers that are there already, by row and sample; not generated again."""
@@ -99,21 +94,17 @@ class ShardWork:
     tokenise_s: float = 0.0
     write_s: float = 0.0
     num_repetitive: int = 0
-    num_improved: int = 0
     num_sequences: int = 0
     _fed_s: float = 0.0
     _runnable: list[_Runnable] = field(default_factory=list)
-    _redo: set[SampleKey] | None = None
     _num_open: int = 0
     _written: "Written | None" = None
 
     def read(self, batches: Iterable[PreparedBatch]) -> None:
         """Take the shard's rows from the feed and spill their columns."""
-        if self.base is not None:
-            self._redo = set(self._failed_in_base(self.base))
-        with self._spilling() as spill:
+        with self._spill.writing() as write:
             for batch in batches:
-                spill(batch.columns)
+                write(batch.columns)
                 self._fed_s += batch.read_s + batch.tokenise_s
                 self.tokenise_s += batch.tokenise_s
                 for row in batch.rows:
@@ -124,23 +115,6 @@ class ShardWork:
             )
         if self.base is None:
             self._reuse()
-
-    @contextmanager
-    def _spilling(self) -> Iterator[Callable[[Any], None]]:
-        """Yield what appends a batch to the local file; only its own faults are the disk's."""
-        with translate(self._spill):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = pa.OSFile(str(self._spill), "wb")
-        with file:
-            stream = pa.ipc.new_stream(file, self.input_schema)
-
-            def write(batch: Any) -> None:
-                with translate(self._spill, batch.nbytes):
-                    stream.write_batch(batch)
-
-            yield write
-            with translate(self._spill):
-                stream.close()
 
     def sequences(self, next_id: Callable[[SampleKey], int]) -> list[Sequence]:
         """Return what the engine must run, neighbours by shared prefix, longest first."""
@@ -158,7 +132,7 @@ class ShardWork:
             )
             for row in order
             for key in self._keys(row.offset)
-            if key not in self.results and (self._redo is None or key in self._redo)
+            if key not in self.results and (self.base is None or key in self.base.failed)
         ]
         self.num_sequences = self._num_open = len(found)
         self._runnable = []
@@ -205,7 +179,7 @@ class ShardWork:
         lengths: Counter[str] = Counter()
         is_ok: list[bool] = []
         # The part holds what was spilled and the completions: so much, or little more.
-        num_bytes = self._spill.stat().st_size
+        num_bytes = self._spill.num_bytes
         with (
             translate(path, num_bytes),
             PartWriter(path, self.columns.schema(self.input_schema)) as writer,
@@ -228,10 +202,6 @@ class ShardWork:
     def discard(self) -> None:
         """Remove the attempt's local files."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    @property
-    def _spill(self) -> Path:
-        return self.folder / "columns.arrow"
 
     def _keys(self, offset: int) -> list[SampleKey]:
         return [SampleKey(offset, sample) for sample in range(self.num_samples)]
@@ -267,33 +237,23 @@ class ShardWork:
             row_index = self.rows[key.offset].row_index
             self.results[key] = found._replace(row_index=row_index, sample_index=key.sample_index)
 
-    def _failed_in_base(self, base: Path) -> Iterator[SampleKey]:
-        for batch in read_part(base, columns=["row_index", "sample_index", "state"]):
-            for row in batch.to_pylist():
-                if row["state"] not in records.ANSWERED:
-                    offset = row["row_index"] - self.shard.row_start
-                    yield SampleKey(offset, row["sample_index"])
+    @property
+    def _spill(self) -> Spill:
+        return Spill(self.folder / "columns.arrow", self.input_schema)
 
     def _output_batches(self) -> Iterator[Any]:
-        return self._fresh_batches() if self.base is None else self._merged_batches(self.base)
+        if self.base is None:
+            return self._fresh_batches()
+        return self.base.with_results(self.results, self.columns, self.input_schema, self.attempt)
 
     def _fresh_batches(self) -> Iterator[Any]:
         offset = 0
-        for whole in self._spilled_batches():
+        for whole in self._spill.read(num_rows=len(self.rows)):
             for start in range(0, whole.num_rows, _WRITE_ROWS):
                 batch = whole.slice(start, _WRITE_ROWS)
                 keys = [key for i in range(batch.num_rows) for key in self._keys(offset + i)]
                 offset += batch.num_rows
                 yield self._with_results(batch, [self.results[key] for key in keys])
-
-    def _spilled_batches(self) -> Iterator[Any]:
-        if not len(self.input_schema):
-            # A stream of no columns forgets how many rows it had.
-            nothing = pa.array([{}] * len(self.rows), pa.struct([]))
-            yield pa.RecordBatch.from_struct_array(nothing)
-            return
-        with pa.OSFile(str(self._spill)) as source, pa.ipc.open_stream(source) as spill:
-            yield from spill
 
     def _with_results(self, batch: Any, samples: list[SampleResult]) -> Any:
         if self.num_samples > 1:
@@ -301,28 +261,6 @@ class ShardWork:
             batch = batch.take(pa.array(repeat, pa.int64()))
         arrays = [*batch.columns, *self.columns.arrays(samples, self.attempt)]
         return pa.RecordBatch.from_arrays(arrays, schema=self.columns.schema(self.input_schema))
-
-    def _merged_batches(self, base: Path) -> Iterator[Any]:
-        schema = self.columns.schema(self.input_schema)
-        width = len(self.input_schema)
-        for batch in read_part(base, batch_rows=_WRITE_ROWS):
-            old = batch.select(range(width, len(schema))).to_pylist()
-            new = [self._redone(row) or row for row in old]
-            arrays = [pa.array([row[f.name] for row in new], f.type) for f in self.columns.fields]
-            yield pa.RecordBatch.from_arrays([*batch.columns[:width], *arrays], schema=schema)
-
-    def _redone(self, old: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the new result of a row that was redone with another outcome; None to keep the old."""
-        key = SampleKey(old["row_index"] - self.shard.row_start, old["sample_index"])
-        result = self.results.get(key)
-        if self._redo is None or key not in self._redo or result is None:
-            return None
-        if result.state == old["state"]:
-            return None
-        self.num_improved += 1
-        names = [f.name for f in self.columns.fields]
-        arrays = self.columns.arrays([result], self.attempt)
-        return {name: values[0].as_py() for name, values in zip(names, arrays, strict=True)}
 
 
 def _prefix(row: _Runnable) -> bytes:

@@ -12,9 +12,9 @@ from storage.object_store import ObjectStore
 from tasks.choose_tier import named_gpus, sizing_options
 from tasks.hardware import load_hardware
 from tasks.job import job_of
-from tasks.plan import load_plan
-from tasks.run import Run, read_record
+from tasks.run import Run
 from tasks.run_forecast import expected_workload
+from tasks.run_record import load_plan, read_record
 
 
 class Choice(NamedTuple):

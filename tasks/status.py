@@ -11,8 +11,7 @@ from storage.manifest import RunManifest, digest
 from storage.object_store import ObjectStore
 from storage.reveal import read_manifest
 from tasks.outlook import Outlook, read_outlook
-from tasks.plan import load_plan
-from tasks.run import read_record
+from tasks.run_record import load_plan, read_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from storage.manifest import CommitRecord, PlanManifest, RunManifest, Shard, dig
 from storage.object_store import ObjectStore
 from storage.reveal import read_manifest
 from storage.shard_writer import read_part
-from tasks.plan import load_plan, load_shards
+from tasks.run_record import load_plan, load_shards
 
 
 @dataclass(slots=True)

@@ -13,8 +13,8 @@ from storage.errors import StorageError
 from storage.manifest import CommitRecord, PlanManifest, digest
 from storage.object_store import ObjectStore
 from tasks.outlook import Outlook, read_outlook
-from tasks.plan import load_plan
 from tasks.progress import Progress
+from tasks.run_record import load_plan
 
 log = logging.getLogger("nightjar.watch")
 

@@ -17,7 +17,8 @@ from tasks.job import (
     SamplingConfig,
     ShardConfig,
 )
-from tasks.plan import load_shards, make_plan
+from tasks.plan import make_plan
+from tasks.run_record import load_shards
 
 DATA = Path(__file__).parent / "data"
 CASES = DATA / "cases"

@@ -171,7 +171,7 @@ def _load(
         return load_arriving(files, config, device)
     from inference.partition import load_partition
 
-    return load_partition(check_model_folder(files.wait_for_all()), config, ranks, device)
+    return load_partition(files, config, ranks, device)
 
 
 def _loading_device(

@@ -20,7 +20,8 @@ from storage.errors import StorageError
 from storage.object_store import StorageConfig, open_store
 from tasks.drain import drain, new_invocation
 from tasks.progress import Progress
-from tasks.run import attach, read_record
+from tasks.run import attach
+from tasks.run_record import read_record
 from tasks.scratch import scratch_folder
 from tasks.stop import StopSignal
 

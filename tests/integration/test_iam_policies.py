@@ -33,8 +33,9 @@ from tasks.drain import drain, new_invocation
 from tasks.orchestrate import Ended, generate
 from tasks.progress import Progress
 from tasks.publish import reveal_all
-from tasks.run import Run, attach, read_record
+from tasks.run import Run, attach
 from tasks.run_folder import open_run
+from tasks.run_record import read_record
 from tasks.stop import StopSignal
 from tasks.try_canary import try_canary
 from tests.pipeline import MODELS

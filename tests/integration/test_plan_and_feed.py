@@ -16,7 +16,8 @@ from storage import keys
 from storage.errors import BadInput, CorruptObject, FingerprintMismatch
 from storage.manifest import PlanManifest
 from tasks.feed import input_schema
-from tasks.plan import load_plan, load_shards, make_plan
+from tasks.plan import make_plan
+from tasks.run_record import load_plan, load_shards
 from tests.feed_bench import MODELS, RECORD, Bench, make_job
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -202,6 +203,12 @@ def test_bad_parameters_cost_their_row(bench, folder):
     assert [row.state for row in fed.rows] == [None, "invalid_input", None, "invalid_input"]
     assert [row.sampling.temperature for row in fed.rows] == [0.5, 0.25, 0.25, 0.25]
     assert "temperature" in fed.rows[1].error
+
+
+def test_a_lone_stop_string_of_a_job_is_one_string(bench, folder):
+    put(folder, "0.parquet", prompt=["a"])
+    fed = bench.run(folder, "tiny-a", sampling={"stop": "END"})
+    assert [row.sampling.stop for row in fed.rows] == [("END",)]
 
 
 def test_mixed_json_values_reach_the_prompt_as_they_were(bench, folder):
