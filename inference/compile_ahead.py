@@ -108,7 +108,8 @@ def main() -> None:
     """Read the task from stdin, compile, report."""
     import triton  # noqa: F401  (heavy, as torch below is: imported while the task is on its way)
 
-    from inference.kernels.absent_card import AbsentCard, CardFacts
+    from inference.kernels.absent_card import AbsentCard
+    from inference.precompile import CardFacts
 
     task = json.loads(sys.stdin.readline())
     started_at = time.perf_counter()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,8 +27,27 @@ from inference.model import FUSED_MODEL_TYPES
 logger = logging.getLogger(__name__)
 
 _MOST_PROCESSES = 8
-_PATIENCE_S = 60.0
+_PATIENCE_S = 30.0
 """Longer than all kernels take one after the other; who has not finished then is stopped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """What the choice and the compilation of our kernels depend on."""
+
+    capability: int
+    """90 for 9.0."""
+
+    num_multiprocessors: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "CardFacts":
+        """Ask a CUDA device."""
+        properties = torch.cuda.get_device_properties(device)
+        return cls(
+            capability=10 * properties.major + properties.minor,
+            num_multiprocessors=properties.multi_processor_count,
+        )
 
 
 class Precompile:
@@ -51,8 +71,6 @@ class Precompile:
         num_processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)
         if num_processes < 1 or not _is_worth_it(model_config, config, device):
             return cls(None)
-        from inference.kernels.absent_card import CardFacts  # Triton exists where CUDA does
-
         return cls(task_for(CardFacts.of(device), model_config, config, num_processes))
 
     def __enter__(self) -> Self:
@@ -96,9 +114,9 @@ class Precompile:
 
 
 def task_for(
-    card: Any, model_config: Mapping[str, Any], config: EngineConfig, num_processes: int
+    card: CardFacts, model_config: Mapping[str, Any], config: EngineConfig, num_processes: int
 ) -> dict[str, Any]:
-    """Return what `inference.compile_ahead` reads: `card` is the device's `CardFacts`."""
+    """Return what `inference.compile_ahead` reads."""
     return {
         "card": dataclasses.asdict(card),
         "model_config": dict(model_config),
@@ -120,19 +138,23 @@ def _is_worth_it(
     )
 
 
-def _start(task: Mapping[str, Any]) -> "subprocess.Popen[bytes]":
+def _start(task: Mapping[str, Any]) -> "subprocess.Popen[bytes] | None":
     root = str(Path(__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     # No device, so that no context can be made on it; one thread, so that the process can be forked.
     alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "inference.compile_ahead"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **alone},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "inference.compile_ahead"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **alone},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:  # no interpreter to be found, as in some embedded ones; no memory
+        logger.debug("kernels are not compiled ahead: %s", error)
+        return None
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it has ended already; `wait` says why
         process.stdin.write(json.dumps(task).encode() + b"\n")

@@ -22,9 +22,9 @@ from inference.build_engine import PagedSettings, run_all
 from inference.compile_ahead import noted_instead_of_compiled, variants
 from inference.config import EngineConfig
 from inference.kernels import fused
-from inference.kernels.absent_card import AbsentCard, CardFacts, Utils
+from inference.kernels.absent_card import AbsentCard, Utils
 from inference.model import FusedModel, PagedModel, make_paged_model
-from inference.precompile import Precompile, task_for
+from inference.precompile import CardFacts, Precompile, task_for
 
 FACTS = CardFacts(capability=90, num_multiprocessors=fused.num_multiprocessors(torch.device("cpu")))
 FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_dtype": "fp8"}

@@ -7,7 +7,6 @@ Triton builds small C extensions besides kernels: one for the device, and before
 kernel. Those that are built here are Triton's own; they need CUDA's driver library, and no device.
 """
 
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -16,24 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardFacts:
-    """What the choice and the compilation of our kernels depend on."""
-
-    capability: int
-    """90 for 9.0."""
-
-    num_multiprocessors: int
-
-    @classmethod
-    def of(cls, device: torch.device) -> "CardFacts":
-        """Ask a CUDA device."""
-        properties = torch.cuda.get_device_properties(device)
-        return cls(
-            capability=10 * properties.major + properties.minor,
-            num_multiprocessors=properties.multi_processor_count,
-        )
+from inference.precompile import CardFacts
 
 
 class Utils:

@@ -17,8 +17,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: kernels are not tested here")
 
 from inference.config import EngineConfig
-from inference.kernels.absent_card import CardFacts
-from inference.precompile import Precompile, task_for
+from inference.precompile import CardFacts, Precompile, task_for
 
 ROOT = Path(__file__).parents[2]
 FACTS = CardFacts(capability=90, num_multiprocessors=132)
@@ -101,6 +100,14 @@ def test_leaving_the_loading_early_leaves_no_process_behind() -> None:
         assert process is not None
         assert process.poll() is None
     assert process.returncode == -9
+
+
+def test_an_interpreter_that_cannot_be_started_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with Precompile(task_for(FACTS, LLAMA, EngineConfig(model="none"), 1)) as kernels:
+        assert kernels.wait() == 0.0
 
 
 def test_nothing_is_started_where_there_is_no_card() -> None:
