@@ -151,7 +151,7 @@ class ModelRunner:
         rows = self._views["sample_token"][:num_rows].long()
         return self._model.logits(self._hidden[rows])
 
-    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
+    def _run_head(self, num_rows: int) -> None:
         from inference.kernels import device_sampler  # Triton exists where CUDA does
 
         params = self._params
@@ -177,6 +177,9 @@ class ModelRunner:
 
         key = ("head", num_rows, has_draws, has_floors, has_penalties, has_bans)
         self._graphs.run(key, head)
+
+    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
+        self._run_head(num_rows)
         result = self._results[0]
         self._results.rotate(-1)
         result[:num_rows].copy_(self._result[:num_rows], non_blocking=True)
@@ -207,17 +210,22 @@ class ModelRunner:
         """Capture the graphs of these token and row counts, largest first, so that they share memory."""
         if not self._graphs.is_on:
             return
+        self.run_sizes(sizes, row_sizes=row_sizes)
+        torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def run_sizes(self, sizes: Sequence[int], *, row_sizes: Sequence[int]) -> None:
+        """Run every kind of body and head in these sizes, largest first."""
         self._packed.zero_()
         for num_tokens in sorted(sizes, reverse=True):
             for num_tiles, has_cascade in ((1, True), (1, False), (0, False)):
                 self._run_body(Plan(num_tokens, 0, 0, num_tiles, has_cascade), num_tokens)
         for num_rows in sorted(row_sizes, reverse=True):
-            self._sample_on_device(num_rows)
+            self._run_head(num_rows)
         for has_floors in (False, True):  # compiled now; captured for other sizes when first drawn
             self._params.expect(draws=True, floors=has_floors)
-            self._sample_on_device(min(row_sizes))
+            self._run_head(min(row_sizes))
         self._params.expect()
-        torch.cuda.synchronize()
 
     @torch.inference_mode()
     def run_largest(self) -> None:
@@ -231,10 +239,10 @@ class ModelRunner:
         limits = self._limits
         self._graphs.is_on, was_on = False, self._graphs.is_on
         self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
-        if self._is_cuda:
+        if self._device.type != "cpu":
             for has_floors in (False, True):
                 self._params.expect(draws=True, floors=has_floors, past=True)
-                self._sample_on_device(limits.max_num_seqs)
+                self._run_head(limits.max_num_seqs)
             self._params.expect()
         self._graphs.is_on = was_on
 
