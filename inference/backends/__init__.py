@@ -65,6 +65,10 @@ def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) ->
         from inference.backends.paged import PagedBackend
 
         return PagedBackend(config, arriving=arriving)
+    if name == "paged" and config.distributed.num_hosts == 1:
+        from inference.backends.ranked import RankedBackend
+
+        return RankedBackend(config, arriving=arriving)
     if arriving is not None:
         arriving.wait_for_all()
     if name == "paged" or (name == "zero" and config.tensor_parallel_size > 1):
