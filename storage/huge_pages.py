@@ -21,9 +21,9 @@ _MAP_FIXED = 0x10
 _FAILED = ctypes.c_void_p(-1).value
 _SIZE_PATH = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _STEP_BYTES = 64 << 20
-_MOST_S_PER_BYTE = 0.5e-9
-"""Of this thread's processor: about what small pages cost to make and to read once. Huge ones cost a tenth of it, or
-twice as much where memory is in small pieces that the kernel must first put together."""
+MOST_S_PER_BYTE = 0.5e-9
+"""Of this thread's processor: about what small pages cost to make and to read once. Huge ones cost a seventh of it; but
+ten times as much where a virtual machine has not been given the memory yet, or the kernel must first make room."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -32,11 +32,12 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-def reserve_huge(fd: int, num_bytes: int) -> int:
+def reserve_huge(fd: int, num_bytes: int, *, most_s_per_byte: float = MOST_S_PER_BYTE) -> int:
     """Make an empty file in memory `num_bytes` long, on huge pages as far as they can be had.
 
-    `fd` is open for writing. The file reads as zeros. Nothing is done to a file that is not empty, not in memory,
-    or smaller than a huge page; nor where the system has none.
+    `fd` is open for reading and writing. The file reads as zeros. Nothing is done to a file that is not empty, not in memory,
+    or smaller than a huge page; nor where the system has none. A step that costs more than `most_s_per_byte`
+    is the last one.
 
     Returns:
         How many bytes lie on huge pages.
@@ -58,7 +59,7 @@ def reserve_huge(fd: int, num_bytes: int) -> int:
             if not _collapse(fd, done, size, page_bytes):
                 break
             done += size
-            is_cheap = time.thread_time() - began_s < size * _MOST_S_PER_BYTE
+            is_cheap = time.thread_time() - began_s < size * most_s_per_byte
     return done
 
 

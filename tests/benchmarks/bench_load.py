@@ -146,9 +146,12 @@ def _write_file(
     text += b" " * (-len(text) % 8)
     path = folder / f"model-{index + 1:05d}-of-{NUM_FILES:05d}.safetensors"
     block = os.urandom(16 << 20)
-    with path.open("wb") as file:
-        if is_huge and (reserved := reserve_huge(file.fileno(), 8 + len(text) + end)) < end // 2:
-            print(f"only {reserved} of {end} bytes are on huge pages", file=sys.stderr)
+    with path.open("w+b") as file:
+        if is_huge:
+            size = 8 + len(text) + end
+            reserved = reserve_huge(file.fileno(), size, most_s_per_byte=math.inf)
+            if reserved < end // 2:
+                print(f"only {reserved} of {size} bytes are on huge pages", file=sys.stderr)
         file.write(struct.pack("<Q", len(text)) + text)
         for start in range(0, end, len(block)):
             file.write(block[: min(len(block), end - start)])

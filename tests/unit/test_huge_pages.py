@@ -1,5 +1,6 @@
 """Files in memory on huge pages: the same files, whatever the system makes of the wish."""
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +30,10 @@ def memory(tmp_path: Path) -> Iterator[Path]:
     folder.rmdir()
 
 
-def reserve(path: Path, num_bytes: int) -> int:
+def reserve(path: Path, num_bytes: int, most_s_per_byte: float = math.inf) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        return reserve_huge(fd, num_bytes)
+        return reserve_huge(fd, num_bytes, most_s_per_byte=most_s_per_byte)
     finally:
         os.close(fd)
 
@@ -77,12 +78,11 @@ def test_a_kernel_without_huge_pages_is_no_fault(
     assert (memory / "b").stat().st_size == SIZE
 
 
-def test_memory_that_must_first_be_put_together_is_given_up_after_one_step(
+def test_memory_that_costs_too_much_is_given_up_after_one_step(
     memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huge_pages, "_STEP_BYTES", HUGE)
-    monkeypatch.setattr(huge_pages, "_MOST_S_PER_BYTE", 0.0)
-    assert reserve(memory / "a", SIZE) in (0, HUGE)
+    assert reserve(memory / "a", SIZE, most_s_per_byte=0.0) in (0, HUGE)
 
 
 def test_a_copy_into_memory_is_the_file_and_a_copy_that_died_is_taken_up_where_it_was(
