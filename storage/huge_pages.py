@@ -20,10 +20,10 @@ _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
 _FAILED = ctypes.c_void_p(-1).value
 _SIZE_PATH = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-_STEP_BYTES = 64 << 20
+_STEP_BYTES = 16 << 20
 MOST_S_PER_BYTE = 0.5e-9
-"""Of this thread's processor: about what small pages cost to make and to read once. Huge ones cost a seventh of it; but
-ten times as much where a virtual machine has not been given the memory yet, or the kernel must first make room."""
+"""Of a thread's processor: about what small pages cost to make and to read once. Huge ones cost a seventh of it; but
+four times as much where a virtual machine has not been given the memory yet, or the kernel must first make room."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -32,35 +32,41 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-def reserve_huge(fd: int, num_bytes: int, *, most_s_per_byte: float = MOST_S_PER_BYTE) -> int:
-    """Make an empty file in memory `num_bytes` long, on huge pages as far as they can be had.
+class HugePages:
+    """For the files of one copy; given up for all of them once they cost too much. Any thread may use it."""
 
-    `fd` is open for reading and writing. The file reads as zeros. Nothing is done to a file that is not empty, not in memory,
-    or smaller than a huge page; nor where the system has none. A step that costs more than `most_s_per_byte`
-    is the last one.
+    def __init__(self, *, most_s_per_byte: float = MOST_S_PER_BYTE) -> None:
+        self._most_s_per_byte = most_s_per_byte
+        self._page_bytes = _huge_page_bytes()
+        self._are_cheap = self._page_bytes > 0
 
-    Returns:
-        How many bytes lie on huge pages.
-    """
-    page_bytes = _huge_page_bytes()
-    num_huge_bytes = num_bytes // page_bytes * page_bytes if page_bytes else 0
-    if not num_huge_bytes or os.fstat(fd).st_size or not _is_in_memory(fd):
-        return 0
-    done = 0
-    with suppress(OSError):  # a full disk, or memory's limit, is said by who allocates the rest
-        os.ftruncate(fd, num_bytes)
-        step_bytes = max(page_bytes, _STEP_BYTES // page_bytes * page_bytes)
-        is_cheap = True
-        while is_cheap and done < num_huge_bytes:
-            began_s = time.thread_time()
-            size = min(step_bytes, num_huge_bytes - done)
-            for offset in range(done, done + size, page_bytes):
-                os.pwrite(fd, b"\0", offset)
-            if not _collapse(fd, done, size, page_bytes):
-                break
-            done += size
-            is_cheap = time.thread_time() - began_s < size * most_s_per_byte
-    return done
+    def reserve(self, fd: int, num_bytes: int) -> int:
+        """Make an empty file in memory `num_bytes` long, on huge pages as far as they can be had.
+
+        `fd` is open for reading and writing. The file reads as zeros. Nothing is done to a file that is not
+        empty, not in memory, or smaller than a huge page; nor where the system has none.
+
+        Returns:
+            How many bytes lie on huge pages.
+        """
+        if not self._are_cheap or num_bytes < self._page_bytes:
+            return 0
+        if os.fstat(fd).st_size or not _is_in_memory(fd):
+            return 0
+        done, end = 0, num_bytes // self._page_bytes * self._page_bytes
+        with suppress(OSError):  # a full disk, or memory's limit, is said by who allocates the rest
+            os.ftruncate(fd, num_bytes)
+            while self._are_cheap and done < end:
+                size = min(end - done, max(self._page_bytes, _STEP_BYTES))
+                began_s = time.thread_time()
+                for offset in range(done, done + size, self._page_bytes):
+                    os.pwrite(fd, b"\0", offset)
+                if not _collapse(fd, done, size, self._page_bytes):
+                    break
+                done += size
+                cost_s = time.thread_time() - began_s
+                self._are_cheap = self._are_cheap and cost_s <= size * self._most_s_per_byte
+        return done
 
 
 def _huge_page_bytes() -> int:

@@ -24,7 +24,7 @@ from storage.checksums import (
     file_checksum,
 )
 from storage.errors import CorruptObject
-from storage.huge_pages import reserve_huge
+from storage.huge_pages import HugePages
 from storage.stage_sources import SourceFile
 
 RANGE_BYTES = 16 << 20
@@ -91,10 +91,10 @@ class PartialFile:
         self._journal.flush()
         return kept
 
-    def allocate(self) -> None:
+    def allocate(self, huge: HugePages) -> None:
         """Reserve the file's blocks, so that a full disk shows now. Raises OSError."""
         if self.file.size:
-            reserve_huge(self._fd, self.file.size)
+            huge.reserve(self._fd, self.file.size)
             os.posix_fallocate(
                 self._fd, 0, _aligned(self.file.size) if self._direct else self.file.size
             )

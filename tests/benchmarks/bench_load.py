@@ -37,7 +37,7 @@ import torch
 
 from inference.load_weights import default_threads, load_weights
 from inference.weight_movers import BUFFER_BYTES
-from storage.huge_pages import reserve_huge
+from storage.huge_pages import HugePages
 from tests.benchmarks.bare_copies import DEVICE_WAYS, HOST_WAYS, into_memory, to_device
 
 HIDDEN, INTERMEDIATE = 4096, 12_288  # an 8B model's biggest matrices
@@ -149,7 +149,7 @@ def _write_file(
     with path.open("w+b") as file:
         if is_huge:
             size = 8 + len(text) + end
-            reserved = reserve_huge(file.fileno(), size, most_s_per_byte=math.inf)
+            reserved = HugePages(most_s_per_byte=math.inf).reserve(file.fileno(), size)
             if reserved < end // 2:
                 print(f"only {reserved} of {size} bytes are on huge pages", file=sys.stderr)
         file.write(struct.pack("<Q", len(text)) + text)
