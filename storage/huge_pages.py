@@ -20,7 +20,7 @@ _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
 _FAILED = ctypes.c_void_p(-1).value
 _SIZE_PATH = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-_STEP_BYTES = 16 << 20
+_STEP_BYTES = 8 << 20
 MOST_S_PER_BYTE = 0.5e-9
 """Of a thread's processor: about what small pages cost to make and to read once. Huge ones cost a seventh of it; but
 four times as much where a virtual machine has not been given the memory yet, or the kernel must first make room."""

@@ -91,13 +91,14 @@ class PartialFile:
         self._journal.flush()
         return kept
 
-    def allocate(self, huge: HugePages) -> None:
-        """Reserve the file's blocks, so that a full disk shows now. Raises OSError."""
+    def allocate(self, huge: HugePages) -> int:
+        """Reserve the file's blocks, so that a full disk shows now; return bytes on huge pages. Raises OSError."""
+        huge_bytes = huge.reserve(self._fd, self.file.size)
         if self.file.size:
-            huge.reserve(self._fd, self.file.size)
             os.posix_fallocate(
                 self._fd, 0, _aligned(self.file.size) if self._direct else self.file.size
             )
+        return huge_bytes
 
     def write(self, buffer: memoryview, count: int, offset: int) -> None:
         """Write the first `count` bytes of `buffer`; beyond them O_DIRECT may write padding."""

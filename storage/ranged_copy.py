@@ -33,6 +33,7 @@ class CopyStats:
 
     bytes_moved: int = 0
     bytes_resumed: int = 0
+    huge_bytes: int = 0
     num_ranges: int = 0
     num_retries: int = 0
     read_s: float = 0.0
@@ -93,7 +94,10 @@ class RangedCopy:
         """Reserve room for every file taken on. Raises NoSpace."""
         try:
             huge = HugePages()
-            self._in_threads(lambda copied: copied.allocate(huge), iter(list(self._files)))
+            self._in_threads(
+                lambda copied: self.stats.add(huge_bytes=copied.allocate(huge)),
+                iter(list(self._files)),
+            )
         except BaseException:
             self._give_up_room()
             raise
