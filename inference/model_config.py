@@ -30,6 +30,13 @@ _UNKNOWN_LAYERS = {
 }
 
 
+def vocab_size_of(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model with this config.json knows; None where it does not say."""
+    nested = config.get("text_config")
+    size = (nested if isinstance(nested, Mapping) else config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
 def read_model_shape(folder: str | Path) -> ModelShape:
     """Read the shape of the model in `folder`; only its config.json is opened.
 

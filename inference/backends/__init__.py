@@ -3,7 +3,6 @@
 from inference.arriving import Arriving
 from inference.backends.base import Backend, BackendInfo, EngineStats
 from inference.config import EngineConfig
-from inference.errors import EngineConfigError
 from inference.weights import SmallFiles
 
 __all__ = [
@@ -80,10 +79,6 @@ def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) ->
         from inference.backends.transformers import TransformersBackend
 
         return TransformersBackend(config)
-    if name == "zero":
-        from inference.backends.zero import ZeroBackend
+    from inference.backends.zero import ZeroBackend
 
-        return ZeroBackend(config)
-    raise EngineConfigError(
-        f"engine.backend is {name!r}: use auto, paged, zero, transformers or dummy"
-    )
+    return ZeroBackend(config)
