@@ -48,10 +48,15 @@ class LLM:
         if not isinstance(model, (str, Path)):
             raise TypeError(f"model is a {type(model).__name__}; give the path of a model folder")
         self._config = EngineConfig(model=str(model), **engine_kwargs)
-        self.tokenizer, self._vocab_size = _load_tokenizer(self._config)
         self._turn = threading.RLock()
         self._is_closed = False
+        # First, because it has kernels compiled while transformers is imported, which the tokenizer needs.
         self._backend: Backend | None = create_backend(self._config)
+        try:
+            self.tokenizer, self._vocab_size = _load_tokenizer(self._config)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -23,6 +23,7 @@ from inference.planner import Planner, Slots
 from inference.sampler import Sampled, SamplerRow, sample
 from inference.slot_params import SlotParams
 from inference.steps import Running, Step
+from inference.tally import TokenTally
 
 NUM_BUFFERS = 4
 """Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
@@ -40,6 +41,8 @@ class InFlight:
 
     result: Tensor | None
     event: Any
+    """Recorded on CUDA once `result` is there."""
+
     sampled: Sampled | None
 
     def token_ids(self) -> Any:
@@ -47,7 +50,8 @@ class InFlight:
         if self.sampled is not None:
             return np.array(self.sampled.token_ids, np.int32)
         assert self.result is not None
-        self.event.synchronize()
+        if self.event is not None:
+            self.event.synchronize()
         return self.result.numpy()[: len(self.slots)].copy()
 
 
@@ -69,12 +73,14 @@ class ModelRunner:
         self._row_of = row_of
         self._device = model.device
         self._is_cuda = self._device.type == "cuda"
+        self._has_kernels = self._is_cuda or model.uses_kernels
         rows = limits.max_num_seqs
         self._block_table_host = self._pinned(rows, limits.max_blocks_per_seq)
         self.slots = Slots(limits, self._block_table_host.numpy())
         self._planner = Planner(limits, self.slots, allow_cascade=not model.has_windows)
         self._block_table = self._block_table_host.to(self._device, copy=True)
-        self._params = SlotParams(rows, self._device)
+        self._tally = TokenTally(rows, model.vocabulary, self._device)
+        self._params = SlotParams(rows, self._device, self._tally if self._has_kernels else None)
         self._last_token = torch.zeros(rows, dtype=torch.int32, device=self._device)
         size = buffer_size(limits)
         self._packed = torch.zeros(size, dtype=torch.int32, device=self._device)
@@ -93,6 +99,11 @@ class ModelRunner:
     def has_peers(self) -> bool:
         """Whether other ranks run the same steps."""
         return self._model.ranks.size > 1
+
+    @property
+    def tally_bytes(self) -> int:
+        """What rows with penalties take on the device once there are any."""
+        return self._tally.num_bytes if self._has_kernels else 0
 
     def _pinned(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, pin_memory=self._is_cuda)
@@ -114,7 +125,7 @@ class ModelRunner:
         slots = parts["sample_slot"][: plan.num_samples].copy()
         if not len(slots):
             return InFlight(step, slots, None, None, Sampled([], []))
-        if self._is_cuda and self._params.are_fast(slots):
+        if self._has_kernels and self._params.are_fast(slots):
             result, event = self._sample_on_device(num_rows)
             return InFlight(step, slots, result, event, None)
         return InFlight(step, slots, None, None, self._sample_on_host(step.sampled))
@@ -140,10 +151,12 @@ class ModelRunner:
         rows = self._views["sample_token"][:num_rows].long()
         return self._model.logits(self._hidden[rows])
 
-    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
+    def _run_head(self, num_rows: int) -> None:
         from inference.kernels import device_sampler  # Triton exists where CUDA does
 
-        has_draws, has_floors = self._params.has_draws, self._params.has_floors
+        params = self._params
+        has_draws, has_floors = params.has_draws, params.has_floors
+        has_penalties, has_bans = params.has_penalties, params.has_bans
 
         def head() -> None:
             device_sampler.sample(
@@ -151,19 +164,27 @@ class ModelRunner:
                 self._views["sample_slot"][:num_rows],
                 self._views["sample_position"][:num_rows],
                 self._views["counts"],
-                self._params.on_device,
+                params.on_device,
                 self._last_token,
                 self._result,
                 has_draws=has_draws,
                 has_floors=has_floors,
+                has_bans=has_bans,
+                tally=self._tally.table if has_penalties else None,
                 vocabulary=self._model.vocabulary,
                 ranks=self._model.ranks,
             )
 
-        self._graphs.run(("head", num_rows, has_draws, has_floors), head)
+        key = ("head", num_rows, has_draws, has_floors, has_penalties, has_bans)
+        self._graphs.run(key, head)
+
+    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
+        self._run_head(num_rows)
         result = self._results[0]
         self._results.rotate(-1)
         result[:num_rows].copy_(self._result[:num_rows], non_blocking=True)
+        if not self._is_cuda:
+            return result, None
         cuda: Any = torch.cuda
         event = cuda.Event()
         event.record()
@@ -177,8 +198,11 @@ class ModelRunner:
             self._model.vocabulary,
         )
         tokens = torch.tensor([max(0, t) for t in sampled.token_ids], dtype=torch.int32)
-        slots = torch.tensor([running.slot for running in rows])
-        self._last_token[slots.to(self._device)] = tokens.to(self._device)
+        slots = np.array([running.slot for running in rows])
+        self._last_token[torch.from_numpy(slots).to(self._device)] = tokens.to(self._device)
+        is_tallied = self._params.tallied(slots)
+        if is_tallied.any():
+            self._tally.count(slots[is_tallied], np.array(sampled.token_ids)[is_tallied])
         return sampled
 
     @torch.inference_mode()
@@ -186,43 +210,48 @@ class ModelRunner:
         """Capture the graphs of these token and row counts, largest first, so that they share memory."""
         if not self._graphs.is_on:
             return
+        self.run_sizes(sizes, row_sizes=row_sizes)
+        torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def run_sizes(self, sizes: Sequence[int], *, row_sizes: Sequence[int]) -> None:
+        """Run every kind of body and head in these sizes, largest first."""
         self._packed.zero_()
         for num_tokens in sorted(sizes, reverse=True):
             for num_tiles, has_cascade in ((1, True), (1, False), (0, False)):
                 self._run_body(Plan(num_tokens, 0, 0, num_tiles, has_cascade), num_tokens)
         for num_rows in sorted(row_sizes, reverse=True):
-            self._sample_on_device(num_rows)
-        for has_floors in (
-            False,
-            True,
-        ):  # compiled now; other sizes are captured when first drawn from
-            self._params.has_draws, self._params.has_floors = True, has_floors
-            self._sample_on_device(min(row_sizes))
-        self._params.has_draws = self._params.has_floors = False
-        torch.cuda.synchronize()
+            self._run_head(num_rows)
+        for has_floors in (False, True):  # compiled now; captured for other sizes when first drawn
+            self._params.expect(draws=True, floors=has_floors)
+            self._run_head(min(row_sizes))
+        self._params.expect()
 
     @torch.inference_mode()
     def run_largest(self) -> None:
         """Run the largest body and head once, outside graphs: what they allocate is what any step needs.
 
-        Collectives of every kind and size run too, whose buffers the library takes from the device when it first
+        The heads are those for rows with penalties, so that their kernels are compiled when such a row comes; what the
+        tally takes is `tally_bytes`. Collectives of every kind and size run too, whose buffers the library takes from the device when it first
         needs them.
         """
         self._packed.zero_()
         limits = self._limits
         self._graphs.is_on, was_on = False, self._graphs.is_on
         self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
-        if self._is_cuda:
-            self._params.has_draws = self._params.has_floors = True
-            self._sample_on_device(limits.max_num_seqs)
-            self._params.has_draws = self._params.has_floors = False
+        if self._device.type != "cpu":
+            for has_floors in (False, True):
+                self._params.expect(draws=True, floors=has_floors, past=True)
+                self._run_head(limits.max_num_seqs)
+            self._params.expect()
         self._graphs.is_on = was_on
 
     def needs_host(self, step: Step) -> bool:
         """Whether this step is sampled on the host, which must know all tokens before it."""
-        if not self._is_cuda:
+        if not self._has_kernels:
             return True
-        if not all(self._params.is_fast(self._row_of(running)) for running in step.admitted):
+        params, row_of = self._params, self._row_of
+        if not all(params.is_fast(running.slot, row_of(running)) for running in step.admitted):
             return True
         if not self._params.has_slow:
             return False
