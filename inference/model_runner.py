@@ -232,14 +232,14 @@ class ModelRunner:
         """Run the largest body and head once, outside graphs: what they allocate is what any step needs.
 
         The heads are those for rows with penalties, so that their kernels are compiled when such a row comes; what the
-        tally takes is `tally_bytes`. Collectives of every kind and size run too, whose buffers the library takes from the device when it first
-        needs them.
+        tally takes is `tally_bytes`. Collectives of every kind and size run too, whose buffers the library takes from
+        the device when it first needs them.
         """
         self._packed.zero_()
         limits = self._limits
         self._graphs.is_on, was_on = False, self._graphs.is_on
         self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
-        if self._device.type != "cpu":
+        if self._has_kernels:
             for has_floors in (False, True):
                 self._params.expect(draws=True, floors=has_floors, past=True)
                 self._run_head(limits.max_num_seqs)
