@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from flows.cli import build_parser, main
+from flows.console import progress_line
+from tasks.progress import Progress
 from tests.pipeline import MODELS, Nightjar
 
 REPOSITORY = Path(__file__).parents[2]
@@ -66,6 +68,15 @@ def test_a_folder_of_runs_names_them(nightjar, prompts):
     assert refused.code == 2
     assert f"give a run folder; there are {done.run}" in refused.err
     assert "such as OUTPUT_URI/RUN_ID" in nightjar.call("status", str(nightjar.folder)).err
+
+
+def test_progress_tells_no_speed_before_the_first_row_is_generated():
+    progress = Progress()
+    progress.expect(num_rows=2, num_shards=1)
+    progress.row_done("invalid_input", 0)
+    assert "| no row generated yet |" in progress_line(progress.snapshot())
+    progress.row_done("ok", 7)
+    assert "tokens/s |" in progress_line(progress.snapshot())
 
 
 def test_a_long_path_is_one_line_in_a_log(nightjar, prompts):
