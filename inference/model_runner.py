@@ -21,9 +21,14 @@ from inference.graphs import GraphPool, padded
 from inference.model import PagedModel
 from inference.planner import Planner, Slots
 from inference.sampler import Sampled, SamplerRow, sample
+from inference.sampling import MAX_LOGPROBS
+from inference.sequence import TokenLogprob
 from inference.slot_params import SlotParams
 from inference.steps import Running, Step
 from inference.tally import TokenTally
+
+NO_ID = 2**31 - 1
+"""In place of a most likely token, where fewer than asked for are possible."""
 
 NUM_BUFFERS = 4
 """Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
@@ -44,6 +49,8 @@ class InFlight:
     """Recorded on CUDA once `result` is there."""
 
     sampled: Sampled | None
+    logprobs: Tensor | None = None
+    """Beside `result`, if a row asks for any: see `kernels.logprobs.merge_kernel`."""
 
     def token_ids(self) -> Any:
         """Wait for the step; return one int32 per sampled row, as `kernels.sampling` encodes results."""
@@ -53,6 +60,17 @@ class InFlight:
         if self.event is not None:
             self.event.synchronize()
         return self.result.numpy()[: len(self.slots)].copy()
+
+    def logprob(self, index: int, token_id: int, num_top: int) -> TokenLogprob:
+        """Return the log-probabilities of a row that has asked for them, once the step's tokens are there."""
+        assert self.logprobs is not None, (
+            f"row {index} asks for log-probabilities, its step has none"
+        )
+        fields = self.logprobs[index].numpy()
+        values = fields.view(np.float32).tolist()
+        ids = fields[1 + MAX_LOGPROBS :].tolist()
+        pairs = zip(ids[:num_top], values[1 : 1 + num_top], strict=True)
+        return TokenLogprob(token_id, values[0], tuple(pair for pair in pairs if pair[0] != NO_ID))
 
 
 class ModelRunner:
@@ -88,6 +106,9 @@ class ModelRunner:
         self._host = deque((packed, views_of(packed.numpy(), limits)) for packed in host)
         self._results = deque(self._pinned(rows) for _ in range(NUM_BUFFERS))
         self._result = torch.zeros(rows, dtype=torch.int32, device=self._device)
+        width = 1 + 2 * MAX_LOGPROBS
+        self._logprobs = torch.zeros(rows, width, dtype=torch.int32, device=self._device)
+        self._logprobs_host = deque(self._pinned(rows, width) for _ in range(NUM_BUFFERS))
         self._views: dict[str, Tensor] = views_of(self._packed, limits)
         self._batch = make_batch(self._views, self._block_table, scratch)
         self._hidden = torch.zeros(
@@ -126,8 +147,8 @@ class ModelRunner:
         if not len(slots):
             return InFlight(step, slots, None, None, Sampled([], []))
         if self._has_kernels and self._params.are_fast(slots):
-            result, event = self._sample_on_device(num_rows)
-            return InFlight(step, slots, result, event, None)
+            result, event, logprobs = self._sample_on_device(num_rows)
+            return InFlight(step, slots, result, event, None, logprobs)
         return InFlight(step, slots, None, None, self._sample_on_host(step.sampled))
 
     def _update_slots(self, step: Step) -> None:
@@ -151,12 +172,13 @@ class ModelRunner:
         rows = self._views["sample_token"][:num_rows].long()
         return self._model.logits(self._hidden[rows])
 
-    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
+    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any, Tensor | None]:
         from inference.kernels import device_sampler  # Triton exists where CUDA does
 
         params = self._params
         has_draws, has_floors = params.has_draws, params.has_floors
         has_penalties, has_bans = params.has_penalties, params.has_bans
+        has_logprobs = params.has_logprobs
 
         def head() -> None:
             device_sampler.sample(
@@ -171,21 +193,27 @@ class ModelRunner:
                 has_floors=has_floors,
                 has_bans=has_bans,
                 tally=self._tally.table if has_penalties else None,
+                logprobs=self._logprobs if has_logprobs else None,
                 vocabulary=self._model.vocabulary,
                 ranks=self._model.ranks,
             )
 
-        key = ("head", num_rows, has_draws, has_floors, has_penalties, has_bans)
-        self._graphs.run(key, head)
+        kind = (has_draws, has_floors, has_penalties, has_bans, has_logprobs)
+        self._graphs.run(("head", num_rows, *kind), head)
         result = self._results[0]
         self._results.rotate(-1)
         result[:num_rows].copy_(self._result[:num_rows], non_blocking=True)
+        logprobs = None
+        if has_logprobs:
+            logprobs = self._logprobs_host[0]
+            self._logprobs_host.rotate(-1)
+            logprobs[:num_rows].copy_(self._logprobs[:num_rows], non_blocking=True)
         if not self._is_cuda:
-            return result, None
+            return result, None, logprobs
         cuda: Any = torch.cuda
         event = cuda.Event()
         event.record()
-        return result, event
+        return result, event, logprobs
 
     def _sample_on_host(self, rows: Sequence[Running]) -> Sampled:
         """Sample with the reference; waits for the device. Earlier steps' tokens must have been taken."""
@@ -223,8 +251,8 @@ class ModelRunner:
     def run_largest(self) -> None:
         """Run the largest body and head once, outside graphs: what they allocate is what any step needs.
 
-        The heads are those for rows with penalties, so that their kernels are compiled when such a row comes; what the
-        tally takes is `tally_bytes`. Collectives of every kind and size run too, whose buffers the library takes from the device when it first
+        The heads do all they can, so that kernels are compiled when a row comes that needs them; what the tally takes
+        is `tally_bytes`. Collectives of every kind and size run too, whose buffers the library takes from the device when it first
         needs them.
         """
         self._packed.zero_()
@@ -233,7 +261,7 @@ class ModelRunner:
         self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
         if self._is_cuda:
             for has_floors in (False, True):
-                self._params.expect(draws=True, floors=has_floors, past=True)
+                self._params.expect(draws=True, floors=has_floors, rest=True)
                 self._sample_on_device(limits.max_num_seqs)
             self._params.expect()
         self._graphs.is_on = was_on
