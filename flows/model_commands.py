@@ -62,6 +62,7 @@ def bench(args: argparse.Namespace) -> int:
     """Measure an engine on this machine over mixes of requests."""
     from inference.backends import create_backend
     from inference.config import EngineConfig
+    from inference.model_config import vocab_size_of
     from inference.weights import check_small_files
     from tasks.bench import bench as run_mixes
     from tasks.bench import parse_mix
@@ -79,7 +80,9 @@ def bench(args: argparse.Namespace) -> int:
             kv_cache_dtype=args.kv_cache_dtype,
             tensor_parallel_size=args.tensor_parallel_size,
         )
-        vocab_size = int(check_small_files(staged.path).config["vocab_size"])
+        vocab_size = vocab_size_of(check_small_files(staged.path).config)
+        if vocab_size is None:
+            raise JobError(f"{args.model}: its config.json has no vocab_size; give a text model")
         backend = create_backend(config)
         try:
             results = run_mixes(backend, mixes, vocab_size=vocab_size, repeat=args.repeat)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from inference.arriving import Arriving
 from inference.backends.base import Backend
 from inference.config import DistributedConfig, EngineConfig, config_from_json
 from inference.errors import InferenceError
@@ -71,22 +72,28 @@ def run_rank(document: str, place: Place, link: RankLink | None) -> None:
     timeout_s = config.distributed.timeout_s
     ranks = tensor_parallel_group(config.tensor_parallel_size, timeout_s=timeout_s)
     fabric = check_fabric(ranks, current_device(), config.distributed)
-    backend = _build(config, ranks)
+    backend = _build(config, ranks, link.files if link else None)
     backend.stats.extra["all_reduce_gb_per_s"] = round(fabric.bandwidth, 3)
-    serve(backend, ranks, link)
+    serve(backend, ranks, link, waited_s=link.files.waited_s if link else 0.0)
     backend.close()
     leave_world()
 
 
-def _build(config: EngineConfig, ranks: TensorParallel) -> Backend:
-    """Build this rank's part of the engine; its device is chosen by now."""
+def _build(config: EngineConfig, ranks: TensorParallel, files: Arriving | None) -> Backend:
+    """Build this rank's part of the engine; its device is chosen by now.
+
+    Args:
+        config: what to build.
+        ranks: this rank and its peers.
+        files: the model's, as the replica's process tells of them; None: they are all in the folder.
+    """
     if config.backend == "zero":
         from inference.backends.zero import ZeroBackend
 
         return ZeroBackend(config)
     from inference.backends.paged import PagedBackend
 
-    return PagedBackend(config, ranks=ranks)
+    return PagedBackend(config, ranks=ranks, arriving=files)
 
 
 def meet(document: str, place: Place) -> EngineConfig:

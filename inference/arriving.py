@@ -10,9 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from inference.errors import ModelError
 from inference.weights import indexed_tensors
+
+
+class Known(NamedTuple):
+    """What is known at one moment of files on their way."""
+
+    folder: Path | None
+    """None until everything but the weights is there."""
+
+    names: frozenset[str]
+    """Files that are whole, as far as they were told of one by one."""
+
+    is_whole: bool
+    """Whether all files are."""
 
 
 class Arriving:
@@ -74,6 +88,13 @@ class Arriving:
     def is_done(self) -> bool:
         """Whether nothing more will come."""
         return self._is_done
+
+    def known(self) -> Known:
+        """Return what is known now, without waiting. Raises the filler's error."""
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            return Known(self._folder, frozenset(self._names), self._is_done)
 
     def folder(self) -> Path:
         """Wait until everything but the weights is there. Raises the filler's error."""

@@ -58,7 +58,7 @@ class PagedSettings:
         Raises:
             EngineConfigError: max_model_len exceeds what the model handles.
         """
-        is_cuda = model.device.type == "cuda"
+        is_cuda = model.device.type != "cpu"  # meta stands for a CUDA device: see `run_all`
         max_num_seqs = _resolve(config.max_num_seqs, 1024 if is_cuda else 64)
         return cls(
             max_model_len=_max_model_len(model, config),
@@ -118,6 +118,28 @@ def build_engine(
     )
     engine.runner.warm_up(_captured_sizes(settings), row_sizes=sizes(settings.max_num_seqs))
     return engine, plan, time.perf_counter() - started_at
+
+
+def run_all(model: PagedModel, settings: PagedSettings) -> None:
+    """Launch every kernel that `build_engine` launches, in the same shapes; for a model on the meta device."""
+    limits = _limits(model, settings)
+    runner = _trial_runner(model, settings, limits, _scratch(model, limits))
+    runner.run_largest()
+    if settings.use_graphs:
+        runner.run_sizes(_captured_sizes(settings), row_sizes=sizes(settings.max_num_seqs))
+
+
+def _trial_runner(
+    model: PagedModel, settings: PagedSettings, limits: BatchLimits, scratch: Any
+) -> ModelRunner:
+    """Return a runner over a cache of two blocks, without graphs."""
+    shape = model.kv_shape(settings.block_size, settings.kv_dtype)
+    model.attach(KVCache(shape, 2, model.device), settings.max_model_len)
+
+    def row_of(running: Running) -> Any:
+        raise AssertionError(f"no sequence runs while sizes are tried, but {running} does")
+
+    return ModelRunner(model, limits, row_of=row_of, scratch=scratch, use_graphs=False)
 
 
 def _captured_sizes(settings: PagedSettings) -> list[int]:
@@ -208,12 +230,7 @@ def _plan_memory(
         most = min(most, settings.max_num_seqs * per_seq + 1)
         least = 2 if settings.max_num_blocks else per_seq + 1
         return plan_cpu(shape, weights=model.num_weight_bytes, min_blocks=least, max_blocks=most)
-    model.attach(KVCache(shape, 2, model.device), settings.max_model_len)
-
-    def row_of(running: Running) -> Any:
-        raise AssertionError(f"no sequence runs while memory is measured, but {running} does")
-
-    trial = ModelRunner(model, limits, row_of=row_of, scratch=scratch, use_graphs=False)
+    trial = _trial_runner(model, settings, limits, scratch)
     step_bytes, tally_bytes = measure_step(trial.run_largest, model.device), trial.tally_bytes
     del trial
     return plan_cuda(
@@ -249,7 +266,7 @@ def _kv_dtype(config: EngineConfig, model: PagedModel) -> torch.dtype:
     if name == "auto":
         return model.dtype
     if name == "fp8":
-        if model.device.type != "cuda":
+        if model.device.type == "cpu":
             raise EngineConfigError("engine.kv_cache_dtype is fp8: needs a CUDA device; use auto")
         return torch.float8_e4m3fn
     dtype: torch.dtype = getattr(torch, name)

@@ -1,13 +1,24 @@
 """EngineConfig: what one replica is, independent of any prompt."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from inference.errors import EngineConfigError
 
 Auto = Literal["auto"]
 Backend = Literal["auto", "paged", "zero", "transformers", "dummy"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["none", "fp8", "int8", "nf4"]
+KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8"]
 Offload = Literal["auto", "none", "cpu", "nvme"]
+
+_CHOICES = {
+    "backend": Backend,
+    "dtype": Dtype,
+    "quantization": Quantization,
+    "kv_cache_dtype": KVCacheDtype,
+    "offload": Offload,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +67,10 @@ class DistributedConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What one replica is, independent of any prompt. Knobs keep vLLM's names."""
+    """What one replica is, independent of any prompt. Knobs keep vLLM's names.
+
+    Raises EngineConfigError, which names the field and what it may be.
+    """
 
     model: str
     """Local folder holding config.json, a tokenizer and safetensors; ignored by the dummy backend."""
@@ -79,7 +93,7 @@ class EngineConfig:
     max_model_len: int | Auto = "auto"
     """Longest prompt plus completion, in tokens; auto: what the model's config says."""
 
-    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
+    kv_cache_dtype: KVCacheDtype = "auto"
     """Element type of the KV cache; auto: the model's dtype."""
 
     tensor_parallel_size: int = 1
@@ -104,17 +118,24 @@ class EngineConfig:
     """The run's seed; a sequence's own draw comes from `Sequence.draw_seed`."""
 
     def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            *others, last = get_args(kind)
+            if (value := getattr(self, name)) not in (*others, last):
+                raise EngineConfigError(
+                    f"engine.{name} is {value!r}: use {', '.join(others)} or {last}"
+                )
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             value = getattr(self, name)
-            if value != "auto" and value < 1:
-                raise ValueError(f"engine.{name} must be at least 1 or auto, got {value}")
-        if self.tensor_parallel_size < 1:
-            raise ValueError(
-                f"engine.tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}"
+            if value != "auto" and not (isinstance(value, int) and value >= 1):
+                raise EngineConfigError(f"engine.{name} must be at least 1 or auto, got {value!r}")
+        ranks = self.tensor_parallel_size
+        if not (isinstance(ranks, int) and ranks >= 1):
+            raise EngineConfigError(
+                f"engine.tensor_parallel_size must be at least 1, got {ranks!r}"
             )
-        if self.tensor_parallel_size % self.distributed.num_hosts:
-            raise ValueError(
-                f"engine.tensor_parallel_size is {self.tensor_parallel_size}: does not divide over "
+        if ranks % self.distributed.num_hosts:
+            raise EngineConfigError(
+                f"engine.tensor_parallel_size is {ranks}: does not divide over "
                 f"{self.distributed.num_hosts} hosts"
             )
 

@@ -19,7 +19,8 @@ import torch
 from inference.backends.base import EngineStats
 from inference.backends.row import Row
 from inference.errors import EngineFault, OutOfMemory
-from inference.model_runner import InFlight, ModelRunner
+from inference.in_flight import InFlight
+from inference.model_runner import ModelRunner
 from inference.sampler import SamplerRow
 from inference.scheduler import Scheduler
 from inference.sequence import Completion, Sequence, TokenLogprob

@@ -5,6 +5,7 @@ InferenceError
 |-- EngineConfigError     the settings cannot work on this model or machine          (fatal)
 |-- PromptError           one prompt cannot be run; carries the row state it becomes (per row)
 |-- OutOfMemory           the device is full even after shrinking                    (retryable)
+|-- FilesLost             weights that were on their way to a rank stopped coming    (retryable)
 `-- EngineFault           the engine broke: a dead rank, a CUDA error                (retryable)
 """
 
@@ -43,6 +44,12 @@ class PromptError(InferenceError):
 
 class OutOfMemory(InferenceError):
     """The device is out of memory even after the engine shrank what it could."""
+
+    retryable: ClassVar[bool] = True
+
+
+class FilesLost(InferenceError):
+    """The replica gave up staging while this rank loaded; why is the replica's to say."""
 
     retryable: ClassVar[bool] = True
 

@@ -52,6 +52,10 @@ class PagedModel:
         self.vocabulary = WholeVocabulary(self._embedding.shape[0])
         self._head, self._head_bias = self._take_head(model.get_output_embeddings())
         self.num_heads: int = self.config.num_attention_heads // self.ranks.size
+        self._take_over_attention(model)
+
+    def _take_over_attention(self, model: Any) -> None:
+        """Have the model's attention modules call `attend`."""
         _register()
         model.set_attn_implementation(ATTENTION_NAME)
         for module in model.modules():
@@ -184,6 +188,9 @@ class FusedModel(PagedModel):
         if is_fp8:
             self._head_linear = quantised(self._head, self._head_bias)
         self._model = None if is_fp8 else model
+
+    def _take_over_attention(self, model: Any) -> None:
+        """Nothing to do: fused layers take the place of the modules that would call."""
 
     @property
     def has_windows(self) -> bool:

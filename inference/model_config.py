@@ -16,7 +16,7 @@ from inference.model_shape import QUANTIZED_BYTES, ModelShape
 
 # Families whose q, k and v carry a bias that no key announces.
 _QKV_BIAS_FAMILIES = frozenset({"qwen2", "qwen2_moe"})
-_QK_NORM_FAMILIES = frozenset({"qwen3", "qwen3_moe"})
+QK_NORM_FAMILIES = frozenset({"qwen3", "qwen3_moe"})
 _UNGATED_FAMILIES = frozenset({"phi", "starcoder2", "gpt_neox", "opt", "nemotron"})
 _FOUR_NORM_FAMILIES = frozenset({"gemma2", "gemma3", "gemma3_text"})
 _TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
@@ -28,6 +28,13 @@ _UNKNOWN_LAYERS = {
     "mamba_d_state": "state-space layers",
     "ssm_state_size": "state-space layers",
 }
+
+
+def vocab_size_of(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model with this config.json knows; None where it does not say."""
+    nested = config.get("text_config")
+    size = (nested if isinstance(nested, Mapping) else config).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def read_model_shape(folder: str | Path) -> ModelShape:
@@ -131,7 +138,7 @@ class _MlpSizes:
     ) -> "_MlpSizes":
         """Sum the dense, shared and routed matrices over the layers that have them."""
         matrices = 2 if family in _UNGATED_FAMILIES else 3
-        num_moe = sum(_is_moe_layer(config, index) for index in range(layers)) if moe.count else 0
+        num_moe = sum(is_moe_layer(config, index) for index in range(layers)) if moe.count else 0
         num_dense = layers - num_moe
         dense_size = _positive(config, "intermediate_size") if num_dense else 0
         bias = num_dense * (hidden + (matrices - 1) * dense_size) if config.get("mlp_bias") else 0
@@ -156,7 +163,8 @@ def _experts(config: Mapping[str, Any]) -> _Experts:
     return _Experts(count, per_token, size, shared, has_shared_gate=bool(gated))
 
 
-def _is_moe_layer(config: Mapping[str, Any], index: int) -> bool:
+def is_moe_layer(config: Mapping[str, Any], index: int) -> bool:
+    """Whether the layer of this number routes tokens to experts, in a model that has some."""
     if index in (config.get("mlp_only_layers") or ()):
         return False
     if index < int(config.get("first_k_dense_replace") or 0):
@@ -176,7 +184,7 @@ def _attention(
 
 def _norms(family: str, hidden: int, layers: int, head_dim: int) -> int:
     a_layer = (4 if family in _FOUR_NORM_FAMILIES else 2) * hidden
-    if family in _QK_NORM_FAMILIES:
+    if family in QK_NORM_FAMILIES:
         a_layer += 2 * head_dim
     return layers * a_layer + hidden
 

@@ -9,7 +9,6 @@ every number baked into it. All work is on one stream, so blocks may be given aw
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,59 +17,19 @@ from torch import Tensor
 
 from inference.batch import BatchLimits, Plan, buffer_size, cut, make_batch, views_of
 from inference.graphs import GraphPool, padded
+from inference.in_flight import InFlight
 from inference.model import PagedModel
 from inference.planner import Planner, Slots
 from inference.sampler import Sampled, SamplerRow, sample
 from inference.sampling import MAX_LOGPROBS
-from inference.sequence import TokenLogprob
 from inference.slot_params import SlotParams
 from inference.steps import Running, Step
 from inference.tally import TokenTally
-
-NO_ID = 2**31 - 1
-"""In place of a most likely token, where fewer than asked for are possible."""
 
 NUM_BUFFERS = 4
 """Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
 
 RowOf = Callable[[Running], SamplerRow]
-
-
-@dataclass(slots=True)
-class InFlight:
-    """A launched step. Either the device has the tokens (`result`) or the host has (`sampled`)."""
-
-    step: Step
-    slots: Any
-    """The sampled sequences' slots, in row order."""
-
-    result: Tensor | None
-    event: Any
-    """Recorded on CUDA once `result` is there."""
-
-    sampled: Sampled | None
-    logprobs: Tensor | None = None
-    """Beside `result`, if a row asks for any: see `kernels.logprobs.merge_kernel`."""
-
-    def token_ids(self) -> Any:
-        """Wait for the step; return one int32 per sampled row, as `kernels.sampling` encodes results."""
-        if self.sampled is not None:
-            return np.array(self.sampled.token_ids, np.int32)
-        assert self.result is not None
-        if self.event is not None:
-            self.event.synchronize()
-        return self.result.numpy()[: len(self.slots)].copy()
-
-    def logprob(self, index: int, token_id: int, num_top: int) -> TokenLogprob:
-        """Return the log-probabilities of a row that has asked for them, once the step's tokens are there."""
-        assert self.logprobs is not None, (
-            f"row {index} asks for log-probabilities, its step has none"
-        )
-        fields = self.logprobs[index].numpy()
-        values = fields.view(np.float32).tolist()
-        ids = fields[1 + MAX_LOGPROBS :].tolist()
-        pairs = zip(ids[:num_top], values[1 : 1 + num_top], strict=True)
-        return TokenLogprob(token_id, values[0], tuple(pair for pair in pairs if pair[0] != NO_ID))
 
 
 class ModelRunner:
@@ -172,7 +131,7 @@ class ModelRunner:
         rows = self._views["sample_token"][:num_rows].long()
         return self._model.logits(self._hidden[rows])
 
-    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any, Tensor | None]:
+    def _run_head(self, num_rows: int) -> None:
         from inference.kernels import device_sampler  # Triton exists where CUDA does
 
         params = self._params
@@ -200,11 +159,14 @@ class ModelRunner:
 
         kind = (has_draws, has_floors, has_penalties, has_bans, has_logprobs)
         self._graphs.run(("head", num_rows, *kind), head)
+
+    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any, Tensor | None]:
+        self._run_head(num_rows)
         result = self._results[0]
         self._results.rotate(-1)
         result[:num_rows].copy_(self._result[:num_rows], non_blocking=True)
         logprobs = None
-        if has_logprobs:
+        if self._params.has_logprobs:
             logprobs = self._logprobs_host[0]
             self._logprobs_host.rotate(-1)
             logprobs[:num_rows].copy_(self._logprobs[:num_rows], non_blocking=True)
@@ -235,34 +197,39 @@ class ModelRunner:
         """Capture the graphs of these token and row counts, largest first, so that they share memory."""
         if not self._graphs.is_on:
             return
+        self.run_sizes(sizes, row_sizes=row_sizes)
+        torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def run_sizes(self, sizes: Sequence[int], *, row_sizes: Sequence[int]) -> None:
+        """Run every kind of body and head in these sizes, largest first."""
         self._packed.zero_()
         for num_tokens in sorted(sizes, reverse=True):
             for num_tiles, has_cascade in ((1, True), (1, False), (0, False)):
                 self._run_body(Plan(num_tokens, 0, 0, num_tiles, has_cascade), num_tokens)
         for num_rows in sorted(row_sizes, reverse=True):
-            self._sample_on_device(num_rows)
+            self._run_head(num_rows)
         for has_floors in (False, True):  # compiled now; captured for other sizes when first drawn
             self._params.expect(draws=True, floors=has_floors)
-            self._sample_on_device(min(row_sizes))
+            self._run_head(min(row_sizes))
         self._params.expect()
-        torch.cuda.synchronize()
 
     @torch.inference_mode()
     def run_largest(self) -> None:
         """Run the largest body and head once, outside graphs: what they allocate is what any step needs.
 
-        The heads do all they can, so that kernels are compiled when a row comes that needs them; what the tally takes
-        is `tally_bytes`. Collectives of every kind and size run too, whose buffers the library takes from the device when it first
-        needs them.
+        The heads do all they can, so that their kernels are compiled when a row comes that needs them; what the tally
+        takes is `tally_bytes`. Collectives of every kind and size run too, whose buffers the library takes from the
+        device when it first needs them.
         """
         self._packed.zero_()
         limits = self._limits
         self._graphs.is_on, was_on = False, self._graphs.is_on
         self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
-        if self._is_cuda:
+        if self._device.type != "cpu":
             for has_floors in (False, True):
                 self._params.expect(draws=True, floors=has_floors, rest=True)
-                self._sample_on_device(limits.max_num_seqs)
+                self._run_head(limits.max_num_seqs)
             self._params.expect()
         self._graphs.is_on = was_on
 

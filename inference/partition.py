@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inference.arriving import Arriving
 from inference.autotp import partition_linears
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
@@ -27,20 +28,24 @@ from inference.quantization import check_quantization
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import columns_of
 from inference.weight_reader import Slice
-from inference.weights import ModelFolder
+from inference.weights import SmallFiles, check_small_files
 
 _EXPERT_MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
 
 
 def load_partition(
-    folder: ModelFolder, config: EngineConfig, ranks: TensorParallel, device: torch.device
+    files: Arriving, config: EngineConfig, ranks: TensorParallel, device: torch.device
 ) -> Any:
-    """Return this rank's part of the folder's causal language model, on `device`, in evaluation mode.
+    """Return this rank's part of a causal language model, on `device`, in evaluation mode.
+
+    The rank's memory is allocated at once, and filled from each weight file as soon as it is whole.
 
     Raises:
         EngineConfigError: the model cannot be partitioned so.
-        ModelError: weights are missing or of another shape than config.json says.
+        ModelError: weights are missing or of another shape than config.json says; or the error of who
+            fills the folder.
     """
+    folder = check_small_files(files.folder())
     check_quantization(folder, config, "paged")
     model = _empty_model(folder, config)
     text = model.config.get_text_config()
@@ -51,7 +56,7 @@ def load_partition(
     )
     parts = cut(model, ranks)
     _allocate(model, device)
-    fill(model, parts, folder)
+    fill(model, parts, files)
     return model.eval()
 
 
@@ -65,7 +70,7 @@ def cut(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
     return partition_linears(model, ranks) | experts | _cut_head(model, ranks)
 
 
-def _empty_model(folder: ModelFolder, config: EngineConfig) -> Any:
+def _empty_model(folder: SmallFiles, config: EngineConfig) -> Any:
     """Build the model with parameters on the meta device and buffers, such as rotary frequencies, real."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM

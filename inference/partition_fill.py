@@ -1,31 +1,33 @@
 """Filling one rank's part of a model from the files: every tensor's slice to its place, whatever it is stored as."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inference.arriving import Arriving
 from inference.errors import ModelError
 from inference.fp8_blocks import SCALE_SUFFIX, BlockScales
 from inference.load_weights import load_weights
 from inference.weight_reader import Slice
-from inference.weights import ModelFolder
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
-def fill(model: Any, parts: dict[str, Slice], folder: ModelFolder) -> None:
-    """Read this rank's slices into the parameters; `parts` names those that are not whole.
+def fill(model: Any, parts: dict[str, Slice], files: Arriving) -> None:
+    """Read this rank's slices into the parameters, from each file once it is there.
+
+    `parts` names the parameters that are not whole.
 
     Raises:
-        ModelError: the files do not belong to config.json.
+        ModelError: the files do not belong to config.json; or the error of who fills the folder.
     """
-    filler = _Filler(model, parts, folder)
+    filler = _Filler(model, parts, files.folder())
     device = next(model.parameters()).device
-    files = [file.path for file in folder.weight_files]
     for name, tensor in load_weights(
-        files, device=device, slicer=filler.slice_of, destination=filler.destination
+        files.weight_files(), device=device, slicer=filler.slice_of, destination=filler.destination
     ):
         filler.take(name, tensor)
     filler.check_complete()
@@ -34,9 +36,9 @@ def fill(model: Any, parts: dict[str, Slice], folder: ModelFolder) -> None:
 class _Filler:
     """Says what of each tensor is read, and puts it in its place."""
 
-    def __init__(self, model: Any, parts: dict[str, Slice], folder: ModelFolder) -> None:
+    def __init__(self, model: Any, parts: dict[str, Slice], folder: Path) -> None:
         self._targets = _Targets(model, parts)
-        self._folder = folder.path
+        self._folder = folder
         self._scales = BlockScales()
         self._shapes: dict[str, tuple[int, ...]] = {}
 

@@ -98,7 +98,7 @@ class PromptBuilder:
                 "invalid_input", f"column {column!r} is a {type(text).__name__}, need text"
             )
         if not self.is_chat:
-            return _checked(text)
+            return check_text(text)
         return self._apply([{"role": "user", "content": text}], None)
 
     def render_messages(
@@ -197,7 +197,7 @@ class PromptBuilder:
             raise PromptError("invalid_input", "the chat template ran out of memory") from None
         except Exception as error:  # a template may raise anything; the row says which kind
             raise PromptError("invalid_input", self._template.describe(error)) from None
-        return _checked(text)
+        return check_text(text)
 
     def _try_template(self) -> None:
         """Compile and render once, so that a broken template is refused before any row."""
@@ -221,7 +221,12 @@ class PromptBuilder:
             return
 
 
-def _checked(text: str) -> str:
+def check_text(text: str) -> str:
+    """Return the text, if it can be tokenised.
+
+    Raises:
+        PromptError: it is too long, or has half a surrogate pair.
+    """
     if len(text) > MAX_RENDERED_CHARS:
         raise PromptError(
             "overlong", f"the prompt has {len(text)} characters, limit {MAX_RENDERED_CHARS}"

@@ -8,6 +8,7 @@
 6 out of memory     the device is full                                     (trying again can help)
 7 engine fault      the device or the engine broke                         (trying again can help)
 8 orphaned          the replica's process is gone
+9 files lost        the replica gave up staging the model; its own error says why
 """
 
 from enum import IntEnum
@@ -15,6 +16,7 @@ from enum import IntEnum
 from inference.errors import (
     EngineConfigError,
     EngineFault,
+    FilesLost,
     InferenceError,
     ModelError,
     OutOfMemory,
@@ -32,6 +34,7 @@ class ExitCode(IntEnum):
     OUT_OF_MEMORY = 6
     ENGINE_FAULT = 7
     ORPHANED = 8
+    FILES_LOST = 9
 
 
 _TELLING = [
@@ -42,6 +45,7 @@ _TELLING = [
     None,  # died without a word
     ExitCode.ENGINE_FAULT,
     ExitCode.LOST_PEER,
+    ExitCode.FILES_LOST,
     ExitCode.ORPHANED,
     ExitCode.FINISHED,
 ]
@@ -71,6 +75,8 @@ def code_of(error: BaseException) -> ExitCode:
         return ExitCode.CONFIG_ERROR
     if isinstance(error, ModelError):
         return ExitCode.MODEL_ERROR
+    if isinstance(error, FilesLost):
+        return ExitCode.FILES_LOST
     if isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError):
         return ExitCode.OUT_OF_MEMORY
     if isinstance(error, dist.DistError):

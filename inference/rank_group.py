@@ -51,6 +51,7 @@ class RankGroup:
         self._inbox: deque[Message] = deque()
         self._endings: dict[str, tuple[int | None, str]] = {}
         self._first: socket.socket | None = None
+        self._told: list[Message] = []
         self._is_closed = False
         path = self._folder / "document.json"
         path.write_text(json.dumps(document))
@@ -78,10 +79,13 @@ class RankGroup:
     def send(self, message: Message) -> None:
         """Send to the first rank of this host. A rank that is gone is met by `take`."""
         assert self._first is not None, "no first rank yet: wait for its first message"
-        self._first.setblocking(True)
-        with contextlib.suppress(OSError):
-            self._first.sendall(encode(message))
-        self._first.setblocking(False)
+        _send(self._first, message)
+
+    def tell(self, message: Message) -> None:
+        """Send to every rank of this host; those that have not said hello yet are told when they do."""
+        self._told.append(message)
+        for connection in self._ranks.keys() & self._decoders.keys():
+            _send(connection, message)
 
     def take(self, timeout_s: float) -> list[Message]:
         """Return the messages that have come, waiting up to `timeout_s` for the first.
@@ -112,6 +116,14 @@ class RankGroup:
         self._selector.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def dismiss(self, message: Message) -> None:
+        """Tell every rank something that it ends on, hear how each does, and end whoever is left."""
+        self.tell(message)
+        self._hear_out()
+        for name, (code, text) in sorted(self._endings.items()):
+            logger.info("%s: ended with exit code %s: %s", name, code, text)
+        self.close()
+
     def _poll(self, timeout_s: float) -> None:
         for key, _ in self._selector.select(timeout_s):
             connection: Any = key.fileobj
@@ -135,6 +147,8 @@ class RankGroup:
             self._ranks[connection] = message
             if self._first is None or message["rank"] < self._ranks[self._first]["rank"]:
                 self._first = connection
+            for told in self._told:
+                _send(connection, told)
         elif kind == "failed":
             self._endings[self._name(connection)] = message["code"], message["error"]
         elif kind == "log":
@@ -159,11 +173,7 @@ class RankGroup:
 
     def _verdict(self) -> InferenceError:
         """Hear the other ranks out, end all, and say which ending is the likeliest cause."""
-        deadline = time.monotonic() + _VERDICT_S
-        while self._decoders and time.monotonic() < deadline:
-            self._poll(0.1)
-            if all(self._name(c) in self._endings for c in self._decoders if c in self._ranks):
-                break
+        self._hear_out()
         exit_code = self._processes.poll()
         output = self._output()
         if self._endings:
@@ -176,12 +186,27 @@ class RankGroup:
         self.close()
         return error_of(code, text if is_plain else f"{name}: {text}; all ranks were stopped")
 
+    def _hear_out(self) -> None:
+        """Give the ranks that have said hello a moment to say how they end."""
+        deadline = time.monotonic() + _VERDICT_S
+        while self._decoders and time.monotonic() < deadline:
+            self._poll(0.1)
+            if all(self._name(c) in self._endings for c in self._decoders if c in self._ranks):
+                break
+
     def _output(self) -> str:
         """The end of what launcher and ranks printed."""
         with self._log_path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - _LOG_TAIL_BYTES))
             return file.read().decode(errors="replace").strip()
+
+
+def _send(connection: socket.socket, message: Message) -> None:
+    connection.setblocking(True)
+    with contextlib.suppress(OSError):  # a rank that is gone is met by the reader
+        connection.sendall(encode(message))
+    connection.setblocking(False)
 
 
 def _private_folder() -> Path:

@@ -1,7 +1,7 @@
 """RankLink: a rank's end of the socket to the replica's process.
 
 A thread of its own reads it, so that the rank ends when the replica's process is gone, whatever the main thread
-waits for: a step, a peer, a device.
+waits for: a step, a peer, a device, a weight file.
 """
 
 import contextlib
@@ -14,7 +14,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from inference.arriving import Arriving
 from inference.rank_exit import ExitCode
+from inference.rank_files import hear
 from inference.rank_messages import Decoder, Message, encode, receive
 
 
@@ -27,6 +29,9 @@ class RankLink:
         self._folder = Path(path).parent
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox: queue.Queue[Message] = queue.Queue()
+        self.files = Arriving()
+        """The model's files, as the replica tells of them."""
+
         self.send({"kind": "hello", "rank": rank, "pid": os.getpid()})
         for target in (self._read, self._write):
             threading.Thread(target=target, name="nightjar-rank-link", daemon=True).start()
@@ -62,7 +67,8 @@ class RankLink:
         decoder = Decoder()
         while (messages := receive(self._socket, decoder)) is not None:
             for message in messages:
-                self._inbox.put(message)
+                if not hear(self.files, message):
+                    self._inbox.put(message)
         shutil.rmtree(self._folder, ignore_errors=True)  # the replica cannot any more
         # Not sys.exit: the main thread may be inside a collective that never ends.
         os._exit(ExitCode.ORPHANED)

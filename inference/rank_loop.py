@@ -33,14 +33,25 @@ class Link(Protocol):
         """Return what has come, waiting for something up to `timeout_s`."""
 
 
-def serve(backend: Backend, ranks: TensorParallel, link: Link | None) -> None:
-    """Run until the replica says stop. `link` is the first rank's.
+def serve(
+    backend: Backend, ranks: TensorParallel, link: Link | None, *, waited_s: float = 0.0
+) -> None:
+    """Run until the replica says stop.
+
+    Args:
+        backend: this rank's part of the engine.
+        ranks: this rank and its peers.
+        link: to the replica's process; only the first rank's is used.
+        waited_s: how long this rank waited for weight files while it loaded.
 
     Raises:
         InferenceError: from the backend.
         RuntimeError: a peer is gone.
     """
-    reporter = _Reporter(backend, link) if ranks.rank == 0 and link is not None else None
+    reporter = None
+    if ranks.rank == 0 and link is not None:
+        link.send({"kind": "ready", "info": info_to_json(backend.info), "waited_s": waited_s})
+        reporter = _Reporter(backend, link)
     while True:
         heard: list[Message] = []
         if ranks.rank == 0 and link is not None:
@@ -72,7 +83,6 @@ class _Reporter:
         self._link = link
         self._last_at = 0.0
         self.num_received = 0
-        link.send({"kind": "ready", "info": info_to_json(backend.info)})
 
     def report(self, completions: list[Completion]) -> None:
         """Report a step."""

@@ -1,7 +1,8 @@
 """What a replica's process and its ranks say to each other: length-prefixed JSON over a Unix socket.
 
-    rank -> replica   hello {rank, pid} · ready {info} · progress {completions, stats, ...} · log · failed {code, error}
+    rank -> replica   hello {rank, pid} · ready {info, waited_s} · progress {completions, stats, ...} · log · failed {code, error}
     replica -> rank 0 submit {sequences} · stop
+    replica -> ranks  files · no_more                       which weight files may be read (`inference.rank_files`)
 
 A closed socket is a message too: either side is gone. Nothing here executes what it reads.
 """

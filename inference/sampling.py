@@ -2,6 +2,8 @@
 
 import hashlib
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 # Limits a per-row column is checked against; a value outside them makes that row `invalid_input`.
 MAX_LOGPROBS = 20
@@ -11,7 +13,10 @@ MAX_COUNT = 2**31 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """What a caller may ask for one prompt. Names and meanings are vLLM's."""
+    """What a caller may ask for one prompt. Names and meanings are vLLM's.
+
+    A lone stop string, and lists, are taken for tuples. Raises ValueError, which names the field.
+    """
 
     max_tokens: int = 512
     """Most completion tokens."""
@@ -59,6 +64,11 @@ class SamplingParams:
     """Log-probabilities to return per token: the chosen one's and this many most likely; None for none."""
 
     def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _tuple_of(str, "stop", stop))
+        token_ids = _tuple_of(Integral, "stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", token_ids)
+        self._check_kinds()
         checks = (
             ("max_tokens", 1 <= self.max_tokens <= MAX_COUNT, f"between 1 and {MAX_COUNT}"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
@@ -86,10 +96,45 @@ class SamplingParams:
             if not is_right:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
+    def _check_kinds(self) -> None:
+        for names, kind, rule in _KINDS:
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise ValueError(f"{name} must be {rule}, got {value!r}")
+        if self.logprobs is not None and type(self.logprobs) is not int:
+            raise ValueError(f"logprobs must be a whole number or None, got {self.logprobs!r}")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
+
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
+
+
+_KINDS: tuple[tuple[tuple[str, ...], type, str], ...] = (
+    (("max_tokens", "min_tokens", "top_k", "seed", "n"), Integral, "a whole number"),
+    (
+        (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ),
+        Real,
+        "a number",
+    ),
+)
+
+
+def _tuple_of(kind: type, name: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, (tuple, list)) or not all(isinstance(v, kind) for v in values):
+        wanted = "a string or a list of strings" if kind is str else "a list of token ids"
+        raise ValueError(f"{name} must be {wanted}, got {values!r}")
+    return tuple(values)
 
 
 def draw_seed(seed: int, row_key: int | str, sample_index: int) -> int:

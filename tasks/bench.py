@@ -52,7 +52,9 @@ def parse_mix(text: str) -> tuple[str, int]:
     """
     mix, _, number = text.partition(":")
     if mix not in MIXES or not number.isdigit() or int(number) < 1:
-        raise BadInput(f"--mix is {text!r}; give MIX:REQUESTS, MIX one of {', '.join(MIXES)}")
+        raise BadInput(
+            f"--mix is {text!r}; give MIX:REQUESTS, MIX one of {', '.join(MIXES)} and REQUESTS 1 or more"
+        )
     return mix, int(number)
 
 

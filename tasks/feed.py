@@ -19,7 +19,7 @@ from tasks.ahead import ahead
 from tasks.converted_inputs import fetch_converted
 from tasks.feed_batches import PreparedBatch, PreparedRow, error_batch, from_rows
 from tasks.feed_process import FeedProcess
-from tasks.feed_spec import FeedLimits, run_sampling
+from tasks.feed_spec import FeedLimits
 from tasks.job import RunConfig
 from tasks.prompt_columns import PromptColumns
 
@@ -64,7 +64,7 @@ class PromptFeed:
             job, model_dir=model_dir, max_model_len=max_model_len, limits=limits
         )
         self._process.begin_pass()
-        self._run_sampling = run_sampling(job.sampling)
+        self._run_sampling = job.sampling.params()
         self._paths: dict[str, Path] = {}
 
     def __enter__(self) -> "PromptFeed":

@@ -31,7 +31,7 @@ from storage.input_schema import conform, decode_schema
 from storage.parquet_reader import ParquetInput, RowBatch
 from storage.text_repair import repair_text
 from tasks.feed_batches import Counter, to_counts, to_rows
-from tasks.feed_spec import FeedSpec, run_sampling
+from tasks.feed_spec import FeedSpec
 from tasks.frames import IDLE, READING, Recorder, read_frame, write_frame
 from tasks.prepare import RowPreparer, cells
 from tasks.prompt_columns import PromptColumns
@@ -82,7 +82,7 @@ class Child:
         self._sources = {new: old for old, new in self._job.output.rename.items()}
         self._has_id = chosen.id is not None
         self._builder = builder
-        self._sampling = run_sampling(self._job.sampling)
+        self._sampling = self._job.sampling.params()
         self._preparer = RowPreparer(
             chosen,
             builder,

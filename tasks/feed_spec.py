@@ -6,7 +6,6 @@ from typing import Any
 
 from inference.errors import EngineConfigError
 from inference.prompt import PromptConfig
-from inference.sampling import SamplingParams
 from tasks.job import InputConfig, ModelConfig, OutputConfig, RunConfig, SamplingConfig
 
 STATE_CODES = (None, "overlong", "invalid_input")
@@ -89,18 +88,6 @@ class FeedSpec:
             on_overlong=self.input["on_overlong"],
             has_messages=has_messages,
         )
-
-
-def run_sampling(config: SamplingConfig) -> SamplingParams:
-    """Return the run's sampling as the engine takes it.
-
-    Raises:
-        ValueError: a value is out of range; the message names it.
-    """
-    values = dataclasses.asdict(config)
-    return SamplingParams(
-        **{**values, "stop": tuple(config.stop), "stop_token_ids": tuple(config.stop_token_ids)}
-    )
 
 
 def too_many_hard_rows(limit: int) -> EngineConfigError:

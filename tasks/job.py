@@ -8,7 +8,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_type_hints
 
-from inference.config import Auto, Backend, DistributedConfig, Dtype, Offload, Quantization
+from inference.config import (
+    Auto,
+    Backend,
+    DistributedConfig,
+    Dtype,
+    KVCacheDtype,
+    Offload,
+    Quantization,
+)
 from inference.sampling import SamplingParams
 from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
@@ -123,7 +131,7 @@ class EngineKnobs:
     max_num_seqs: int | Auto = "auto"
     max_num_batched_tokens: int | Auto = "auto"
     max_model_len: int | Auto = "auto"
-    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
+    kv_cache_dtype: KVCacheDtype = "auto"
     tensor_parallel_size: int | Auto = "auto"
     """Devices that hold one replica's model between them; auto: what the sizing says. Part of the fingerprint as
     it is written: in fp32 it changes no token, in bf16 sums of another order may."""

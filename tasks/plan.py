@@ -20,7 +20,7 @@ from storage.inputs import InputFiles
 from storage.manifest import PlanManifest, RunRecord, digest
 from storage.object_store import ObjectStore
 from tasks.feed_process import FeedProcess
-from tasks.feed_spec import FeedLimits, run_sampling
+from tasks.feed_spec import FeedLimits
 from tasks.job import RunConfig
 from tasks.plan_count import Count, count_rows
 from tasks.plan_inputs import PlannedInput, plan_inputs
@@ -113,7 +113,7 @@ def _adopted(plan: PlanManifest, record: RunRecord, store: ObjectStore) -> PlanM
 
 def _check_job(job: RunConfig) -> None:
     try:
-        run_sampling(job.sampling)
+        job.sampling.params()
     except ValueError as error:
         raise EngineConfigError(f"sampling: {error}") from None
     if job.shards.target_tokens < 1 or job.shards.max_rows < 1:

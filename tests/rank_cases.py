@@ -15,6 +15,7 @@ import torch.distributed as dist
 import transformers
 
 from inference import experts
+from inference.arriving import Arriving
 from inference.build_engine import build_engine
 from inference.config import DistributedConfig, EngineConfig
 from inference.errors import EngineConfigError, ModelError
@@ -44,7 +45,8 @@ SAMPLINGS = [
 def load(folder: str, ranks: TensorParallel) -> Any:
     config = EngineConfig(model=folder, dtype="float32")
     if ranks.size > 1:
-        return load_partition(check_model_folder(folder), config, ranks, torch.device("cpu"))
+        files = Arriving.whole(check_model_folder(folder).path)
+        return load_partition(files, config, ranks, torch.device("cpu"))
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 

@@ -13,8 +13,8 @@ if not torch.cuda.is_available():
 
 import torch.distributed as dist
 
+from inference.in_flight import InFlight
 from inference.kernels import device_sampler
-from inference.model_runner import InFlight
 from inference.sampler import SamplerRow, sample
 from inference.sampling import MAX_LOGPROBS, SamplingParams
 from inference.sequence import TokenLogprob

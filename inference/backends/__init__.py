@@ -3,7 +3,6 @@
 from inference.arriving import Arriving
 from inference.backends.base import Backend, BackendInfo, EngineStats
 from inference.config import EngineConfig
-from inference.errors import EngineConfigError
 from inference.weights import SmallFiles
 
 __all__ = [
@@ -66,6 +65,10 @@ def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) ->
         from inference.backends.paged import PagedBackend
 
         return PagedBackend(config, arriving=arriving)
+    if name == "paged" and config.distributed.num_hosts == 1:
+        from inference.backends.ranked import RankedBackend
+
+        return RankedBackend(config, arriving=arriving)
     if arriving is not None:
         arriving.wait_for_all()
     if name == "paged" or (name == "zero" and config.tensor_parallel_size > 1):
@@ -76,10 +79,6 @@ def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) ->
         from inference.backends.transformers import TransformersBackend
 
         return TransformersBackend(config)
-    if name == "zero":
-        from inference.backends.zero import ZeroBackend
+    from inference.backends.zero import ZeroBackend
 
-        return ZeroBackend(config)
-    raise EngineConfigError(
-        f"engine.backend is {name!r}: use auto, paged, zero, transformers or dummy"
-    )
+    return ZeroBackend(config)

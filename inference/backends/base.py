@@ -51,6 +51,9 @@ class BackendInfo:
     """Devices that hold the model between them."""
 
     load_s: float = 0.0
+    compile_wait_s: float = 0.0
+    """Of `load_s`: until kernels that were compiled beside the loading were there."""
+
     warmup_s: float = 0.0
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes reserved on one device, by purpose."""

@@ -25,6 +25,7 @@ from inference.memory import MemoryPlan, free_device_bytes
 from inference.model import PagedModel, make_paged_model
 from inference.model_config import read_model_shape
 from inference.offload import HOST_MEMORY_SHARE, free_host_bytes
+from inference.precompile import Precompile
 from inference.sequence import Completion, Sequence
 from inference.tensor_parallel import TensorParallel
 from inference.weights import SmallFiles, check_model_folder, check_small_files
@@ -73,12 +74,14 @@ class PagedBackend:
         files = arriving or Arriving.whole(check_model_folder(config.model).path)
         folder = check_small_files(files.folder())
         check_engine(folder, replace(config, backend="paged"))
-        self.tokenizer = load_tokenizer(folder)
         device = current_device()
-        source = _loading_device(folder, config, ranks, device) if is_fp8 else device
-        loaded = _load(files, _without_fp8(config), ranks, source)
-        model = make_paged_model(loaded, _ops(), is_fp8=is_fp8, ranks=ranks, device=device)
-        settings = PagedSettings.of(config, model)
+        with Precompile.beside(folder.config, config, device) as kernels:
+            self.tokenizer = load_tokenizer(folder)
+            source = _loading_device(folder, config, ranks, device) if is_fp8 else device
+            loaded = _load(files, _without_fp8(config), ranks, source)
+            model = make_paged_model(loaded, _ops(), is_fp8=is_fp8, ranks=ranks, device=device)
+            settings = PagedSettings.of(config, model)
+            compile_wait_s = kernels.wait()
         load_s = time.perf_counter() - started_at
         self._engine: PagedEngine | None
         self._engine, plan, warmup_s = build_engine(
@@ -90,7 +93,12 @@ class PagedBackend:
         )
         settings = replace(settings, max_model_len=max_model_len)
         self._stats = self._engine.stats
-        self._info = _info(model, settings, plan, load_s, warmup_s)
+        self._info = replace(
+            _info(model, settings, plan),
+            load_s=load_s,
+            compile_wait_s=compile_wait_s,
+            warmup_s=warmup_s,
+        )
 
     @property
     def info(self) -> BackendInfo:
@@ -144,9 +152,7 @@ class PagedBackend:
             torch.cuda.empty_cache()
 
 
-def _info(
-    model: PagedModel, settings: PagedSettings, plan: MemoryPlan, load_s: float, warmup_s: float
-) -> BackendInfo:
+def _info(model: PagedModel, settings: PagedSettings, plan: MemoryPlan) -> BackendInfo:
     is_cuda = model.device.type == "cuda"
     return BackendInfo(
         backend="paged",
@@ -154,8 +160,6 @@ def _info(
         dtype=dtype_name(model.dtype),
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
-        load_s=load_s,
-        warmup_s=warmup_s,
         memory=plan.as_dict(),
     )
 
@@ -167,7 +171,7 @@ def _load(
         return load_arriving(files, config, device)
     from inference.partition import load_partition
 
-    return load_partition(check_model_folder(files.wait_for_all()), config, ranks, device)
+    return load_partition(files, config, ranks, device)
 
 
 def _loading_device(

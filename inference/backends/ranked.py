@@ -4,6 +4,9 @@ It lives in the replica's process, which has no device of its own: it starts the
 first one and takes completions back. A rank that dies ends them all with an error that another attempt can
 help, within seconds; nothing waits for it.
 
+The ranks start as soon as the model's small files are here, and read each weight file once it is verified: which
+ones are is told to them (`inference.rank_files`). If staging fails, they end, and its error is this backend's.
+
 A rank that is out of memory is in the middle of a step that the others cannot take back. So all shrink together:
 they are started again with smaller steps and a KV cache a tenth smaller, and what is unfinished is given to them anew.
 """
@@ -13,6 +16,7 @@ import logging
 import time
 from collections.abc import Iterable
 
+from inference.arriving import Arriving
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequences
 from inference.config import EngineConfig
@@ -21,6 +25,7 @@ from inference.heads import check_heads
 from inference.launch import Launch
 from inference.model_config import read_model_shape
 from inference.quantization import check_quantization
+from inference.rank_files import FileNews, no_more
 from inference.rank_group import RankGroup
 from inference.rank_messages import (
     Message,
@@ -30,13 +35,14 @@ from inference.rank_messages import (
     update_stats,
 )
 from inference.sequence import Completion, Sequence
-from inference.weights import check_model_folder
+from inference.weights import SmallFiles, check_model_folder, check_small_files
 from inference.zero import check_zero
 
 logger = logging.getLogger(__name__)
 
 _STEP_S = 0.05
 _LOAD_POLL_S = 0.5
+_ARRIVAL_POLL_S = 0.05
 _MAX_SHRINKS = 3
 _AUTO_STEP_TOKENS = 8192
 """What `auto` is at least on any device: where it is less, the first shrinking changes nothing."""
@@ -45,20 +51,29 @@ _AUTO_STEP_TOKENS = 8192
 class RankedBackend:
     """See `inference.backends.base.Backend` for the protocol."""
 
-    def __init__(self, config: EngineConfig, *, module: str = "inference") -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        arriving: Arriving | None = None,
+        module: str = "inference",
+    ) -> None:
         """Check, start the ranks, and wait until they are ready.
 
         Args:
             config: what to build.
+            arriving: the model's files, some of which may still be on their way, to ranks of this host
+                alone; default: all are in the folder `config.model`.
             module: what each rank runs; another one must keep to what `inference.__main__` promises.
 
         Raises:
-            ModelError: the model folder is unusable.
+            ModelError: the model folder is unusable; or the error of who fills it.
             EngineConfigError: the settings cannot work on this model or machine; said before anything is started.
             EngineFault: a rank ended while it loaded.
         """
         started_at = time.perf_counter()
-        check_ranks(config)
+        self._files = arriving or Arriving.whole(check_model_folder(config.model).path)
+        check_ranks(check_small_files(self._files.folder()), config)
         self._config = config
         self._module = module
         self._stats = EngineStats()
@@ -214,26 +229,38 @@ class RankedBackend:
         return completions
 
     def _wait_until_ready(self, group: RankGroup) -> BackendInfo:
+        news = FileNews(self._files)
         try:
             while True:
-                for message in group.take(_LOAD_POLL_S):
+                self._tell_files(group, news)
+                for message in group.take(_LOAD_POLL_S if news.is_over else _ARRIVAL_POLL_S):
                     if message["kind"] == "ready":
+                        self._files.waited_s += message["waited_s"]
                         return info_from_json(message["info"])
         except BaseException:
             group.close()
             raise
 
+    def _tell_files(self, group: RankGroup, news: FileNews) -> None:
+        """Tell the ranks what may be read by now; end them if no more will come. Raises the filler's error."""
+        try:
+            messages = news.since_last()
+        except BaseException as error:
+            group.dismiss(no_more(error))
+            raise
+        for message in messages:
+            group.tell(message)
 
-def check_ranks(config: EngineConfig) -> None:
+
+def check_ranks(folder: SmallFiles, config: EngineConfig) -> None:
     """Say what cannot work before any process is started.
 
     Raises:
-        ModelError: the model folder is unusable.
+        ModelError: the model's config cannot be read.
         EngineConfigError: heads that do not divide, or fewer devices than ranks, with the numbers.
     """
     import torch  # heavy, and only to count devices
 
-    folder = check_model_folder(config.model)
     size = config.tensor_parallel_size
     if config.backend == "zero":
         check_zero(folder, config)

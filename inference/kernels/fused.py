@@ -55,7 +55,10 @@ class Scratch:
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; a few for Triton's interpreter."""
+    """Multiprocessors of a CUDA device; of the absent one that meta stands for; a few for Triton's interpreter."""
+    if device.type == "meta":
+        properties = triton.runtime.driver.active.utils.get_device_properties(0)
+        return int(properties["multiprocessor_count"])
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count

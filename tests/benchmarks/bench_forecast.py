@@ -361,18 +361,24 @@ def bare(args: argparse.Namespace) -> dict[str, Any]:
     from inference.sampling import SamplingParams
     from inference.sequence import Sequence
 
+    was_there = kernels_found()
     engine = create_backend(
         EngineConfig(model=args.bare, backend="paged", max_model_len=MAX_MODEL_LEN)
     )
     engine.submit([Sequence(0, [200, 300, 400], SamplingParams(max_tokens=1), draw_seed=0)])
     while engine.num_unfinished:
         engine.step()
+    first_token_s = time.time() - args.since
     info = engine.info
     found = {
-        "first_token_s": round(time.time() - args.since, 2),
+        "first_token_s": round(first_token_s, 2),
         "imports_s": round(imported_s, 2),
-        "load_s": round(info.load_s, 2),
+        "load_s": round(info.load_s - info.compile_wait_s, 2),
+        "compile_wait_s": round(info.compile_wait_s, 2),
         "warm_up_s": round(info.warmup_s, 2),
+        "first_step_s": round(first_token_s - imported_s - info.load_s - info.warmup_s, 2),
+        "kernels_compiled": was_there.count(False),
+        "kernels_found": was_there.count(True),
         "memory": info.memory,
         "device": info.device,
     }
@@ -389,6 +395,18 @@ def bare(args: argparse.Namespace) -> dict[str, Any]:
         found["tokens_per_s"] = round(sum(length for _, length in mix) / found["mix_s"])
     engine.close()
     return found
+
+
+def kernels_found() -> list[bool]:
+    """Return a list that gets one entry for each kernel from now on: whether Triton's cache on disk had it."""
+    import torch
+
+    was_there: list[bool] = []
+    if torch.cuda.is_available():
+        import triton
+
+        triton.knobs.compilation.listener = lambda *, cache_hit, **_: was_there.append(cache_hit)
+    return was_there
 
 
 if __name__ == "__main__":

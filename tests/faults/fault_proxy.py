@@ -103,9 +103,13 @@ class FaultProxy:
     dice: Callable[[str], Rule | None] | None = None
     """Asked for a fault when no rule has one."""
 
+    bytes_per_s: float = 0.0
+    """Most bytes of replies a second, all connections together; 0: as fast as it goes."""
+
     injected: Counter[str] = field(default_factory=Counter)
     """Faults that took effect so far, by kind: a flip needs a body."""
 
+    _free_at: float = 0.0
     _rules: list[Rule] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -215,9 +219,18 @@ class FaultProxy:
             await writer.drain()
             await asyncio.sleep(rule.seconds if kind == "stall" else 0)
             return False
-        writer.write(reply.head + reply.body)
-        await writer.drain()
+        await self._reply(writer, reply.head + reply.body)
         return True
+
+    async def _reply(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        step = 1 << 16 if self.bytes_per_s else max(1, len(data))
+        for start in range(0, len(data), step):
+            if self.bytes_per_s:
+                now = self._loop.time()
+                self._free_at = max(self._free_at, now) + step / self.bytes_per_s
+                await asyncio.sleep(self._free_at - now)
+            writer.write(data[start : start + step])
+            await writer.drain()
 
     def _take(self, line: str) -> Rule | None:
         with self._lock:

@@ -81,7 +81,9 @@ def test_people_get_a_table(model, capsys):
     ("options", "message"),
     [
         (["--mix", "chatty:5"], "MIX:REQUESTS, MIX one of uniform, chat, template"),
-        (["--mix", "chat:0"], "MIX:REQUESTS"),
+        (["--mix", "chat:0"], "REQUESTS 1 or more"),
+        (["--dtype", "float8"], "engine.dtype is 'float8': use auto, bfloat16"),
+        (["--tensor-parallel-size", "0"], "engine.tensor_parallel_size must be at least 1, got 0"),
         (["--repeat", "0"], "--repeat is 0; give 1 or more"),
     ],
 )

@@ -205,6 +205,12 @@ def test_bad_parameters_cost_their_row(bench, folder):
     assert "temperature" in fed.rows[1].error
 
 
+def test_a_lone_stop_string_of_a_job_is_one_string(bench, folder):
+    put(folder, "0.parquet", prompt=["a"])
+    fed = bench.run(folder, "tiny-a", sampling={"stop": "END"})
+    assert [row.sampling.stop for row in fed.rows] == [("END",)]
+
+
 def test_mixed_json_values_reach_the_prompt_as_they_were(bench, folder):
     rows = [
         {"prompt": "a"},

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels are not tested here")
 
+from inference.in_flight import InFlight
 from inference.kernels import device_sampler
-from inference.model_runner import InFlight
 from inference.sampler import SamplerRow, sample
 from inference.sampling import MAX_LOGPROBS, SamplingParams
 from inference.sequence import TokenLogprob

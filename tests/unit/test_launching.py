@@ -86,7 +86,7 @@ def test_settings_that_mean_nothing_are_refused(changes, message):
 
 
 def test_a_size_must_divide_over_the_hosts():
-    with pytest.raises(ValueError, match="is 3: does not divide over 2 hosts"):
+    with pytest.raises(EngineConfigError, match="is 3: does not divide over 2 hosts"):
         EngineConfig(
             model="m",
             tensor_parallel_size=3,

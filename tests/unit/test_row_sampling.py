@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,3 +98,32 @@ def test_a_draw_follows_the_run_the_row_and_the_sample_and_never_changes():
     # Another value for the same row would be another completion in a run that is taken up again.
     assert draw_seed(0, 0, 0) == 13433632324308434416
     assert draw_seed(7, "a", 2) == 8318732675354942349
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", "4"),
+        ("max_tokens", 4.0),
+        ("seed", None),
+        ("n", True),
+        ("temperature", "hot"),
+        ("top_p", None),
+        ("stop", [1]),
+        ("stop", 7),
+        ("stop_token_ids", 7),
+        ("stop_token_ids", ["a"]),
+        ("ignore_eos", "yes"),
+        ("logprobs", 2.0),
+    ],
+)
+def test_sampling_of_another_kind_is_refused_by_name_and_value(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must be .*, got {re.escape(repr(value))}$"):
+        SamplingParams(**{field: value})
+
+
+def test_a_lone_stop_string_is_one_string_and_lists_are_tuples():
+    assert (
+        SamplingParams(stop="END") == SamplingParams(stop=["END"]) == SamplingParams(stop=("END",))
+    )
+    assert SamplingParams(stop_token_ids=[3]) == SamplingParams(stop_token_ids=(3,))
