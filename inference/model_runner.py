@@ -226,7 +226,7 @@ class ModelRunner:
         limits = self._limits
         self._graphs.is_on, was_on = False, self._graphs.is_on
         self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
-        if self._device.type != "cpu":
+        if self._has_kernels:
             for has_floors in (False, True):
                 self._params.expect(draws=True, floors=has_floors, rest=True)
                 self._run_head(limits.max_num_seqs)
