@@ -94,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
     with _signals(), console.show(progress, as_json=args.json):
         if os.environ.get("PREFECT_API_URL"):
             from flows.batch_generate import generate_here
+            from flows.server import check_server
 
+            check_server()
             ended = generate_here(
                 str(args.job), args.overrides, progress=progress, should_stop=_stop
             )
@@ -227,9 +229,14 @@ def report(args: argparse.Namespace) -> int:
 
     store, _ = open_run(args)
     page = write_report(store)
-    if args.out is not None:
-        Path(args.out).write_bytes(page)
     place = f"{store.uri}/{keys.REPORT}"
+    if args.out is not None:
+        try:
+            Path(args.out).write_bytes(page)
+        except OSError as error:
+            raise JobError(
+                f"--out {args.out}: {error.strerror}; the report is at {place}"
+            ) from None
     print_document(args, {"run": store.uri, "report": place, "out": args.out}, f"report  {place}")
     return EXIT_OK
 

@@ -1,5 +1,6 @@
 """The command line, as shells, pipes and service managers use it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,42 @@ def test_a_run_whose_caller_closed_its_streams_is_published(nightjar, prompts, c
     script = f'exec "{sys.executable}" -m flows.cli run "{job}" {closed}'
     assert subprocess.run(["sh", "-c", script], cwd=REPOSITORY, timeout=120).returncode == 0
     assert list((nightjar.folder / "out").glob("*/manifest.json"))
+
+
+def test_a_prefect_server_that_is_not_there_is_one_line_without_its_password(nightjar, prompts):
+    job = nightjar.job("none", prompts, engine__backend="dummy")
+    given = {"PREFECT_API_URL": "http://me:hunter2@127.0.0.1:1/api"}
+    given["PREFECT_HOME"] = str(nightjar.folder / "prefect")
+    for command in (["run", str(job)], ["deploy"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *command],
+            cwd=REPOSITORY,
+            env={**os.environ, **given},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2
+        last = done.stderr.splitlines()[-1]
+        assert "PREFECT_API_URL is http://127.0.0.1:1/api: no Prefect server answers" in last
+        assert "Traceback" not in done.stderr
+        assert "hunter2" not in done.stderr
+
+
+def test_a_scratch_folder_that_cannot_be_is_one_line(nightjar, prompts, monkeypatch):
+    job = nightjar.job("none", prompts, engine__backend="dummy")
+    monkeypatch.setenv("NIGHTJAR_WORK_DIR", str(prompts))
+    done = nightjar.call("plan", str(job))
+    assert done.code == 2
+    assert (
+        done.err.strip()
+        .splitlines()[-1]
+        .endswith("File exists; set NIGHTJAR_WORK_DIR to a folder that can be written")
+    )
+
+
+def test_a_report_that_cannot_be_written_where_asked_says_where_it_is(nightjar, prompts):
+    run = nightjar.run("none", prompts, engine__backend="dummy").run
+    refused = nightjar.call("report", str(run), "--out", str(nightjar.folder / "no" / "such.html"))
+    assert refused.code == 2
+    assert refused.err.strip().endswith(f"the report is at {run}/report.html")

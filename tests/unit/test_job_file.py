@@ -1,11 +1,16 @@
 """A job file is understood whole or refused in one line that says what to change."""
 
+import ast
+import dataclasses
+import inspect
 from datetime import UTC, datetime
+from typing import get_type_hints
 
 import pytest
 
 from flows.config import JobError, dump_job, load_job
 from flows.yaml_text import parse_yaml
+from tasks.job import RunConfig
 
 BASE = {"model": {"source": "m"}, "input": {"uri": "in"}, "output": {"uri": "out"}}
 
@@ -260,3 +265,21 @@ def test_a_password_in_an_endpoint_is_refused_before_the_job_is_recorded_anywher
     message = refused("storage.endpoint_url=https://me:swordfish@s3.example.org")
     assert message.startswith("storage.endpoint_url https://s3.example.org: has a user or password")
     assert "swordfish" not in message
+
+
+def sections(cls):
+    """Yield the dataclasses a job is made of."""
+    yield cls
+    for hint in get_type_hints(cls).values():
+        if dataclasses.is_dataclass(hint):
+            yield from sections(hint)
+
+
+@pytest.mark.parametrize("cls", list(sections(RunConfig)), ids=lambda cls: cls.__name__)
+def test_every_setting_of_a_job_has_its_meaning_below_it(cls):
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    hints = get_type_hints(cls)
+    for node, after in zip(body, [*body[1:], ast.Pass()], strict=True):
+        if isinstance(node, ast.AnnAssign) and not dataclasses.is_dataclass(hints[node.target.id]):
+            is_told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert is_told, f"{cls.__name__}.{node.target.id}"
