@@ -2,14 +2,12 @@
 
 from types import ModuleType
 
-import torch
-
 from inference.kernels import plain
 from inference.model import PagedModel, make_paged_model
 from tests.paged_cases import model_of
 
 
-def plain_model_sampled_by_kernels(family: str, device: torch.device) -> PagedModel:
+def plain_model_sampled_by_kernels(family: str) -> PagedModel:
     ops = ModuleType("plain_operations")
     vars(ops).update(vars(plain))
-    return make_paged_model(model_of(family).to(device), ops)
+    return make_paged_model(model_of(family), ops)

@@ -22,6 +22,7 @@ from tests.paged_cases import model_of, prompts_of, run, sequences_of, settings_
 from tests.plain_kernels import plain_model_sampled_by_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+in_host_memory = pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/gpu has it on the card")
 
 
 def device_logprobs(logits: torch.Tensor, rows: list[SamplerRow]) -> list[TokenLogprob | None]:
@@ -119,14 +120,15 @@ def test_of_tokens_that_tie_the_lower_ids_come_first():
     assert [token for token, _ in found.top] == [40, 4999, 0, 1, 2]
 
 
+@in_host_memory
 def test_an_engine_returns_them_without_the_host(monkeypatch):
     sampling = SamplingParams(max_tokens=7, temperature=0.7, logprobs=3, ignore_eos=True)
     sequences = sequences_of(prompts_of(5), sampling)
     sequences[1] = replace(sequences[1], sampling=SamplingParams(max_tokens=5))
-    model = model_of("qwen3").to(DEVICE)
+    model = model_of("qwen3")
     monkeypatch.setattr("inference.model_runner.sample", refuse)
     completions, _ = run(
-        plain_model_sampled_by_kernels("qwen3", DEVICE),
+        plain_model_sampled_by_kernels("qwen3"),
         sequences,
         settings_of(block_size=16, max_num_blocks=60),
     )
@@ -134,7 +136,7 @@ def test_an_engine_returns_them_without_the_host(monkeypatch):
     for sequence in (sequences[0], sequences[3]):
         completion = completions[sequence.seq_id]
         assert [entry.token_id for entry in completion.logprobs] == list(completion.token_ids)
-        ids = torch.tensor([[*sequence.prompt_token_ids, *completion.token_ids]], device=DEVICE)
+        ids = torch.tensor([[*sequence.prompt_token_ids, *completion.token_ids]])
         with torch.inference_mode():
             logits = model(input_ids=ids, use_cache=False).logits[0, -8:-1]
         rows = [

@@ -34,6 +34,7 @@ from tests.paged_cases import (
 from tests.plain_kernels import plain_model_sampled_by_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+in_host_memory = pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/gpu has it on the card")
 
 
 class Slots:
@@ -286,24 +287,26 @@ def replace_sampling(sequence: Sequence, sampling: SamplingParams) -> Sequence:
     return replace(sequence, sampling=sampling)
 
 
+@in_host_memory
 def test_an_engine_samples_every_step_on_the_device_a_step_ahead(monkeypatch):
     sequences = engine_sequences(10)
-    expected = reference(model_of("qwen3").to(DEVICE), sequences)
+    expected = reference(model_of("qwen3"), sequences)
     monkeypatch.setattr("inference.model_runner.sample", refuse)
     completions, _ = run(
-        plain_model_sampled_by_kernels("qwen3", DEVICE),
+        plain_model_sampled_by_kernels("qwen3"),
         sequences,
         settings_of(block_size=16, max_num_blocks=60),
     )
     assert tokens(completions) == expected
 
 
+@in_host_memory
 def test_preempted_sequences_go_on_with_what_they_have_had(monkeypatch):
     sampling = SamplingParams(max_tokens=24, repetition_penalty=1.2, frequency_penalty=0.3)
     sequences = sequences_of(prompts_of(7), sampling)
-    expected = reference(model_of("qwen3").to(DEVICE), sequences, end_token_ids=())
+    expected = reference(model_of("qwen3"), sequences, end_token_ids=())
     monkeypatch.setattr("inference.model_runner.sample", refuse)
-    model = plain_model_sampled_by_kernels("qwen3", DEVICE)
+    model = plain_model_sampled_by_kernels("qwen3")
     engine, _, _ = build_engine(model, settings_of(max_num_blocks=26), make_endless_row)
     engine.scheduler.lengths.observe(1)  # expects far too little, so blocks run out
     engine.submit(sequences)
@@ -314,11 +317,12 @@ def test_preempted_sequences_go_on_with_what_they_have_had(monkeypatch):
     assert tokens(completions) == expected
 
 
+@in_host_memory
 def test_steps_that_the_host_samples_are_counted_too():
     """A row with more end tokens than the kernels look for has the host sample until it is done."""
     slow = SamplingParams(max_tokens=4, stop_token_ids=tuple(range(200, 220)), ignore_eos=True)
     sequences = engine_sequences(5)
     sequences[2] = replace(sequences[2], sampling=slow)
-    expected = reference(model_of("qwen3").to(DEVICE), sequences)
-    completions, _ = run(plain_model_sampled_by_kernels("qwen3", DEVICE), sequences, settings_of())
+    expected = reference(model_of("qwen3"), sequences)
+    completions, _ = run(plain_model_sampled_by_kernels("qwen3"), sequences, settings_of())
     assert tokens(completions) == expected
