@@ -1,5 +1,6 @@
 """The command line, as shells, pipes and service managers use it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import build_parser, main
-from tests.pipeline import Nightjar
+from tests.pipeline import MODELS, Nightjar
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -121,3 +122,31 @@ def test_a_report_that_cannot_be_written_where_asked_says_where_it_is(nightjar, 
     refused = nightjar.call("report", str(run), "--out", str(nightjar.folder / "no" / "such.html"))
     assert refused.code == 2
     assert refused.err.strip().endswith(f"the report is at {run}/report.html")
+
+
+def test_with_json_every_command_prints_one_document_and_nothing_else(nightjar, prompts):
+    job = str(nightjar.job("none", prompts, engine__backend="dummy"))
+    run = str(nightjar.call("run", job, "--json").run)
+    to = ("--to", str(nightjar.folder / "models"))
+    model = str(MODELS / "tiny-a")
+    calls = [
+        ("plan", job),
+        ("run", job),
+        *((name, run) for name in ("status", "verify", "report", "retry", "drain", "gc", "cancel")),
+        ("tiers", model),
+        ("stage", model, *to, "--pin"),
+        ("stage", "--list", *to),
+        ("stage", model, *to, "--unpin"),
+        ("stage", model, *to, "--evict"),
+        ("gc", *to),
+        ("submit", str(prompts), "--inbox", str(nightjar.folder / "night")),
+    ]
+    for call in calls:
+        done = nightjar.call(*call, "--json")
+        assert done.code == 0, (call, done.err)
+        (line,) = done.out.splitlines()
+        assert isinstance(json.loads(line), dict | list), call
+        refused = nightjar.call(call[0], "/no/such/place", "--json")
+        if call[0] != "gc" or call[1] == run:
+            assert refused.code == 2, call
+            assert json.loads(refused.out)["error"] in refused.err

@@ -70,3 +70,9 @@ def test_every_variable_the_code_reads_is_told():
     read = set(re.findall(r"NIGHTJAR_[A-Z_]+", "".join(sources)))
     assert read
     assert sorted(name for name in read if f"`{name}`" not in RUNNING) == []
+
+
+def test_every_make_target_that_is_named_is_there():
+    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+    for document in DOCUMENTS:
+        assert set(re.findall(r"(?:^|`)make ([a-z]+)", document.read_text(), re.M)) <= targets
