@@ -9,7 +9,6 @@ every number baked into it. All work is on one stream, so blocks may be given aw
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,11 @@ from torch import Tensor
 
 from inference.batch import BatchLimits, Plan, buffer_size, cut, make_batch, views_of
 from inference.graphs import GraphPool, padded
+from inference.in_flight import InFlight
 from inference.model import PagedModel
 from inference.planner import Planner, Slots
 from inference.sampler import Sampled, SamplerRow, sample
+from inference.sampling import MAX_LOGPROBS
 from inference.slot_params import SlotParams
 from inference.steps import Running, Step
 from inference.tally import TokenTally
@@ -29,30 +30,6 @@ NUM_BUFFERS = 4
 """Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
 
 RowOf = Callable[[Running], SamplerRow]
-
-
-@dataclass(slots=True)
-class InFlight:
-    """A launched step. Either the device has the tokens (`result`) or the host has (`sampled`)."""
-
-    step: Step
-    slots: Any
-    """The sampled sequences' slots, in row order."""
-
-    result: Tensor | None
-    event: Any
-    """Recorded on CUDA once `result` is there."""
-
-    sampled: Sampled | None
-
-    def token_ids(self) -> Any:
-        """Wait for the step; return one int32 per sampled row, as `kernels.sampling` encodes results."""
-        if self.sampled is not None:
-            return np.array(self.sampled.token_ids, np.int32)
-        assert self.result is not None
-        if self.event is not None:
-            self.event.synchronize()
-        return self.result.numpy()[: len(self.slots)].copy()
 
 
 class ModelRunner:
@@ -88,6 +65,9 @@ class ModelRunner:
         self._host = deque((packed, views_of(packed.numpy(), limits)) for packed in host)
         self._results = deque(self._pinned(rows) for _ in range(NUM_BUFFERS))
         self._result = torch.zeros(rows, dtype=torch.int32, device=self._device)
+        width = 1 + 2 * MAX_LOGPROBS
+        self._logprobs = torch.zeros(rows, width, dtype=torch.int32, device=self._device)
+        self._logprobs_host = deque(self._pinned(rows, width) for _ in range(NUM_BUFFERS))
         self._views: dict[str, Tensor] = views_of(self._packed, limits)
         self._batch = make_batch(self._views, self._block_table, scratch)
         self._hidden = torch.zeros(
@@ -126,8 +106,8 @@ class ModelRunner:
         if not len(slots):
             return InFlight(step, slots, None, None, Sampled([], []))
         if self._has_kernels and self._params.are_fast(slots):
-            result, event = self._sample_on_device(num_rows)
-            return InFlight(step, slots, result, event, None)
+            result, event, logprobs = self._sample_on_device(num_rows)
+            return InFlight(step, slots, result, event, None, logprobs)
         return InFlight(step, slots, None, None, self._sample_on_host(step.sampled))
 
     def _update_slots(self, step: Step) -> None:
@@ -157,6 +137,7 @@ class ModelRunner:
         params = self._params
         has_draws, has_floors = params.has_draws, params.has_floors
         has_penalties, has_bans = params.has_penalties, params.has_bans
+        has_logprobs = params.has_logprobs
 
         def head() -> None:
             device_sampler.sample(
@@ -171,24 +152,30 @@ class ModelRunner:
                 has_floors=has_floors,
                 has_bans=has_bans,
                 tally=self._tally.table if has_penalties else None,
+                logprobs=self._logprobs if has_logprobs else None,
                 vocabulary=self._model.vocabulary,
                 ranks=self._model.ranks,
             )
 
-        key = ("head", num_rows, has_draws, has_floors, has_penalties, has_bans)
-        self._graphs.run(key, head)
+        kind = (has_draws, has_floors, has_penalties, has_bans, has_logprobs)
+        self._graphs.run(("head", num_rows, *kind), head)
 
-    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
+    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any, Tensor | None]:
         self._run_head(num_rows)
         result = self._results[0]
         self._results.rotate(-1)
         result[:num_rows].copy_(self._result[:num_rows], non_blocking=True)
+        logprobs = None
+        if self._params.has_logprobs:
+            logprobs = self._logprobs_host[0]
+            self._logprobs_host.rotate(-1)
+            logprobs[:num_rows].copy_(self._logprobs[:num_rows], non_blocking=True)
         if not self._is_cuda:
-            return result, None
+            return result, None, logprobs
         cuda: Any = torch.cuda
         event = cuda.Event()
         event.record()
-        return result, event
+        return result, event, logprobs
 
     def _sample_on_host(self, rows: Sequence[Running]) -> Sampled:
         """Sample with the reference; waits for the device. Earlier steps' tokens must have been taken."""
@@ -231,9 +218,9 @@ class ModelRunner:
     def run_largest(self) -> None:
         """Run the largest body and head once, outside graphs: what they allocate is what any step needs.
 
-        The heads are those for rows with penalties, so that their kernels are compiled when such a row comes; what the
-        tally takes is `tally_bytes`. Collectives of every kind and size run too, whose buffers the library takes from
-        the device when it first needs them.
+        The heads do all they can, so that their kernels are compiled when a row comes that needs them; what the tally
+        takes is `tally_bytes`. Collectives of every kind and size run too, whose buffers the library takes from the
+        device when it first needs them.
         """
         self._packed.zero_()
         limits = self._limits
@@ -241,7 +228,7 @@ class ModelRunner:
         self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
         if self._has_kernels:
             for has_floors in (False, True):
-                self._params.expect(draws=True, floors=has_floors, past=True)
+                self._params.expect(draws=True, floors=has_floors, rest=True)
                 self._run_head(limits.max_num_seqs)
             self._params.expect()
         self._graphs.is_on = was_on

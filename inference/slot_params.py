@@ -9,9 +9,9 @@ from inference.sampler import SamplerRow, has_penalty
 from inference.tally import TokenTally
 
 TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED_LOW, SEED_HIGH = range(6)
-REPETITION, PRESENCE, FREQUENCY, MIN_TOKENS, IS_TALLIED = range(6, 11)
+REPETITION, PRESENCE, FREQUENCY, MIN_TOKENS, IS_TALLIED, LOGPROBS = range(6, 12)
 """Fields of a slot, int32; real numbers as the bits of their fp32. IS_TALLIED: it has penalties, and a row in the
-tally."""
+tally. LOGPROBS: one more than the most likely tokens asked for; 0 for no log-probabilities."""
 
 FIRST_STOP_ID, MAX_STOP_IDS = 16, 16
 """Where a slot's end tokens begin, and how many it may have; -1 for none."""
@@ -41,11 +41,12 @@ class SlotParams:
         self.has_floors = False
         self.has_penalties = False
         self.has_bans = False
+        self.has_logprobs = False
 
-    def expect(self, *, draws: bool = False, floors: bool = False, past: bool = False) -> None:
-        """Have heads sample this much and no more, until rows ask for more; `past`: penalties and bans."""
+    def expect(self, *, draws: bool = False, floors: bool = False, rest: bool = False) -> None:
+        """Have heads sample this much and no more, until rows ask; `rest`: penalties, bans, log-probabilities."""
         self.has_draws, self.has_floors = draws, floors
-        self.has_penalties = self.has_bans = past
+        self.has_penalties = self.has_bans = self.has_logprobs = rest
 
     def write(self, slot: int, row: SamplerRow) -> None:
         """Set a slot's parameters, and its row in the tally if it has penalties.
@@ -67,6 +68,9 @@ class SlotParams:
             fields[FIRST_STOP_ID : FIRST_STOP_ID + len(stop_ids)] = sorted(stop_ids)
         self._is_slow[slot] = not self.is_fast(slot, row)
         self._write_past(slot, row)
+        if sampling.logprobs is not None:
+            fields[LOGPROBS] = 1 + sampling.logprobs
+            self.has_logprobs = True
         self.has_draws |= not sampling.is_greedy
         self.has_floors |= bool(sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0)
         self.on_device[slot].copy_(self._host[slot], non_blocking=True)
@@ -98,7 +102,7 @@ class SlotParams:
 
     def is_fast(self, slot: int, row: SamplerRow) -> bool:
         """Whether the kernels can sample this row in this slot."""
-        if row.sampling.logprobs is not None or len(stop_ids_of(row)) > MAX_STOP_IDS:
+        if len(stop_ids_of(row)) > MAX_STOP_IDS:
             return False
         if not has_penalty(row.sampling):
             return True

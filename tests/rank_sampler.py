@@ -5,6 +5,7 @@ Every rank compares with the reference sampler on whole rows; in Triton's interp
 
 import os
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -12,9 +13,11 @@ if not torch.cuda.is_available():
 
 import torch.distributed as dist
 
+from inference.in_flight import InFlight
 from inference.kernels import device_sampler
 from inference.sampler import SamplerRow, sample
-from inference.sampling import SamplingParams
+from inference.sampling import MAX_LOGPROBS, SamplingParams
+from inference.sequence import TokenLogprob
 from inference.slot_params import STOPPED, SlotParams
 from inference.tally import TokenTally
 from inference.tensor_parallel import TensorParallel
@@ -32,7 +35,7 @@ SAMPLINGS = [
 WITH_A_PAST = [
     SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2),
     SamplingParams(temperature=0.7, top_k=20, top_p=0.8, presence_penalty=1.5),
-    SamplingParams(temperature=1.0, frequency_penalty=0.4, min_tokens=20),
+    SamplingParams(temperature=1.0, frequency_penalty=0.4, min_tokens=20, logprobs=4),
     *SAMPLINGS[:3],
 ]
 
@@ -58,9 +61,10 @@ def compare(
         logits = torch.randn(NUM_ROWS, VOCAB, generator=generator) * 3
         logits[:, [1, 5, 7, 2000, 4000]] += 9  # on every rank a favourite
         logits[-1, 4] = torch.nan
-        found = chosen(logits.to(dtype), rows, params, tally, vocabulary, ranks)
-        expected = sample(logits.to(dtype), rows).token_ids
+        found, flight = chosen(logits.to(dtype), rows, params, tally, vocabulary, ranks)
+        expected, logprobs = sample(logits.to(dtype), rows)
         assert found == expected, f"{found} instead of {expected}"
+        check_logprobs(flight, logprobs)
         for row, token in zip(rows, expected, strict=True):
             row.token_ids = [*row.token_ids, max(0, token)]
 
@@ -72,9 +76,10 @@ def chosen(
     tally: TokenTally,
     vocabulary: PartitionedVocabulary,
     ranks: TensorParallel,
-) -> list[int]:
-    """Return the device sampler's tokens, -1 for none."""
+) -> tuple[list[int], InFlight]:
+    """Return the device sampler's tokens, -1 for none, and the step as the engine gets it."""
     device = current_device()
+    logprobs = torch.zeros(NUM_ROWS, 1 + 2 * MAX_LOGPROBS, dtype=torch.int32, device=device)
     result = torch.full((NUM_ROWS,), -5, dtype=torch.int32, device=device)
     here = slice(*columns_of(VOCAB, ranks.rank, ranks.size))
     device_sampler.sample(
@@ -89,10 +94,24 @@ def chosen(
         has_floors=params.has_floors,
         has_bans=params.has_bans,
         tally=tally.table if params.has_penalties else None,
+        logprobs=logprobs if params.has_logprobs else None,
         vocabulary=vocabulary,
         ranks=ranks,
     )
-    return [token & (STOPPED - 1) if token >= 0 else token for token in result.tolist()]
+    tokens = [token & (STOPPED - 1) if token >= 0 else token for token in result.tolist()]
+    return tokens, InFlight(None, np.arange(NUM_ROWS), None, None, None, logprobs.cpu())
+
+
+def check_logprobs(flight: InFlight, expected: list[TokenLogprob | None]) -> None:
+    for index, entry in enumerate(expected):
+        if entry is None:
+            continue
+        found = flight.logprob(index, entry.token_id, len(entry.top))
+        assert [token for token, _ in found.top] == [token for token, _ in entry.top]
+        for mine, theirs in zip(
+            (*found.top, (0, found.logprob)), (*entry.top, (0, entry.logprob)), strict=True
+        ):
+            assert abs(mine[1] - theirs[1]) < 2e-5, f"{mine[1]} instead of {theirs[1]}"
 
 
 if __name__ == "__main__":

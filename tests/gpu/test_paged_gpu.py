@@ -97,6 +97,40 @@ def test_penalties_need_no_host_and_rows_without_them_feel_nothing(changes, monk
     assert tokens(completions) == expected
 
 
+def test_logprobs_need_no_host_and_are_those_of_the_model(monkeypatch):
+    sampling = SamplingParams(
+        max_tokens=20, ignore_eos=True, temperature=0.9, presence_penalty=0.5, logprobs=4
+    )
+    sequences = sequences_of(prompts_of(20), sampling)
+    expected = reference(model_of("qwen3").cuda(), sequences)
+    monkeypatch.setattr("inference.model_runner.sample", refuse)
+    completions, _ = run(paged("qwen3"), sequences, settings_of(**SETTINGS))
+    assert tokens(completions) == expected
+    model = model_of("qwen3").cuda()
+    for sequence in sequences:
+        completion = completions[sequence.seq_id]
+        ids = torch.tensor([[*sequence.prompt_token_ids, *completion.token_ids]], device="cuda")
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[0, -21:-1]
+        whole = logits.float().log_softmax(-1).cpu()
+        best = whole.topk(4).values.tolist()
+        for i, entry in enumerate(completion.logprobs):
+            assert entry.token_id == completion.token_ids[i]
+            assert entry.logprob == pytest.approx(float(whole[i, entry.token_id]), abs=1e-4)
+            assert [value for _, value in entry.top] == pytest.approx(best[i], abs=1e-4)
+
+
+def test_steps_that_the_host_samples_are_counted_too():
+    """A row with more end tokens than the kernels look for has the host sample until it is done."""
+    slow = SamplingParams(max_tokens=6, stop_token_ids=tuple(range(200, 220)), ignore_eos=True)
+    sampling = SamplingParams(max_tokens=25, ignore_eos=True, frequency_penalty=0.5)
+    sequences = sequences_of(prompts_of(12), sampling)
+    sequences[4] = sequences_of(prompts_of(12), slow)[4]
+    expected = reference(model_of("qwen3").cuda(), sequences)
+    completions, _ = run(paged("qwen3"), sequences, settings_of(**SETTINGS))
+    assert tokens(completions) == expected
+
+
 def refuse(*args):
     raise AssertionError("the host sampled")
 

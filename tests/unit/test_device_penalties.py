@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed: kernels are not tested here")
 
 from inference.build_engine import build_engine
-from inference.kernels import device_sampler, plain
-from inference.model import make_paged_model
+from inference.kernels import device_sampler
 from inference.sampler import SamplerRow, sample
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
@@ -33,8 +31,10 @@ from tests.paged_cases import (
     settings_of,
     tokens,
 )
+from tests.plain_kernels import plain_model_sampled_by_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+in_host_memory = pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/gpu has it on the card")
 
 
 class Slots:
@@ -125,7 +125,7 @@ def test_a_history_that_grows_gives_the_references_tokens(samplings, dtype):
 SPECIAL = st.sampled_from([math.nan, math.inf, -math.inf, 3e38, -3e38, 0.0, -0.0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.one_of(st.floats(-9, 9, width=32), SPECIAL), min_size=3, max_size=9),
     st.lists(st.integers(0, 10), max_size=6),
@@ -287,16 +287,10 @@ def replace_sampling(sequence: Sequence, sampling: SamplingParams) -> Sequence:
     return replace(sequence, sampling=sampling)
 
 
-def plain_model_sampled_by_kernels(family: str) -> Any:
-    """A model on plain operations whose runner takes them for kernels, and samples with kernels therefore."""
-    ops = ModuleType("plain_operations")
-    vars(ops).update(vars(plain))
-    return make_paged_model(model_of(family).to(DEVICE), ops)
-
-
+@in_host_memory
 def test_an_engine_samples_every_step_on_the_device_a_step_ahead(monkeypatch):
     sequences = engine_sequences(10)
-    expected = reference(model_of("qwen3").to(DEVICE), sequences)
+    expected = reference(model_of("qwen3"), sequences)
     monkeypatch.setattr("inference.model_runner.sample", refuse)
     completions, _ = run(
         plain_model_sampled_by_kernels("qwen3"),
@@ -306,10 +300,11 @@ def test_an_engine_samples_every_step_on_the_device_a_step_ahead(monkeypatch):
     assert tokens(completions) == expected
 
 
+@in_host_memory
 def test_preempted_sequences_go_on_with_what_they_have_had(monkeypatch):
     sampling = SamplingParams(max_tokens=24, repetition_penalty=1.2, frequency_penalty=0.3)
     sequences = sequences_of(prompts_of(7), sampling)
-    expected = reference(model_of("qwen3").to(DEVICE), sequences, end_token_ids=())
+    expected = reference(model_of("qwen3"), sequences, end_token_ids=())
     monkeypatch.setattr("inference.model_runner.sample", refuse)
     model = plain_model_sampled_by_kernels("qwen3")
     engine, _, _ = build_engine(model, settings_of(max_num_blocks=26), make_endless_row)
@@ -322,11 +317,12 @@ def test_preempted_sequences_go_on_with_what_they_have_had(monkeypatch):
     assert tokens(completions) == expected
 
 
+@in_host_memory
 def test_steps_that_the_host_samples_are_counted_too():
     """A row with more end tokens than the kernels look for has the host sample until it is done."""
     slow = SamplingParams(max_tokens=4, stop_token_ids=tuple(range(200, 220)), ignore_eos=True)
     sequences = engine_sequences(5)
     sequences[2] = replace(sequences[2], sampling=slow)
-    expected = reference(model_of("qwen3").to(DEVICE), sequences)
+    expected = reference(model_of("qwen3"), sequences)
     completions, _ = run(plain_model_sampled_by_kernels("qwen3"), sequences, settings_of())
     assert tokens(completions) == expected
