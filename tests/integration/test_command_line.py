@@ -161,3 +161,19 @@ def test_with_json_every_command_prints_one_document_and_nothing_else(nightjar, 
         if call[0] != "gc" or call[1] == run:
             assert refused.code == 2, call
             assert json.loads(refused.out)["error"] in refused.err
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "_prompts.csv", ".prompts.csv", "a.csv.yaml"])
+def test_a_file_that_the_inbox_would_leave_there_is_not_submitted(nightjar, prompts, name):
+    path = nightjar.folder / name
+    path.write_bytes(prompts.read_bytes())
+    refused = nightjar.call("submit", str(path), "--inbox", str(nightjar.folder / "night"))
+    assert refused.code == 2
+    assert f"{name}: would stay in the inbox; name it .parquet, " in refused.err
+    assert not (nightjar.folder / "night").exists()
+
+
+def test_a_model_that_is_elsewhere_is_sized_once_it_is_brought(nightjar):
+    refused = nightjar.call("tiers", "hf://Qwen/Qwen3-8B")
+    assert refused.code == 2
+    assert "`nightjar stage hf://Qwen/Qwen3-8B` brings it" in refused.err
