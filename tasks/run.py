@@ -277,7 +277,13 @@ def _check_inputs(plan: PlanManifest, found: list[tuple[str, str]]) -> None:
     planned = [(file.uri, file.etag) for file in plan.inputs]
     if planned == found:
         return
+    is_moved = [etag for _, etag in planned] == [etag for _, etag in found]
     for (old_uri, old_etag), (uri, etag) in zip(planned, found, strict=False):
+        if is_moved and old_uri != uri:
+            raise InputChanged(
+                f"{uri}: the same bytes as {old_uri}, which this run was planned with; give that place "
+                "again, or another run_id, so that they make a run of their own"
+            )
         if (old_uri, old_etag) != (uri, etag):
             raise InputChanged(
                 f"{uri}: ETag {etag}, this run was planned with {old_uri}, ETag {old_etag}; "

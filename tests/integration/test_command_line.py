@@ -88,7 +88,7 @@ def test_a_long_path_is_one_line_in_a_log(nightjar, prompts):
     assert f"{run} is whole" in nightjar.call("verify", str(run)).out.splitlines()
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_a_run_whose_caller_closed_its_streams_is_published(nightjar, prompts, closed):
     job = nightjar.job("none", prompts, engine__backend="dummy")
     script = f'exec "{sys.executable}" -m flows.cli run "{job}" {closed}'
@@ -177,3 +177,13 @@ def test_a_model_that_is_elsewhere_is_sized_once_it_is_brought(nightjar):
     refused = nightjar.call("tiers", "hf://Qwen/Qwen3-8B")
     assert refused.code == 2
     assert "`nightjar stage hf://Qwen/Qwen3-8B` brings it" in refused.err
+
+
+def test_the_same_bytes_in_another_place_are_told_the_place_of_their_run(nightjar, prompts):
+    assert nightjar.run("none", prompts, engine__backend="dummy").code == 0
+    moved = nightjar.folder / "moved.csv"
+    moved.write_bytes(prompts.read_bytes())
+    refused = nightjar.run("none", moved, engine__backend="dummy")
+    assert refused.code == 2
+    assert f"{moved}: the same bytes as {prompts}, which this run was planned with" in refused.err
+    assert nightjar.run("none", moved, engine__backend="dummy", run_id="moved").code == 0
