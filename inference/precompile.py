@@ -69,11 +69,11 @@ class Precompile:
             config: the engine's.
             device: what to compile for.
         """
-        num_processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)
-        if num_processes < 1 or not _is_worth_it(model_config, config, device):
+        if not _is_worth_it(model_config, config, device):
             return cls(None)
+        num_processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)
         task = task_for(CardFacts.of(device), model_config, config, num_processes)
-        return cls(None if is_done(task) else task)
+        return cls(None if num_processes < 1 or is_done(task) else task)
 
     def __enter__(self) -> Self:
         return self
