@@ -7,6 +7,7 @@ Only the standard library is imported here; each command imports what it needs. 
 """
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,6 +19,16 @@ EXIT_PARTIAL = 3
 EXIT_UNVERIFIED = 4
 EXIT_FAILED_ROWS = 5
 
+_EXIT_CODES = """\
+exit codes:
+  0          published, or done
+  1          a fault of Nightjar's own
+  2          nothing was run: the job, the input or the model is wrong; the message says what to change
+  3          partial, or a store was away: run the same again to go on
+  4          verification failed
+  5          published, but more rows failed than max_failed_rows allows
+  130, 143   stopped by a signal, resumable
+"""
 _RUN_HELP = "run folder: OUTPUT_URI/RUN_ID, local or s3://"
 
 
@@ -26,7 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nightjar",
         description="Offline batch inference: Parquet prompts in, Parquet completions out, exactly once.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = _command(commands, "run", "generate a completion for every row; run again to resume")
     run.add_argument("job", help="job file (YAML)")
@@ -39,7 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_overrides(plan)
     status = _command(commands, "status", "say how far a run is, from the store alone")
     status.add_argument("--watch", action="store_true", help="go on until it is published")
-    status.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="with --watch")
+    status.add_argument(
+        "--every",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="between two lines of --watch; default: 5",
+    )
     retry = _command(commands, "retry", "finish missing shards and redo failed rows in place")
     verify = _command(commands, "verify", "re-read everything stored and prove it whole")
     report = _command(commands, "report", "draw a run's report as one page, report.html")
@@ -66,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     stage.add_argument(
         "--to",
         default="auto",
-        help="auto, shm, nvme, none or a folder; also where --list, --pin and --evict look",
+        help="auto (default), shm, nvme, none or a folder; also where --list, --pin and --evict look",
     )
     stage.add_argument("--list", action="store_true", help="list what is staged")
     stage.add_argument("--pin", action="store_true", help="stage, and never evict")
@@ -98,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; faults of the user's are one line on stderr."""
     args = build_parser().parse_args(argv)
+    _fill_standard_streams()
     from flows import commands
 
     handler = getattr(commands, args.command.replace("-", "_"))
@@ -118,6 +139,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+class _ShowVersion(argparse.Action):
+    """Looked up only when asked for: the metadata of what is installed takes a while to read."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            found = version("nightjar")
+        except PackageNotFoundError:
+            found = "of a checkout that is not installed"
+        print(f"nightjar {found}")
+        parser.exit()
+
+
+def _fill_standard_streams() -> None:
+    """Open what the caller has closed of 0, 1 and 2, or the next file opened would take its place."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def _command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
 ) -> argparse.ArgumentParser:
@@ -136,17 +180,40 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         help="uniform, chat or template, and how many; may be repeated; default: chat:64",
     )
     bench.add_argument(
-        "--repeat", type=int, default=1, help="times a mix is run; the median counts"
+        "--repeat", type=int, default=1, help="times a mix is run; the median counts; default: 1"
     )
     bench.add_argument(
-        "--backend", default="auto", choices=("auto", "paged", "zero", "transformers")
+        "--backend",
+        default="auto",
+        choices=("auto", "paged", "zero", "transformers"),
+        help="what runs the model; default: auto, paged on CUDA and else transformers",
     )
-    bench.add_argument("--dtype", default="auto")
-    bench.add_argument("--quantization", default="none", choices=("none", "fp8", "int8", "nf4"))
-    bench.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
-    bench.add_argument("--tensor-parallel-size", type=int, default=1)
     bench.add_argument(
-        "--to", default="auto", help="where to stage: auto, shm, nvme, none or a folder"
+        "--dtype",
+        default="auto",
+        help="bfloat16, float16 or float32; default: auto, what the model's config says",
+    )
+    bench.add_argument(
+        "--quantization",
+        default="none",
+        choices=("none", "fp8", "int8", "nf4"),
+        help="of the weights; default: none",
+    )
+    bench.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=("auto", "fp8"),
+        help="of the KV cache; default: auto, the model's dtype",
+    )
+    bench.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="DEVICES",
+        help="devices that hold the model between them; default: 1",
+    )
+    bench.add_argument(
+        "--to", default="auto", help="where to stage: auto (default), shm, nvme, none or a folder"
     )
 
 
@@ -175,7 +242,9 @@ def _add_deploy(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     deploy.add_argument("--job", help="job file of the nightly deployment, as its worker sees it")
     deploy.add_argument("--cron", default="0 22 * * *", help="when it starts; default: 0 22 * * *")
-    deploy.add_argument("--timezone", default="UTC", help="of --cron, such as Europe/Berlin")
+    deploy.add_argument(
+        "--timezone", default="UTC", help="of --cron, such as Europe/Berlin; default: UTC"
+    )
     deploy.add_argument("--inbox", help="prefix to look for dropped files")
     deploy.add_argument("--inbox-job", help="job file whose settings dropped files get")
     deploy.add_argument("--notify", help="notification block that hears of failures: TYPE/NAME")

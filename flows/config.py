@@ -6,7 +6,6 @@ the run's day in the job's timezone.
 
 import dataclasses
 import difflib
-import json
 import os
 import re
 import typing
@@ -14,21 +13,19 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo
 
+from flows.job_checks import JobError as JobError
+from flows.job_checks import check_job
+from flows.job_checks import clipped as clipped
 from flows.yaml_text import YamlError, parse_yaml
 from inference.errors import printable
-from storage.endpoints import refuse_password
-from storage.errors import BadInput, NotFound
+from storage.errors import NotFound
 from storage.object_store import StorageConfig, open_store
 from tasks.job import RunConfig
 
 _SECRET = re.compile(r"(?i)token|secret|passw|credential|(api|access|private)_?key")
 _DATE = re.compile(r"\{date(?::([^{}]*))?\}")
-
-
-class JobError(ValueError):
-    """The job file is wrong; the message has the key, the value and what to change."""
 
 
 def load_job(
@@ -47,9 +44,7 @@ def load_job(
         values = _with_override(values, override)
     _refuse_unknown_keys(values, RunConfig, path="")
     job = _build(values)
-    _check(job)
-    _check_secrets(job)
-    _check_storable(job)
+    check_job(job)
     return _with_dates(job, now or datetime.now(UTC))
 
 
@@ -88,7 +83,10 @@ def _with_override(values: dict[str, Any], override: str) -> dict[str, Any]:
     try:
         value = parse_yaml(text) if text else ""
     except YamlError as error:
-        raise JobError(f"--set {key}: the value is not YAML{error}") from error
+        raise JobError(
+            f"--set {key}: the value is not YAML{error}; put it into quotes, such as "
+            f"""--set '{key}="TEXT"'"""
+        ) from error
     return _replaced(values, key.split("."), value, key)
 
 
@@ -134,6 +132,8 @@ def _build(values: dict[str, Any]) -> RunConfig:
 def _first_problem(problems: Sequence[Any]) -> str:
     """One line on the first field that is wrong; union members of pydantic's path are dropped."""
     problem = problems[0]
+    if problem["type"] == "value_error":  # of a check of ours, which names its field
+        return str(problem["ctx"]["error"])
     steps = [str(step) for step in problem["loc"]]
     path = _field_path(steps)
     if problem["type"] == "missing":
@@ -141,12 +141,6 @@ def _first_problem(problems: Sequence[Any]) -> str:
     expected = [p["msg"] for p in problems if _field_path([str(s) for s in p["loc"]]) == path]
     rule = " or ".join(dict.fromkeys(text[0].lower() + text[1:] for text in expected))
     return f"{path}: got {clipped(problem['input'])}; {rule[:300]}"
-
-
-def clipped(value: Any) -> str:
-    """Return a value as one line of bounded length."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _field_path(steps: list[str]) -> str:
@@ -161,89 +155,6 @@ def _field_path(steps: list[str]) -> str:
         path.append(step)
         cls = hints[step]
     return ".".join(path) or "job"
-
-
-def _check(job: RunConfig) -> None:
-    """Refuse what types cannot say."""
-    if job.model.trust_remote_code:
-        raise JobError(
-            "model.trust_remote_code: Python code from model folders is never run; remove the key "
-            "and use a model class that transformers ships"
-        )
-    sources = ("prompt", "prompt_column", "messages_column")
-    given = [name for name in sources if getattr(job.input, name) is not None]
-    if len(given) > 1:
-        raise JobError(f"input: {' and '.join(given)} are both given; keep one of them")
-    for name in ("target_tokens", "max_rows", "max_attempts"):
-        if getattr(job.shards, name) < 1:
-            raise JobError(f"shards.{name}: must be at least 1, got {getattr(job.shards, name)}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", job.name):
-        raise JobError(
-            f"name: got {clipped(job.name)}; use letters, digits, '.', '_' and '-', at most 100"
-        )
-    if job.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", job.run_id):
-        raise JobError(f"run_id: got {clipped(job.run_id)}; use letters, digits, '.', '_' and '-'")
-    try:
-        job.sampling.params()
-    except ValueError as error:
-        raise JobError(f"sampling.{error}") from error
-    _check_amounts(job)
-    if job.storage.kms_key_id is not None and job.storage.server_side_encryption in (
-        None,
-        "AES256",
-    ):
-        raise JobError(
-            "storage.kms_key_id: needs storage.server_side_encryption: aws:kms; add it, or leave out the key"
-        )
-    try:
-        ZoneInfo(job.timezone)
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:  # OSError: a folder of zones
-        raise JobError(
-            f"timezone: {clipped(job.timezone)} is not known; use a name such as Europe/Berlin"
-        ) from error
-
-
-def _check_secrets(job: RunConfig) -> None:
-    """Refuse credentials in the job: it is kept in run.json and, for replicas, by Prefect."""
-    if job.storage.endpoint_url is not None:
-        try:
-            refuse_password(job.storage.endpoint_url)
-        except BadInput as error:
-            raise JobError(str(error)) from None
-    placement = job.hardware.placement
-    more = placement.job_variables.get("env")
-    for name in [*placement.env, *(more if isinstance(more, dict) else ())]:
-        if _SECRET.search(name):
-            raise JobError(
-                f"hardware.placement: {printable(name)[:100]} looks like a credential, which would be "
-                "recorded; set it where the worker runs, or in the pool's own template"
-            )
-
-
-def _check_storable(job: RunConfig) -> None:
-    """Refuse what run.json could not give back unchanged: no number, or no text."""
-    for name, value in dump_job(job).items():
-        try:
-            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise JobError(
-                f"{name}: has half a surrogate pair; write the whole character"
-            ) from None
-        except (TypeError, ValueError) as error:
-            raise JobError(f"{name}: cannot be kept as JSON: {error}; leave it out") from None
-
-
-def _check_amounts(job: RunConfig) -> None:
-    """Refuse amounts that mean nothing."""
-    for name, value in (
-        ("budget.usd", job.budget.usd),
-        ("hardware.price_per_hour", job.hardware.price_per_hour),
-        ("canary.max_length_factor", job.canary.max_length_factor),
-    ):
-        if value is not None and not value > 0:
-            raise JobError(f"{name}: must be above 0, got {value}; leave it out for none")
-    if job.canary.rows < 0:
-        raise JobError(f"canary.rows: must be at least 0, got {job.canary.rows}; 0 means none")
 
 
 def _with_dates(job: RunConfig, now: datetime) -> RunConfig:

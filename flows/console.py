@@ -27,6 +27,7 @@ from tasks.verify import Verification
 _LINE_EVERY_S = 60.0
 _REFRESH_S = 0.25
 _SAMPLE_CHARS = 160
+_PIPE_COLUMNS = 200  # no table is wider
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def print_outcome(
     status: RunStatus, exhausted: Mapping[int, str], completions: list[dict[str, Any]]
 ) -> None:
     """Print what happened, a few completions, and where everything is."""
-    console = Console()
+    console = _output()
     console.print(_summary_table(status))
     for shard_id, error in exhausted.items():
         console.print(Text(f"shard {shard_id:05d} could not be finished: {error}", style="red"))
@@ -105,7 +106,7 @@ def print_outcome(
 
 def print_status(status: RunStatus) -> None:
     """Print how far a run is."""
-    console = Console()
+    console = _output()
     console.print(_summary_table(status))
     if status.outlook is not None:
         console.print(Text(status_line(status)))
@@ -116,7 +117,7 @@ def print_status(status: RunStatus) -> None:
 
 def print_tiers(rows: list[dict[str, Any]]) -> None:
     """Print what fits where, the best marked, then what does not fit and why."""
-    console = Console()
+    console = _output()
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
     for name in ("", "GPU", "weights"):
         table.add_column(name, no_wrap=True)
@@ -150,7 +151,7 @@ def print_tiers(rows: list[dict[str, Any]]) -> None:
 
 def print_verification(uri: str, found: Verification) -> None:
     """Print what `verify` found."""
-    console = Console()
+    console = _output()
     states = ", ".join(f"{count:,} {state}" for state, count in sorted(found.counts.items()))
     console.print(f"{found.num_parts} parts read, {found.num_rows:,} rows: {states or 'none'}")
     for violation in found.violations:
@@ -184,7 +185,7 @@ def samples(store: ObjectStore, count: int = 3) -> list[dict[str, Any]]:
 
 def print_bench(info: BackendInfo, results: list[MixResult]) -> None:
     """Print what an engine is and how long it took for each mix."""
-    console = Console()
+    console = _output()
     held = ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in info.memory.items())
     console.print(
         f"{info.backend} on {info.num_ranks} x {info.device}, {info.dtype}; loaded in {info.load_s:.1f} s, "
@@ -232,10 +233,18 @@ def _summary_table(status: RunStatus) -> Table:
 
 
 def _print_places(console: Console, status: RunStatus) -> None:
-    console.print(Text(f"completions  {status.uri}/{keys.COMPLETIONS}", overflow="fold"))
-    console.print(Text(f"receipts     {status.uri}/{keys.METRICS}", overflow="fold"))
+    console.print(Text(f"completions  {status.uri}/{keys.COMPLETIONS}"))
+    console.print(Text(f"receipts     {status.uri}/{keys.METRICS}"))
     if status.is_published:
-        console.print(Text(f"manifest     {status.uri}/{keys.manifest()}", overflow="fold"))
+        console.print(Text(f"manifest     {status.uri}/{keys.manifest()}"))
+
+
+def _output() -> Console:
+    """Return standard output; lines are as long as they are, so a log or a pipe gets a path whole."""
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _PIPE_COLUMNS
+    return console
 
 
 def _live(console: Console, progress: Progress, done: threading.Event) -> None:

@@ -32,6 +32,7 @@ def stage(args: argparse.Namespace) -> int:
         return EXIT_OK if all(not e.kept_because for e in evictions) else EXIT_REFUSED
     if args.unpin:
         model_caches.pin(args.model, pinned=False, roots=roots)
+        print_document(args, {"unpinned": args.model}, f"{args.model}: may be evicted again")
         return EXIT_OK
     with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
         if args.pin:

@@ -56,6 +56,9 @@ def deploy(args: argparse.Namespace) -> int:
         )
     from flows.deploy import Settings, default_folder
     from flows.deploy import deploy as set_up
+    from flows.server import check_server
+
+    check_server()
 
     done = set_up(
         Settings(

@@ -74,7 +74,7 @@ def parse_yaml(text: str) -> Any:
         raise YamlError(": nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
+        place = f", line {mark.line + 1}" if mark else ""
         raise YamlError(f"{place}: {getattr(error, 'problem', None) or 'not YAML'}") from error
     except (ValueError, OverflowError) as error:
         raise YamlError(f": {error}") from error

@@ -114,7 +114,7 @@ def build_engine(
         make_runner=lambda row_of: ModelRunner(
             model, limits, row_of=row_of, scratch=scratch, use_graphs=settings.use_graphs
         ),
-        is_async=is_cuda,
+        is_async=is_cuda or model.uses_kernels,
     )
     engine.runner.warm_up(_captured_sizes(settings), row_sizes=sizes(settings.max_num_seqs))
     return engine, plan, time.perf_counter() - started_at
@@ -231,7 +231,7 @@ def _plan_memory(
         least = 2 if settings.max_num_blocks else per_seq + 1
         return plan_cpu(shape, weights=model.num_weight_bytes, min_blocks=least, max_blocks=most)
     trial = _trial_runner(model, settings, limits, scratch)
-    step_bytes = measure_step(trial.run_largest, model.device)
+    step_bytes, tally_bytes = measure_step(trial.run_largest, model.device), trial.tally_bytes
     del trial
     return plan_cuda(
         shape,
@@ -240,6 +240,7 @@ def _plan_memory(
         device=model.device,
         has_peers=model.ranks.size > 1,
         has_experts=_expert_share(model) > 1,
+        tally_bytes=tally_bytes,
         spare_bytes=settings.spare_bytes,
     )
 

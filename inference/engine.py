@@ -19,7 +19,8 @@ import torch
 from inference.backends.base import EngineStats
 from inference.backends.row import Row
 from inference.errors import EngineFault, OutOfMemory
-from inference.model_runner import InFlight, ModelRunner
+from inference.in_flight import InFlight
+from inference.model_runner import ModelRunner
 from inference.sampler import SamplerRow
 from inference.scheduler import Scheduler
 from inference.sequence import Completion, Sequence, TokenLogprob
@@ -162,10 +163,10 @@ class PagedEngine:
         self._history[slots, seen] = tokens & (STOPPED - 1)
         self._num_seen[slots] = seen + 1
         if flight.sampled is not None:
-            self._take_slowly(flight, sampled, finished)
+            self._take_slowly(flight, finished)
         else:
             if self._num_watched:
-                self._watch(sampled, tokens, finished)
+                self._watch(flight, tokens, finished)
             for index in np.flatnonzero((tokens < 0) | (tokens >= STOPPED)).tolist():
                 self._end(sampled[index], int(tokens[index]), finished)
         for running in step.finishing:
@@ -175,21 +176,22 @@ class PagedEngine:
         while self._limbo and self._limbo[0][0] <= step.number:
             self.scheduler.release_slot(self._limbo.popleft()[1])
 
-    def _take_slowly(
-        self, flight: InFlight, rows: list[Running], finished: list[Completion]
-    ) -> None:
+    def _take_slowly(self, flight: InFlight, finished: list[Completion]) -> None:
         """Take tokens the host has sampled: each through its row, which looks for every kind of end."""
         assert flight.sampled is not None
         for running, token_id, logprob in zip(
-            rows, flight.sampled.token_ids, flight.sampled.logprobs, strict=True
+            flight.step.sampled, flight.sampled.token_ids, flight.sampled.logprobs, strict=True
         ):
             self._append(running, token_id, logprob, finished)
 
-    def _watch(self, rows: list[Running], tokens: Any, finished: list[Completion]) -> None:
-        for index, running in enumerate(rows):
+    def _watch(self, flight: InFlight, tokens: Any, finished: list[Completion]) -> None:
+        for index, running in enumerate(flight.step.sampled):
             lane = self._lanes.get(running.sequence.seq_id)
-            if lane is not None and lane.is_watched and 0 <= tokens[index] < STOPPED:
-                self._append(running, int(tokens[index]), None, finished)
+            if lane is None or not lane.is_watched or not 0 <= tokens[index] < STOPPED:
+                continue
+            token_id, num_top = int(tokens[index]), running.sequence.sampling.logprobs
+            logprob = None if num_top is None else flight.logprob(index, token_id, num_top)
+            self._append(running, token_id, logprob, finished)
 
     def _append(
         self,

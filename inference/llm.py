@@ -20,7 +20,7 @@ from inference.chat import to_messages
 from inference.config import EngineConfig
 from inference.errors import PromptError
 from inference.model_config import vocab_size_of
-from inference.prompt import check_text
+from inference.prompt import check_text, unknown_token
 from inference.sampling import SamplingParams, draw_seed
 from inference.sequence import Completion, Sequence
 
@@ -182,8 +182,7 @@ class LLM:
         size = self._vocab_size
         if size is None or not token_ids or (min(token_ids) >= 0 and max(token_ids) < size):
             return token_ids
-        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < size)
-        return PromptError("invalid_input", f"token id {wrong} is not among the model's {size}")
+        return PromptError("invalid_input", unknown_token(token_ids, size))
 
 
 def _run(

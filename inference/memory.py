@@ -32,6 +32,9 @@ class MemoryPlan:
     """Measured: the most that the largest step allocates beyond weights and cache, twice (launched, captured)."""
 
     graphs: int
+    tally: int
+    """Kept for rows with penalties, see `inference.tally`."""
+
     kv_cache: int
     num_blocks: int
 
@@ -41,6 +44,7 @@ class MemoryPlan:
             "weights": self.weights,
             "step": self.step,
             "graphs": self.graphs,
+            "tally": self.tally,
             "kv_cache": self.kv_cache,
         }
 
@@ -71,9 +75,10 @@ def plan_cuda(
     device: torch.device,
     has_peers: bool,
     has_experts: bool,
+    tally_bytes: int = 0,
     spare_bytes: int = 0,
 ) -> MemoryPlan:
-    """Give the cache all that weights, steps and graphs leave of the device.
+    """Give the cache all that weights, steps, graphs and tally leave of the device.
 
     Raises:
         EngineConfigError: not even a few blocks fit.
@@ -84,7 +89,7 @@ def plan_cuda(
     layer_bytes = GRAPH_LAYER_BYTES_OF_RANKS if has_peers else GRAPH_LAYER_BYTES
     layer_bytes += GRAPH_LAYER_BYTES_OF_EXPERTS if has_experts else 0
     graphs = GRAPH_BYTES + shape.num_layers * layer_bytes
-    left = free - 2 * step_bytes - graphs - spare_bytes
+    left = free - 2 * step_bytes - graphs - tally_bytes - spare_bytes
     num_blocks = min(max_blocks, left // shape.block_bytes)
     if num_blocks < 8:
         raise EngineConfigError(
@@ -96,6 +101,7 @@ def plan_cuda(
         weights=weights,
         step=2 * step_bytes,
         graphs=graphs,
+        tally=tally_bytes,
         kv_cache=num_blocks * shape.block_bytes,
         num_blocks=num_blocks,
     )
@@ -108,6 +114,7 @@ def plan_cpu(shape: KVShape, *, weights: int, min_blocks: int, max_blocks: int) 
         weights=weights,
         step=0,
         graphs=0,
+        tally=0,
         kv_cache=num_blocks * shape.block_bytes,
         num_blocks=num_blocks,
     )

@@ -9,7 +9,6 @@ every number baked into it. All work is on one stream, so blocks may be given aw
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,37 +17,19 @@ from torch import Tensor
 
 from inference.batch import BatchLimits, Plan, buffer_size, cut, make_batch, views_of
 from inference.graphs import GraphPool, padded
+from inference.in_flight import InFlight
 from inference.model import PagedModel
 from inference.planner import Planner, Slots
 from inference.sampler import Sampled, SamplerRow, sample
+from inference.sampling import MAX_LOGPROBS
 from inference.slot_params import SlotParams
 from inference.steps import Running, Step
+from inference.tally import TokenTally
 
 NUM_BUFFERS = 4
 """Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
 
 RowOf = Callable[[Running], SamplerRow]
-
-
-@dataclass(slots=True)
-class InFlight:
-    """A launched step. Either the device has the tokens (`result`) or the host has (`sampled`)."""
-
-    step: Step
-    slots: Any
-    """The sampled sequences' slots, in row order."""
-
-    result: Tensor | None
-    event: Any
-    sampled: Sampled | None
-
-    def token_ids(self) -> Any:
-        """Wait for the step; return one int32 per sampled row, as `kernels.sampling` encodes results."""
-        if self.sampled is not None:
-            return np.array(self.sampled.token_ids, np.int32)
-        assert self.result is not None
-        self.event.synchronize()
-        return self.result.numpy()[: len(self.slots)].copy()
 
 
 class ModelRunner:
@@ -69,12 +50,14 @@ class ModelRunner:
         self._row_of = row_of
         self._device = model.device
         self._is_cuda = self._device.type == "cuda"
+        self._has_kernels = self._is_cuda or model.uses_kernels
         rows = limits.max_num_seqs
         self._block_table_host = self._pinned(rows, limits.max_blocks_per_seq)
         self.slots = Slots(limits, self._block_table_host.numpy())
         self._planner = Planner(limits, self.slots, allow_cascade=not model.has_windows)
         self._block_table = self._block_table_host.to(self._device, copy=True)
-        self._params = SlotParams(rows, self._device)
+        self._tally = TokenTally(rows, model.vocabulary, self._device)
+        self._params = SlotParams(rows, self._device, self._tally if self._has_kernels else None)
         self._last_token = torch.zeros(rows, dtype=torch.int32, device=self._device)
         size = buffer_size(limits)
         self._packed = torch.zeros(size, dtype=torch.int32, device=self._device)
@@ -82,6 +65,9 @@ class ModelRunner:
         self._host = deque((packed, views_of(packed.numpy(), limits)) for packed in host)
         self._results = deque(self._pinned(rows) for _ in range(NUM_BUFFERS))
         self._result = torch.zeros(rows, dtype=torch.int32, device=self._device)
+        width = 1 + 2 * MAX_LOGPROBS
+        self._logprobs = torch.zeros(rows, width, dtype=torch.int32, device=self._device)
+        self._logprobs_host = deque(self._pinned(rows, width) for _ in range(NUM_BUFFERS))
         self._views: dict[str, Tensor] = views_of(self._packed, limits)
         self._batch = make_batch(self._views, self._block_table, scratch)
         self._hidden = torch.zeros(
@@ -93,6 +79,11 @@ class ModelRunner:
     def has_peers(self) -> bool:
         """Whether other ranks run the same steps."""
         return self._model.ranks.size > 1
+
+    @property
+    def tally_bytes(self) -> int:
+        """What rows with penalties take on the device once there are any."""
+        return self._tally.num_bytes if self._has_kernels else 0
 
     def _pinned(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, pin_memory=self._is_cuda)
@@ -114,9 +105,9 @@ class ModelRunner:
         slots = parts["sample_slot"][: plan.num_samples].copy()
         if not len(slots):
             return InFlight(step, slots, None, None, Sampled([], []))
-        if self._is_cuda and self._params.are_fast(slots):
-            result, event = self._sample_on_device(num_rows)
-            return InFlight(step, slots, result, event, None)
+        if self._has_kernels and self._params.are_fast(slots):
+            result, event, logprobs = self._sample_on_device(num_rows)
+            return InFlight(step, slots, result, event, None, logprobs)
         return InFlight(step, slots, None, None, self._sample_on_host(step.sampled))
 
     def _update_slots(self, step: Step) -> None:
@@ -143,7 +134,10 @@ class ModelRunner:
     def _run_head(self, num_rows: int) -> None:
         from inference.kernels import device_sampler  # Triton exists where CUDA does
 
-        has_draws, has_floors = self._params.has_draws, self._params.has_floors
+        params = self._params
+        has_draws, has_floors = params.has_draws, params.has_floors
+        has_penalties, has_bans = params.has_penalties, params.has_bans
+        has_logprobs = params.has_logprobs
 
         def head() -> None:
             device_sampler.sample(
@@ -151,26 +145,37 @@ class ModelRunner:
                 self._views["sample_slot"][:num_rows],
                 self._views["sample_position"][:num_rows],
                 self._views["counts"],
-                self._params.on_device,
+                params.on_device,
                 self._last_token,
                 self._result,
                 has_draws=has_draws,
                 has_floors=has_floors,
+                has_bans=has_bans,
+                tally=self._tally.table if has_penalties else None,
+                logprobs=self._logprobs if has_logprobs else None,
                 vocabulary=self._model.vocabulary,
                 ranks=self._model.ranks,
             )
 
-        self._graphs.run(("head", num_rows, has_draws, has_floors), head)
+        kind = (has_draws, has_floors, has_penalties, has_bans, has_logprobs)
+        self._graphs.run(("head", num_rows, *kind), head)
 
-    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any]:
+    def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any, Tensor | None]:
         self._run_head(num_rows)
         result = self._results[0]
         self._results.rotate(-1)
         result[:num_rows].copy_(self._result[:num_rows], non_blocking=True)
+        logprobs = None
+        if self._params.has_logprobs:
+            logprobs = self._logprobs_host[0]
+            self._logprobs_host.rotate(-1)
+            logprobs[:num_rows].copy_(self._logprobs[:num_rows], non_blocking=True)
+        if not self._is_cuda:
+            return result, None, logprobs
         cuda: Any = torch.cuda
         event = cuda.Event()
         event.record()
-        return result, event
+        return result, event, logprobs
 
     def _sample_on_host(self, rows: Sequence[Running]) -> Sampled:
         """Sample with the reference; waits for the device. Earlier steps' tokens must have been taken."""
@@ -180,8 +185,11 @@ class ModelRunner:
             self._model.vocabulary,
         )
         tokens = torch.tensor([max(0, t) for t in sampled.token_ids], dtype=torch.int32)
-        slots = torch.tensor([running.slot for running in rows])
-        self._last_token[slots.to(self._device)] = tokens.to(self._device)
+        slots = np.array([running.slot for running in rows])
+        self._last_token[torch.from_numpy(slots).to(self._device)] = tokens.to(self._device)
+        is_tallied = self._params.tallied(slots)
+        if is_tallied.any():
+            self._tally.count(slots[is_tallied], np.array(sampled.token_ids)[is_tallied])
         return sampled
 
     @torch.inference_mode()
@@ -201,36 +209,36 @@ class ModelRunner:
                 self._run_body(Plan(num_tokens, 0, 0, num_tiles, has_cascade), num_tokens)
         for num_rows in sorted(row_sizes, reverse=True):
             self._run_head(num_rows)
-        for has_floors in (
-            False,
-            True,
-        ):  # compiled now; other sizes are captured when first drawn from
-            self._params.has_draws, self._params.has_floors = True, has_floors
+        for has_floors in (False, True):  # compiled now; captured for other sizes when first drawn
+            self._params.expect(draws=True, floors=has_floors)
             self._run_head(min(row_sizes))
-        self._params.has_draws = self._params.has_floors = False
+        self._params.expect()
 
     @torch.inference_mode()
     def run_largest(self) -> None:
         """Run the largest body and head once, outside graphs: what they allocate is what any step needs.
 
-        Collectives of every kind and size run too, whose buffers the library takes from the device when it first
-        needs them.
+        The heads do all they can, so that their kernels are compiled when a row comes that needs them; what the tally
+        takes is `tally_bytes`. Collectives of every kind and size run too, whose buffers the library takes from the
+        device when it first needs them.
         """
         self._packed.zero_()
         limits = self._limits
         self._graphs.is_on, was_on = False, self._graphs.is_on
         self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
-        if self._device.type != "cpu":
-            self._params.has_draws = self._params.has_floors = True
-            self._run_head(limits.max_num_seqs)
-            self._params.has_draws = self._params.has_floors = False
+        if self._has_kernels:
+            for has_floors in (False, True):
+                self._params.expect(draws=True, floors=has_floors, rest=True)
+                self._run_head(limits.max_num_seqs)
+            self._params.expect()
         self._graphs.is_on = was_on
 
     def needs_host(self, step: Step) -> bool:
         """Whether this step is sampled on the host, which must know all tokens before it."""
-        if not self._is_cuda:
+        if not self._has_kernels:
             return True
-        if not all(self._params.is_fast(self._row_of(running)) for running in step.admitted):
+        params, row_of = self._params, self._row_of
+        if not all(params.is_fast(running.slot, row_of(running)) for running in step.admitted):
             return True
         if not self._params.has_slow:
             return False

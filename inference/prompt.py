@@ -9,6 +9,7 @@ A prompt must be shorter than max_model_len, so that at least one completion tok
 when asked for, leaves room for the row's max_tokens, up to half of max_model_len.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from inference.chat import to_messages, to_tools
 from inference.chat_template import RowLimit, choose_template, load_tokenizer
 from inference.errors import EngineConfigError, InferenceError, PromptError
+from inference.model_config import vocab_size_of
 
 MAX_RENDERED_CHARS = 32 * 1024 * 1024
 
@@ -66,6 +68,7 @@ class PromptBuilder:
         self.config = config
         self._tokenizer = load_tokenizer(model_dir)
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._num_known = _num_known(model_dir, self._tokenizer)
         if self._backend is not None:
             self._backend.no_padding()
             self._backend.no_truncation()
@@ -146,12 +149,15 @@ class PromptBuilder:
         """Check the length, truncating if the job says so.
 
         Raises:
-            PromptError: no tokens at all (`invalid_input`), or too many (`overlong`).
+            PromptError: no tokens at all, or one that the model lacks (`invalid_input`), or too many
+                (`overlong`).
         """
         num_tokens = len(token_ids)
         limit = self.config.max_model_len
         if num_tokens == 0:
             raise PromptError("invalid_input", "the prompt has no tokens")
+        if self._num_known is not None and max(token_ids) >= self._num_known:
+            raise PromptError("invalid_input", unknown_token(token_ids, self._num_known))
         is_thinking = text[-64:].rstrip().endswith(_THINK)
         if num_tokens < limit:
             return Prompt(token_ids, num_tokens, is_thinking, False)
@@ -219,6 +225,22 @@ class PromptBuilder:
             raise EngineConfigError(f"the chat template is refused: {error}") from None
         except Exception:  # it may refuse this conversation and take the rows' own
             return
+
+
+def unknown_token(token_ids: Sequence[int], num_known: int) -> str:
+    """Say which token the model has no embedding for: it would break every sequence beside it."""
+    wrong = next(token_id for token_id in token_ids if not 0 <= token_id < num_known)
+    return f"token id {wrong} is not among the model's {num_known}"
+
+
+def _num_known(model_dir: Path, tokenizer: Any) -> int | None:
+    """Return how many tokens the model knows, where its tokenizer may give others; else None."""
+    try:
+        config = json.loads((model_dir / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    size = vocab_size_of(config)
+    return size if size is not None and size < len(tokenizer) else None
 
 
 def check_text(text: str) -> str:

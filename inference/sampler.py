@@ -84,14 +84,14 @@ def _penalised(raw_BC: Tensor, rows: Sequence[SamplerRow], vocabulary: WholeVoca
     scores_BC = raw_BC
     for i, row in enumerate(rows):
         banned = _banned_token_ids(row, vocabulary.size)
-        if not banned and not _has_penalty(row.sampling):
+        if not banned and not has_penalty(row.sampling):
             continue
         if scores_BC is raw_BC:
             scores_BC = raw_BC.clone()
         banned_here = _here(banned, vocabulary.start, raw_BC.shape[1])
         if banned_here:
             scores_BC[i, banned_here] = -math.inf
-        if _has_penalty(row.sampling):
+        if has_penalty(row.sampling):
             _penalise(scores_BC[i], row, vocabulary.start)
     return scores_BC
 
@@ -111,7 +111,8 @@ def _banned_token_ids(row: SamplerRow, vocab_size: int) -> list[int]:
     return sorted(token_id for token_id in enders if token_id < vocab_size)
 
 
-def _has_penalty(sampling: SamplingParams) -> bool:
+def has_penalty(sampling: SamplingParams) -> bool:
+    """Whether the next token depends on the ones before it."""
     return (
         sampling.repetition_penalty != 1.0
         or sampling.presence_penalty != 0.0
@@ -131,7 +132,8 @@ def _penalise(scores_C: Tensor, row: SamplerRow, start: int) -> None:
     if sampling.repetition_penalty != 1.0:
         seen = torch.unique(torch.cat([columns(row.prompt_token_ids), completion]))
         values = scores_C[seen]
-        penalty = sampling.repetition_penalty
+        # A tensor: divided by a number, CUDA multiplies by its reciprocal, which rounds otherwise.
+        penalty = torch.full_like(values, sampling.repetition_penalty)
         scores_C[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if len(completion) and (sampling.presence_penalty or sampling.frequency_penalty):
         ids, counts = torch.unique(completion, return_counts=True)

@@ -5,10 +5,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from inference.sampler import SamplerRow
+from inference.sampler import SamplerRow, has_penalty
+from inference.tally import TokenTally
 
 TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED_LOW, SEED_HIGH = range(6)
-"""Fields of a slot, int32; real numbers as the bits of their fp32."""
+REPETITION, PRESENCE, FREQUENCY, MIN_TOKENS, IS_TALLIED, LOGPROBS = range(6, 12)
+"""Fields of a slot, int32; real numbers as the bits of their fp32. IS_TALLIED: it has penalties, and a row in the
+tally. LOGPROBS: one more than the most likely tokens asked for; 0 for no log-probabilities."""
 
 FIRST_STOP_ID, MAX_STOP_IDS = 16, 16
 """Where a slot's end tokens begin, and how many it may have; -1 for none."""
@@ -22,19 +25,35 @@ STOPPED = 1 << 30
 class SlotParams:
     """A table [slots, 32] on the device and its host copy."""
 
-    def __init__(self, num_slots: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, device: torch.device, tally: TokenTally | None = None
+    ) -> None:
+        """Without a tally, rows with penalties are left to the reference sampler."""
         is_cuda = device.type == "cuda"
         self._host = torch.zeros(num_slots, NUM_PARAMS, dtype=torch.int32, pin_memory=is_cuda)
         self._table: Any = self._host.numpy()
         self._is_slow = np.zeros(num_slots, bool)
         self.on_device = self._host.to(device, copy=True)
+        self._tally = tally
         self.has_draws = False
         """Whether any slot so far had a temperature; then all heads are captured with draws."""
 
         self.has_floors = False
+        self.has_penalties = False
+        self.has_bans = False
+        self.has_logprobs = False
+
+    def expect(self, *, draws: bool = False, floors: bool = False, rest: bool = False) -> None:
+        """Have heads sample this much and no more, until rows ask; `rest`: penalties, bans, log-probabilities."""
+        self.has_draws, self.has_floors = draws, floors
+        self.has_penalties = self.has_bans = self.has_logprobs = rest
 
     def write(self, slot: int, row: SamplerRow) -> None:
-        """Set a slot's parameters."""
+        """Set a slot's parameters, and its row in the tally if it has penalties.
+
+        Raises:
+            torch.OutOfMemoryError: see `TokenTally.start`.
+        """
         sampling = row.sampling
         fields = self._table[slot]
         fields[:] = 0
@@ -47,10 +66,30 @@ class SlotParams:
         fields[FIRST_STOP_ID:] = -1
         if len(stop_ids) <= MAX_STOP_IDS:
             fields[FIRST_STOP_ID : FIRST_STOP_ID + len(stop_ids)] = sorted(stop_ids)
-        self._is_slow[slot] = not self.is_fast(row)
+        self._is_slow[slot] = not self.is_fast(slot, row)
+        self._write_past(slot, row)
+        if sampling.logprobs is not None:
+            fields[LOGPROBS] = 1 + sampling.logprobs
+            self.has_logprobs = True
         self.has_draws |= not sampling.is_greedy
         self.has_floors |= bool(sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0)
         self.on_device[slot].copy_(self._host[slot], non_blocking=True)
+
+    def _write_past(self, slot: int, row: SamplerRow) -> None:
+        """Set what concerns the tokens so far."""
+        sampling, fields = row.sampling, self._table[slot]
+        penalties = [
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        ]
+        fields[[REPETITION, PRESENCE, FREQUENCY]] = np.array(penalties, np.float32).view(np.int32)
+        fields[MIN_TOKENS] = sampling.min_tokens
+        self.has_bans |= sampling.min_tokens > 0
+        if self._tally is not None and has_penalty(sampling) and not self._is_slow[slot]:
+            self._tally.start(slot, row)
+            fields[IS_TALLIED] = 1
+            self.has_penalties = True
 
     @property
     def has_slow(self) -> bool:
@@ -61,18 +100,17 @@ class SlotParams:
         """Whether the kernels can sample all these slots."""
         return not self.has_slow or not self._is_slow[slots].any()
 
-    @staticmethod
-    def is_fast(row: SamplerRow) -> bool:
-        """Whether the kernels can sample this row: nothing in it depends on the tokens so far."""
-        sampling = row.sampling
-        return (
-            sampling.repetition_penalty == 1.0
-            and sampling.presence_penalty == 0.0
-            and sampling.frequency_penalty == 0.0
-            and sampling.min_tokens == 0
-            and sampling.logprobs is None
-            and len(stop_ids_of(row)) <= MAX_STOP_IDS
-        )
+    def is_fast(self, slot: int, row: SamplerRow) -> bool:
+        """Whether the kernels can sample this row in this slot."""
+        if len(stop_ids_of(row)) > MAX_STOP_IDS:
+            return False
+        if not has_penalty(row.sampling):
+            return True
+        return self._tally is not None and self._tally.holds(slot, row)
+
+    def tallied(self, slots: Any) -> Any:
+        """Return which of these slots have a row in the tally, as a numpy array of bools."""
+        return self._table[slots, IS_TALLIED] != 0
 
 
 def stop_ids_of(row: SamplerRow) -> set[int]:

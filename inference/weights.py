@@ -88,7 +88,10 @@ def check_small_files(path: str | Path) -> SmallFiles:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ModelError(f"{folder}: no such model folder; give a folder that holds config.json")
+        raise ModelError(
+            f"{path}: no such model folder; give a local one that holds config.json, such as "
+            "`nightjar stage hf://ORG/REPO` brings"
+        )
     config = _read_json(folder / "config.json")
     _refuse_remote_code(folder, config)
     if not any((folder / name).is_file() for name in _TOKENIZER_NAMES):

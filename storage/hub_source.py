@@ -277,7 +277,8 @@ def _bounded(request: Callable[[], Reply], what: str) -> Reply:
         if not fault.retryable or attempt == _MAX_ATTEMPTS or waited_s > _MAX_WAIT_S:
             break
         time.sleep(wait_s)
-    raise type(fault)(f"{fault}; asked {attempt} times")
+    later = ": try again when the Hub can be reached, or give a local folder"
+    raise type(fault)(f"{fault}; asked {attempt} times{later if fault.retryable else ''}")
 
 
 def _retry_after_s(error: Any, attempt: int) -> float:

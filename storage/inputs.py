@@ -127,7 +127,7 @@ class InputFiles:
             entry = unquote(urlsplit(entry).path)
         path = os.path.abspath(os.path.expanduser(entry))
         if not os.path.exists(path) and not has_wildcard(path):
-            raise BadInput(f"{entry}: no such file or folder")
+            raise BadInput(f"{entry}: no such file or folder ({path}); correct input.uri")
         return self._local(path, is_folder=entry.endswith("/"))
 
     def _local(self, path: str, *, is_folder: bool) -> Iterator[SourceFile]:

@@ -10,7 +10,6 @@ from storage.errors import AccessDenied, NoSpace, NotFound, StorageError, StoreU
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_MISSING = {errno.ENOENT, errno.ENOTDIR}
 _IMPOSSIBLE = {errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.EINVAL, errno.ELOOP}
 
 
@@ -34,13 +33,19 @@ def _translated(error: OSError, path: Path, size: int | None) -> StorageError:
         return NoSpace(f"{path}: needed {needed} bytes, free {_free(path)}; make room, run again")
     if error.errno in _DENIED:
         return AccessDenied(f"{path}: {reason}; check its owner and mode")
-    if error.errno in _MISSING:
+    if error.errno == errno.ENOTDIR:
+        return NotFound(f"{path}: {_file_above(path)} is a file, not a folder; give another place")
+    if error.errno == errno.ENOENT:
         return NotFound(f"{path}: no such file")
     if error.errno in _IMPOSSIBLE:
         return StorageError(
             f"{path}: {reason}; the key and the folder's content do not go together"
         )
     return StoreUnavailable(f"{path}: {reason}; check the disk or the mount, then run again")
+
+
+def _file_above(path: Path) -> Path:
+    return next((above for above in path.parents if above.is_file()), path.parent)
 
 
 def _free(path: Path) -> int:

@@ -50,6 +50,7 @@ class Filled:
 
     bytes_moved: int = 0
     bytes_resumed: int = 0
+    huge_bytes: int = 0
     num_retries: int = 0
     thread_s: dict[str, float] = field(default_factory=dict)
     evicted: list[str] = field(default_factory=list)
@@ -191,6 +192,7 @@ class Fill:
         stats, filled = copy.stats, self.filled
         filled.bytes_moved += stats.bytes_moved
         filled.bytes_resumed += stats.bytes_resumed
+        filled.huge_bytes += stats.huge_bytes
         filled.num_retries += stats.num_retries
         for name in ("read_s", "checksum_s", "write_s"):
             seconds = filled.thread_s.get(name.removesuffix("_s"), 0.0)

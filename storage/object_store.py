@@ -38,6 +38,8 @@ class StorageConfig:
     """S3 endpoint for stores that are not AWS."""
 
     region: str | None = None
+    """AWS region of the bucket."""
+
     profile: str | None = None
     """Named profile in the AWS configuration files."""
 

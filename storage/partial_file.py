@@ -24,6 +24,7 @@ from storage.checksums import (
     file_checksum,
 )
 from storage.errors import CorruptObject
+from storage.huge_pages import HugePages
 from storage.stage_sources import SourceFile
 
 RANGE_BYTES = 16 << 20
@@ -90,12 +91,14 @@ class PartialFile:
         self._journal.flush()
         return kept
 
-    def allocate(self) -> None:
-        """Reserve the file's blocks, so that a full disk shows now. Raises OSError."""
+    def allocate(self, huge: HugePages) -> int:
+        """Reserve the file's blocks, so that a full disk shows now; return bytes on huge pages. Raises OSError."""
+        huge_bytes = huge.reserve(self._fd, self.file.size)
         if self.file.size:
             os.posix_fallocate(
                 self._fd, 0, _aligned(self.file.size) if self._direct else self.file.size
             )
+        return huge_bytes
 
     def write(self, buffer: memoryview, count: int, offset: int) -> None:
         """Write the first `count` bytes of `buffer`; beyond them O_DIRECT may write padding."""

@@ -17,6 +17,7 @@ from typing import TypeVar
 from storage.checksums import Checksum
 from storage.disk_space import NO_SPACE, no_space
 from storage.errors import StoreUnavailable
+from storage.huge_pages import HugePages
 from storage.partial_file import PartialFile
 from storage.s3_client import RetryPolicy
 from storage.stage_sources import RangeBody, RangedSource, SourceFile
@@ -32,6 +33,7 @@ class CopyStats:
 
     bytes_moved: int = 0
     bytes_resumed: int = 0
+    huge_bytes: int = 0
     num_ranges: int = 0
     num_retries: int = 0
     read_s: float = 0.0
@@ -91,7 +93,11 @@ class RangedCopy:
     def allocate(self) -> None:
         """Reserve room for every file taken on. Raises NoSpace."""
         try:
-            self._in_threads(PartialFile.allocate, iter(list(self._files)))
+            huge = HugePages()
+            self._in_threads(
+                lambda copied: self.stats.add(huge_bytes=copied.allocate(huge)),
+                iter(list(self._files)),
+            )
         except BaseException:
             self._give_up_room()
             raise

@@ -1,10 +1,8 @@
-"""Arrow schemas of what a run writes, with their versions."""
+"""Arrow schemas of what a run writes."""
 
 from collections.abc import Mapping
 
 import pyarrow as pa
-
-COMPLETION_SCHEMA_VERSION = 1
 
 # Row states. `invalid_output` is reserved for schema checks.
 OK = "ok"

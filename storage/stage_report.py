@@ -30,6 +30,9 @@ class StageReport:
     bytes_resumed: int
     """Found on disk from an earlier try, and checked again."""
 
+    huge_bytes: int
+    """Reserved in memory on huge pages, from which loading is faster."""
+
     seconds: float
     cpu_s: float
     """Processor seconds of this process meanwhile."""

@@ -186,7 +186,10 @@ class LocalSource:
         self._folder = path if path.is_dir() else path.parent
         self._only = None if path.is_dir() else path.name
         if not path.exists():
-            raise NotFound(f"{path}: no such folder")
+            raise NotFound(
+                f"{path}: no such folder; give a model folder, s3://bucket/prefix/, hf://ORG/REPO "
+                "or a GGUF file"
+            )
         self.path = path
         self.uri = str(path)
         self.identity = f"file|{path.resolve()}"

@@ -298,6 +298,7 @@ class _Staging:
             num_bytes=manifest.num_bytes,
             bytes_moved=filled.bytes_moved,
             bytes_resumed=filled.bytes_resumed,
+            huge_bytes=filled.huge_bytes,
             thread_s=filled.thread_s,
             num_retries=filled.num_retries,
             wire_gb_per_s=None if isinstance(listing.source, LocalSource) else wire_gb_per_s(),

@@ -27,7 +27,7 @@ from storage.manifest import PlanManifest, to_json
 from storage.object_store import ObjectStore
 from tasks.feed import PreparedRow, PromptFeed
 from tasks.history import PastRun
-from tasks.job import CanaryConfig
+from tasks.job_machine import CanaryConfig
 from tasks.repetition import is_repetitive
 from tasks.results import ResultColumns, RowOutcome, SampleResult, sample_result, stored_sample
 

@@ -191,15 +191,28 @@ def build_engine(run: Run, build_backend: Callable[..., Any] = create_backend) -
     files = run.model.files()
     if files is None:
         return build_backend(engine_config(run))
-    config = dataclasses.replace(engine_config(run), model=str(files.folder()))
     waited_before_s = files.waited_s
+    config = dataclasses.replace(engine_config(run), model=str(files.folder()))
+    # Where staging has only begun here, this was its beginning.
+    before_s = run.model.stage_s + files.waited_s - waited_before_s
+    began, began_waited_s = time.monotonic(), files.waited_s
     backend = build_backend(config, arriving=files)
+    waited_s = files.waited_s - began_waited_s
     run.model.waited_s = files.waited_s - waited_before_s
     try:
         run.model.wait()
     except BaseException:
         backend.close()
         raise
+    from tasks.stage import describe_cold_start  # boto3, which by now is imported
+
+    ready_s = time.monotonic() - began
+    log.info(
+        "%s",
+        describe_cold_start(
+            run.model.staged.report, before_s=before_s, ready_s=ready_s, waited_s=waited_s
+        ),
+    )
     return backend
 
 

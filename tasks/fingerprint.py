@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from storage.errors import FingerprintMismatch
+from storage.errors import BadInput, FingerprintMismatch
 from tasks.job import RunConfig
 
 ENGINE_SEMANTICS = 1
@@ -36,7 +36,11 @@ _RECORDED = (
 def fingerprint_fields(
     job: RunConfig, *, model_content_id: str, backend: str, max_model_len: int
 ) -> dict[str, Any]:
-    """Return every setting that can change a token or the output schema, by dotted name."""
+    """Return every setting that can change a token or the output schema, by dotted name.
+
+    Raises:
+        BadInput: the chat template cannot be read.
+    """
     fields: dict[str, Any] = {
         "model.content_id": model_content_id,
         "model.dtype": job.model.dtype,
@@ -101,7 +105,13 @@ def versions() -> dict[str, str]:
 def _template_identity(setting: str) -> str:
     if setting in ("auto", "none"):
         return setting
-    return "sha256:" + hashlib.sha256(Path(setting).read_bytes()).hexdigest()
+    try:
+        text = Path(setting).read_bytes()
+    except OSError as error:
+        raise BadInput(
+            f"input.chat_template: cannot read {setting}: {error.strerror}; give auto, none or a Jinja file"
+        ) from None
+    return "sha256:" + hashlib.sha256(text).hexdigest()
 
 
 def _digest(value: Any) -> str:

@@ -1,5 +1,7 @@
 """RunConfig: one run, spelled out, as frozen dataclasses without pydantic or YAML.
 
+How and where it runs is in `tasks.job_machine`.
+
 Each room owns its settings (`inference.config`, `inference.sampling`, `storage.object_store`); this
 module composes them. `flows.config` turns a job file into a `RunConfig`.
 """
@@ -8,19 +10,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_type_hints
 
-from inference.config import (
-    Auto,
-    Backend,
-    DistributedConfig,
-    Dtype,
-    KVCacheDtype,
-    Offload,
-    Quantization,
-)
+from inference.config import Dtype, Quantization
 from inference.sampling import SamplingParams
 from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
-from tasks.provision import Placement
+from tasks.job_machine import BudgetConfig, CanaryConfig, EngineKnobs, HardwareConfig, MetricsConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +25,11 @@ class ModelConfig:
     """A folder, `s3://bucket/prefix/`, or `hf://org/repo@revision`."""
 
     dtype: Dtype = "auto"
+    """Element type of weights and activations; auto: what the model's config says."""
+
     quantization: Quantization = "none"
+    """fp8 for speed, int8 and nf4 (bitsandbytes) for capacity."""
+
     trust_remote_code: bool = False
     """Only `false` is accepted: Python code from model folders is never run."""
 
@@ -44,11 +42,17 @@ class InputConfig:
     """File, folder, glob or list of them; local, `s3://` or `hf://datasets/...`."""
 
     format: Literal["auto", "parquet", "jsonl", "csv", "openai-batch", "dataset"] = "auto"
+    """auto: by each file's name and first bytes."""
+
     prompt: str | None = None
     """A template over columns, such as `Summarise: {text}`."""
 
     prompt_column: str | None = None
+    """Column of whole prompts. Without any of the three a column `messages`, `prompt` or `text` is taken."""
+
     messages_column: str | None = None
+    """Column of conversations: lists of messages with `role` and `content`, or their JSON."""
+
     tools_column: str | None = None
     """Column of tool definitions given to the chat template beside messages."""
 
@@ -59,30 +63,67 @@ class InputConfig:
     """auto (the model's own), none (prompts go in raw), or a Jinja file."""
 
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking: false`."""
+
     on_overlong: Literal["error", "truncate_left", "truncate_right"] = "error"
+    """What becomes of a prompt that leaves no room in max_model_len: a row `overlong`, or its beginning or
+    end is cut off."""
+
     on_bad_file: Literal["fail", "skip_with_error_rows"] = "fail"
+    """A file or line that cannot be read ends the plan, or is `invalid_input` in its place."""
+
     on_duplicate_id: Literal["fail", "allow"] = "fail"
+    """An id that is there twice ends the plan, or is let through: rows that share one share their draws."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """Run-wide sampling; columns named like these fields override them per row."""
+    """Run-wide sampling; columns named like these fields, but for `n` and `logprobs`, override them per row."""
 
     max_tokens: int = 512
+    """Most completion tokens."""
+
     min_tokens: int = 0
+    """No end token or stop string is honoured before this many completion tokens."""
+
     temperature: float = 0.0
+    """0 is greedy and exact."""
+
     top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+
     top_k: int = 0
+    """Keep this many most likely tokens; 0 keeps all."""
+
     min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one."""
+
     repetition_penalty: float = 1.0
+    """Divide positive, multiply negative logits of tokens seen in prompt or completion."""
+
     presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token already in the completion."""
+
     frequency_penalty: float = 0.0
+    """Subtracted per occurrence from the logit of each token already in the completion."""
+
     stop: str | list[str] = field(default_factory=list)
+    """Strings that end the completion; the text is cut before the first of them."""
+
     stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end the completion, besides the model's own; not part of the text."""
+
     ignore_eos: bool = False
+    """Go on past the model's end tokens (benchmarks)."""
+
     seed: int = 0
+    """Every draw derives from this, the row and the sample."""
+
     n: int = 1
+    """Completions per row, each an output row with a `sample_index`."""
+
     logprobs: int | None = None
+    """Log-probabilities to keep per token: the chosen one's and this many most likely; null: none."""
 
     def params(self) -> SamplingParams:
         """Return the same as the engine takes it. Raises ValueError naming the field."""
@@ -98,6 +139,8 @@ class OutputConfig:
     """Where results go, and which columns they carry."""
 
     uri: str
+    """Folder, `file://` or `s3://bucket/prefix/`; each run has a folder of its own in it."""
+
     columns: Literal["all"] | list[str] = "all"
     """Input columns to copy through."""
 
@@ -105,6 +148,8 @@ class OutputConfig:
     """Input column -> name in the output, for names that clash with result columns."""
 
     token_ids: bool = False
+    """Add a column with the completion's tokens."""
+
     private: bool = False
     """Keep prompts and completions out of reports and letters; counts and lengths stay."""
 
@@ -118,110 +163,13 @@ class ShardConfig:
     """How the input is cut."""
 
     target_tokens: int = 2_000_000
+    """Prompt tokens of a shard, about."""
+
     max_rows: int = 50_000
+    """Most rows of a shard, whatever their length."""
+
     max_attempts: int = 3
     """Tries per shard and invocation before it is reported as failed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineKnobs:
-    """The engine's knobs, under vLLM's names."""
-
-    backend: Backend = "auto"
-    max_num_seqs: int | Auto = "auto"
-    max_num_batched_tokens: int | Auto = "auto"
-    max_model_len: int | Auto = "auto"
-    kv_cache_dtype: KVCacheDtype = "auto"
-    tensor_parallel_size: int | Auto = "auto"
-    """Devices that hold one replica's model between them; auto: what the sizing says. Part of the fingerprint as
-    it is written: in fp32 it changes no token, in bf16 sums of another order may."""
-
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """How the ranks of one replica are started and reach each other."""
-
-    enforce_eager: bool = False
-    """Launch kernels one by one instead of replaying captured CUDA graphs: slower, for finding faults."""
-
-    offload: Offload = "auto"
-    """Where weights live that the GPU does not hold: none, cpu or nvme; auto: cpu, then for the zero
-    backend nvme. Changes no token; the paged backend takes auto and none."""
-
-    nvme_path: str | None = None
-    """Folder on the worker's NVMe disk, for `offload: nvme`."""
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks of one replica; one unless the job asks for more."""
-        return 1 if self.tensor_parallel_size == "auto" else self.tensor_parallel_size
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HardwareConfig:
-    """Where it runs."""
-
-    provider: Literal["local", "process", "kubernetes", "ecs", "command"] = "local"
-    tier: str = "auto"
-    """auto (chosen by the sizing), a GPU type such as `H100`, or `4x H100` for four to a replica."""
-
-    replicas: int | Auto = "auto"
-    max_replicas: int | Auto = "auto"
-    """Most replicas at once when the deadline asks for more; auto: the pool's own limit, else 8."""
-
-    replica_minutes: int = 240
-    """A replica claims no further shard after this long; the next wave goes on."""
-
-    placement: Placement = field(default_factory=Placement)
-    """Image, node selector, launcher and job variables that the platform's owner fixes."""
-
-    stage_to: str = "auto"
-    """auto, none (read weights in place), or a folder."""
-
-    price_per_hour: float | None = None
-    """US dollars for one GPU (or one replica without one) and hour; default: the hardware file's."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BudgetConfig:
-    """What a run may cost."""
-
-    usd: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CanaryConfig:
-    """A sample that is run, and judged, before the rest; its answers are kept."""
-
-    rows: int = 64
-    """Rows of the sample; 0: none. Runs of fewer than ten times as many rows have none."""
-
-    max_error_rate: float | None = 0.1
-    """Most sequences the engine may fail on, as a share; null: any."""
-
-    max_truncated_rate: float | None = None
-    """Most sequences that may reach max_tokens, as a share."""
-
-    max_repetitive_rate: float | None = 0.5
-    """Most sequences that may end in circles, as a share."""
-
-    max_length_factor: float | None = 4.0
-    """How many times longer or shorter than in the last good run completions may be on average."""
-
-    max_slowdown: float | None = None
-    """How many times slower than the last good run's canary, on the same device, it may be."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricsConfig:
-    """Where replicas show what they do; off unless asked for."""
-
-    port: int | None = None
-    """Prometheus scrapes here; replicas of one machine take the next free ports."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on; nothing is asked of whoever connects."""
-
-    textfile_dir: str | None = None
-    """Folder of node_exporter's textfile collector."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +180,8 @@ class RunConfig:
     input: InputConfig
     output: OutputConfig
     name: str = "run"
+    """Begins the run's id, and is what its history goes by."""
+
     run_id: str | None = None
     """Default: the name and a digest of the fingerprint and of the inputs' ETags."""
 

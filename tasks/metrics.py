@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tasks.gpu_sample import sample
-from tasks.job import MetricsConfig
+from tasks.job_machine import MetricsConfig
 from tasks.latency import Latencies
 from tasks.progress import Progress
 

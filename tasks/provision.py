@@ -72,6 +72,8 @@ class Placement:
     """What the owner of the platform fixes; the tier decides the rest."""
 
     image: str | None = None
+    """Container image of replicas; null: the pool's own."""
+
     node_selector: Mapping[str, str] | None = None
     """Kubernetes: replaces the selector by GPU product."""
 
@@ -82,6 +84,8 @@ class Placement:
     """Command provider: a prefix such as `srun --gres=gpu:{gpus} --mem={memory_mib}M`."""
 
     env: Mapping[str, str] = field(default_factory=dict)
+    """Environment of replicas. No credentials: it is recorded."""
+
     job_variables: Mapping[str, Any] = field(default_factory=dict)
     """Further variables of the pool's template, taken as they are."""
 

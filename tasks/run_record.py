@@ -3,16 +3,21 @@
 import dataclasses
 import json
 from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from storage import keys
-from storage.errors import AlreadyExists, BadInput, CorruptObject, NotFound
+from storage.errors import AlreadyExists, BadInput, CorruptObject, NotFound, StorageError
 from storage.failpoints import failpoint
 from storage.manifest import PlanManifest, RunRecord, Shard, digest
 from storage.object_store import ObjectStore
 from tasks.fingerprint import check_fingerprint, fingerprint, versions
 from tasks.job import RunConfig
 from tasks.plan_table import shards_from_bytes
+
+_LOOK_AT = 1000  # objects: one request of a listing
+_SHOWN = 3
 
 
 def write_record(
@@ -53,9 +58,9 @@ def read_record(store: ObjectStore) -> RunRecord:
     try:
         record = RunRecord.from_json(store.get(keys.RUN), source=f"{store.uri}/{keys.RUN}")
     except NotFound:
-        raise BadInput(
-            f"{store.uri}: no run.json; give a run folder, such as OUTPUT_URI/RUN_ID"
-        ) from None
+        found = _runs_below(store)
+        there = f"; there are {', '.join(found)}" if found else ", such as OUTPUT_URI/RUN_ID"
+        raise BadInput(f"{store.uri}: no run.json; give a run folder{there}") from None
     try:
         latest = store.get(keys.JOB)
     except NotFound:
@@ -66,6 +71,19 @@ def read_record(store: ObjectStore) -> RunRecord:
         raise CorruptObject(
             f"{store.uri}/{keys.JOB}: not JSON; delete it, and the job of the first start holds"
         ) from None
+
+
+def _runs_below(store: ObjectStore) -> list[str]:
+    """Return a few run folders right below this one, found by a short look; for a message."""
+    if "://" not in store.uri:  # a listing would open every file there
+        below = sorted(path.parent for path in Path(store.uri).glob(f"*/{keys.RUN}"))
+        return [str(folder) for folder in below[:_SHOWN]]
+    try:
+        listed = [info.key.split("/") for info in islice(store.list(), _LOOK_AT)]
+    except StorageError:
+        return []
+    found = [f"{store.uri}/{key[0]}" for key in listed if key[1:] == [keys.RUN]]
+    return found[:_SHOWN]
 
 
 def planned(store: ObjectStore) -> PlanManifest:

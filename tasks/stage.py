@@ -152,6 +152,25 @@ def describe(report: StageReport) -> str:
     return " ".join(parts)
 
 
+def describe_cold_start(
+    report: StageReport, *, before_s: float, ready_s: float, waited_s: float
+) -> str:
+    """Return one sentence on an engine that loaded while its model was staged.
+
+    Args:
+        report: of the staging.
+        before_s: seconds of the staging before the engine began.
+        ready_s: seconds from then until the engine was ready.
+        waited_s: of these, waiting for files.
+    """
+    overlapped_s = max(0.0, report.seconds - before_s - waited_s)
+    return (
+        f"engine ready {ready_s:.1f} s after config and tokenizer were here, {waited_s:.1f} s of it waiting "
+        f"for weights; of the {report.seconds:.1f} s that staging took, {overlapped_s:.1f} s passed while the "
+        f"engine started and loaded"
+    )
+
+
 def describe_entries(entries: list[CacheEntry]) -> str:
     """A table of staged models for `nightjar stage --list`."""
     if not entries:
@@ -201,6 +220,8 @@ def _speed(report: StageReport) -> list[str]:
     sentences = ["; ".join([said, *shares, verdict]) + "."]
     if report.bytes_resumed:
         sentences.append(f"{_gb(report.bytes_resumed)} were there from an earlier try.")
+    if report.huge_bytes:
+        sentences.append(f"{_gb(report.huge_bytes)} lie on huge pages.")
     if report.disk_read_gb_per_s is not None:
         sentences.append(f"The disk reads {report.disk_read_gb_per_s:.2f} GB/s.")
     return [*sentences, _where_time_went(report)]

@@ -9,14 +9,7 @@ from storage.memory_store import MemoryStore
 from storage.object_store import ObjectStore
 from tasks.feed import PreparedBatch, PreparedRow, PromptFeed
 from tasks.feed_process import FeedProcess
-from tasks.job import (
-    InputConfig,
-    ModelConfig,
-    OutputConfig,
-    RunConfig,
-    SamplingConfig,
-    ShardConfig,
-)
+from tasks.job import InputConfig, ModelConfig, OutputConfig, RunConfig, SamplingConfig, ShardConfig
 from tasks.plan import make_plan
 from tasks.run_record import load_shards
 

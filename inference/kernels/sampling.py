@@ -1,9 +1,12 @@
 """Sampling kernels: logits in, one token a row out, on the device. Follow `inference.sampler` and `inference.noise`.
 
 maxima    best token of each part of the vocabulary, and NaN where a part is broken
-floors    the least logit that top-k, top-p and min-p keep, found by bisection over its bits: no sort
+floors    the least logit that top-k, top-p and min-p keep (`inference.kernels.floors`)
 draws     rows with a temperature: best of (logit - max) / temperature + Gumbel noise in each part
 commit    merge the parts, look for end tokens, leave the token for the next step and for the host
+
+Wherever logits are loaded, rows with penalties get theirs (`inference.kernels.penalties`); without HAS_PENALTIES
+nothing of that is compiled.
 
 Under tensor parallel the logits are some columns of the vocabulary: column 0 is token START, and the parts that are
 merged are all ranks'.
@@ -14,14 +17,29 @@ R rows that sample   V vocabulary, or the columns here   C parts of it   P field
 import triton
 import triton.language as tl
 
+from inference.kernels.floors import ordered, row_max
+from inference.kernels.penalties import after_penalties, past_of
+
 
 @triton.jit
 def maxima_kernel(
-    logits_ptr, value_ptr, index_ptr, V, START, PART: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr,
+    tally_ptr,
+    slots_ptr,
+    params_ptr,
+    value_ptr,
+    index_ptr,
+    V,
+    START,
+    PART: tl.constexpr,
+    HAS_PENALTIES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """logits [R,V] -> value, index [R,C]; the lowest index wins a tie."""
+    """logits [R,V], tally [slots,V] -> value, index [R,C]; the lowest index wins a tie."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    slot = tl.load(slots_ptr + row).to(tl.int64) if HAS_PENALTIES else row
+    past = past_of(tally_ptr + slot * V, params_ptr + slot * 32, HAS_PENALTIES)
     offs = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_at = tl.zeros([BLOCK], tl.int32)
@@ -29,6 +47,7 @@ def maxima_kernel(
     for start in range(part * PART, part * PART + PART, BLOCK):
         at = start + offs
         x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        x = after_penalties(x, at, V, past, HAS_PENALTIES)
         is_bad = is_bad | ((x != x) | (x == float("inf"))).to(tl.int32)
         is_better = x > best
         best = tl.where(is_better, x, best)
@@ -42,90 +61,6 @@ def maxima_kernel(
 
 
 @triton.jit
-def _row_max(value_ptr, row, C: tl.constexpr, C_PAD: tl.constexpr):
-    parts = tl.arange(0, C_PAD)
-    return tl.max(tl.load(value_ptr + row * C + parts, mask=parts < C, other=float("-inf")), 0)
-
-
-@triton.jit
-def _ordered(x):
-    """Map fp32 to uint32 so that order is kept."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-
-
-@triton.jit
-def _above(
-    logits_ptr, row, V, bound, floor, top, temperature, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Count, or weigh by probability, the logits above `bound` and not below `floor` (both ordered bits)."""
-    offs = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        at = start + offs
-        x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        key = _ordered(x)
-        is_in = (key > bound) & (key >= floor) & (at < V)
-        if BY_MASS:
-            total += tl.where(is_in, tl.exp((x - top) / temperature), 0.0)
-        else:
-            total += tl.where(is_in, 1.0, 0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def floors_kernel(
-    logits_ptr,
-    value_ptr,
-    slots_ptr,
-    params_ptr,
-    floor_ptr,
-    V,
-    C: tl.constexpr,
-    C_PAD: tl.constexpr,
-    LOW_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write floor [R] as ordered bits; logits have `LOW_BITS` low bits that are always zero."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + row)
-    params = params_ptr + slot * 32
-    temperature = tl.load(params).to(tl.float32, bitcast=True)
-    top_k = tl.load(params + 1)
-    top_p = tl.load(params + 2).to(tl.float32, bitcast=True)
-    min_p = tl.load(params + 3).to(tl.float32, bitcast=True)
-    top = _row_max(value_ptr, row, C, C_PAD)
-    floor = tl.zeros([], tl.uint32)
-    if temperature > 0.0:
-        if min_p > 0.0:
-            floor = _ordered(top + temperature * tl.log(min_p) * 1.0000001)
-        kept = floor
-        if (top_k > 0) & (top_k < V):
-            low = tl.zeros([], tl.uint32)
-            bit = tl.full([], 1 << 31, tl.uint32)
-            # The greatest bound that still has top_k logits above it is just below the floor.
-            while bit >= (1 << LOW_BITS):
-                trial = low + bit - 1
-                count = _above(logits_ptr, row, V, trial, kept, top, temperature, False, BLOCK)
-                low = tl.where(count >= top_k, low + bit, low)
-                bit = bit >> 1
-            floor = tl.maximum(floor, low)
-        kept = floor
-        if top_p < 1.0:
-            whole = _above(logits_ptr, row, V, 0, kept, top, temperature, True, BLOCK)
-            low = tl.zeros([], tl.uint32)
-            bit = tl.full([], 1 << 31, tl.uint32)
-            while bit >= (1 << LOW_BITS):
-                trial = low + bit - 1
-                mass = _above(logits_ptr, row, V, trial, kept, top, temperature, True, BLOCK)
-                low = tl.where(mass >= top_p * whole, low + bit, low)
-                bit = bit >> 1
-            floor = tl.maximum(floor, low)
-        floor = tl.minimum(floor, _ordered(top))
-    tl.store(floor_ptr + row, floor.to(tl.int32, bitcast=True))
-
-
-@triton.jit
 def _mix(x):
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0x735A2D97
@@ -135,6 +70,7 @@ def _mix(x):
 @triton.jit
 def draws_kernel(
     logits_ptr,
+    tally_ptr,
     value_ptr,
     slots_ptr,
     positions_ptr,
@@ -148,6 +84,7 @@ def draws_kernel(
     C_PAD: tl.constexpr,
     PART: tl.constexpr,
     HAS_FLOORS: tl.constexpr,
+    HAS_PENALTIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """logits [R,V], params [slots,P] -> draw value, index of the rows that draw, a column for each program."""
@@ -164,7 +101,8 @@ def draws_kernel(
     a = _mix(low + 0x9E3779B9)
     key_0 = _mix(position + _mix(high + a))
     key_1 = _mix(key_0 ^ (a + 0x85EBCA6B))
-    top = _row_max(value_ptr, row, C, C_PAD)
+    top = row_max(value_ptr, row, C, C_PAD)
+    past = past_of(tally_ptr + slot.to(tl.int64) * V, params, HAS_PENALTIES)
     offs = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_at = tl.zeros([BLOCK], tl.int32)
@@ -173,6 +111,7 @@ def draws_kernel(
     for start in range(part * PART, part * PART + PART, BLOCK):
         at = start + offs
         x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        x = after_penalties(x, at, V, past, HAS_PENALTIES)
         bits = _mix(_mix((at + START).to(tl.uint32) ^ key_0) + key_1)
         uniform = bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
         uniform = tl.minimum(uniform, 0.9999999403953552)
@@ -182,7 +121,7 @@ def draws_kernel(
         log_rest = tl.where(rest == 1.0, -uniform, tl.log(rest) + lost / rest)
         score = (x - top) / temperature - tl.log(-log_rest)
         if HAS_FLOORS:
-            score = tl.where(_ordered(x) >= floor, score, float("-inf"))
+            score = tl.where(ordered(x) >= floor, score, float("-inf"))
         is_better = score > best
         best = tl.where(is_better, score, best)
         best_at = tl.where(is_better, at, best_at)

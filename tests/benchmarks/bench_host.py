@@ -26,7 +26,7 @@ from inference.batch import BatchLimits, buffer_size, views_of
 from inference.block_manager import BlockManager
 from inference.engine import PagedEngine
 from inference.graphs import around, padded
-from inference.model_runner import InFlight
+from inference.in_flight import InFlight
 from inference.planner import Planner, Slots
 from inference.request_mixes import requests
 from inference.sampling import SamplingParams

@@ -5,21 +5,19 @@
 
 fastsafetensors and instanttensor are measured too where they are importable.
 
-Measures pinned host-to-device copies (`bus`), then, from /dev/shm and from disk (its page cache dropped
-before): the bare way without a loader (`bare`: regions of a file into pinned buffers and from there to one
-piece of device memory, which is the ceiling of ours), the library's loader, and ours, each for every
-number of threads and size of buffers; `first` is ours in a process that has no pinned memory yet, as an
-engine loads. `small` are files of many small tensors. `disk` is O_DIRECT reads without a GPU. The last two
-take the defaults and the last of the given numbers only: there, buffers are not what decides.
-`--host-only` needs no GPU: /dev/shm into warm ordinary memory, by reads and by copies out of a mapping, and
-ours on the CPU. The last line is JSON.
+Measures pinned host-to-device copies (`bus`), then, from /dev/shm on small pages (`shm`), from /dev/shm on
+huge pages, as staging reserves them where it can (`huge`), and from disk (its page cache dropped before): the
+bare ways without a loader (`read`, `mapped`, `populated`, `registered`: see `bare_copies`; the ceiling of
+ours), the library's loader, and ours (`parallel`), each for every number of threads and size of buffers;
+`first` is ours in a process that has no pinned memory yet, as an engine loads. `small` are files of many
+small tensors. `disk` is O_DIRECT reads without a GPU. The last two take the defaults and the last of the
+given numbers only: there, buffers are not what decides. `--host-only` needs no GPU: /dev/shm into warm
+ordinary memory, and ours on the CPU. The last line is JSON.
 """
 
 import argparse
-import inspect
 import json
 import math
-import mmap
 import os
 import shutil
 import statistics
@@ -37,14 +35,15 @@ from pathlib import Path
 
 import torch
 
-from inference.load_weights import load_weights
+from inference.load_weights import default_threads, load_weights
 from inference.weight_movers import BUFFER_BYTES
+from storage.huge_pages import HugePages
+from tests.benchmarks.bare_copies import DEVICE_WAYS, HOST_WAYS, into_memory, to_device
 
 HIDDEN, INTERMEDIATE = 4096, 12_288  # an 8B model's biggest matrices
 NUM_FILES = 4
-NUM_THREADS = inspect.signature(load_weights).parameters["num_threads"].default
 _BEGAN = time.perf_counter()
-BARS = {"shm_vs_bus": 0.7, "disk_vs_disk": 0.9}
+BARS = {"shm_vs_bus": 0.7, "huge_vs_bus": 0.7, "disk_vs_disk": 0.9}
 
 
 def main() -> None:
@@ -55,19 +54,19 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: measure the host alone with --host-only")
     if args.first:
-        print(_first_load([Path(path) for path in args.first], args))
+        threads, buffer_mib, *names = args.first
+        print(_first_load([Path(name) for name in names], int(threads), int(buffer_mib)))
         return
     found: dict[str, float] = {"bus": _bus_gb_per_s()}
     _say("bus")
-    with _models(args.gb, "/dev/shm") as paths:
-        for num_threads, buffer_mib in _variants(args):
-            name = f"shm_bare_{num_threads}x{buffer_mib}"
-            found[name] = _median(args.rounds, partial(_bare, paths, num_threads, buffer_mib))
-            mapped = partial(_bare, paths, num_threads, buffer_mib, is_mapped=True)
-            found[name.replace("bare", "mapped")] = _median(args.rounds, mapped)
-        found |= _loaders("shm", paths, args, _variants(args))
-        found["shm_first"] = _median(args.rounds, partial(_first_in_new_process, paths, args))
-    _say("shm")
+    for place in ("shm", "huge"):
+        with _models(args.gb, "/dev/shm", is_huge=place == "huge") as paths:
+            found |= _bare(place, paths, args)
+            found |= _loaders(place, paths, args, _variants(args))
+            for threads, mib in _few_variants(args):
+                work = partial(_first_in_new_process, paths, threads, mib)
+                found[f"{place}_first_{threads}x{mib}"] = _median(args.rounds, work)
+        _say(place)
     with _models(args.gb / 4, "/dev/shm", shapes=SMALL) as paths:
         found |= _loaders("small", paths, args, _few_variants(args))
     _say("small")
@@ -106,7 +105,7 @@ def _variants(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 def _few_variants(args: argparse.Namespace) -> list[tuple[int, int]]:
     """The loader's defaults, and the last of those asked for."""
-    return sorted({(NUM_THREADS, BUFFER_BYTES >> 20), _variants(args)[-1]})
+    return sorted({(default_threads(), BUFFER_BYTES >> 20), _variants(args)[-1]})
 
 
 Shapes = list[tuple[str, list[int]]]
@@ -115,16 +114,23 @@ SMALL: Shapes = [("norm", [HIDDEN]), ("bias", [768]), ("expert", [768, 1024])]
 
 
 @contextmanager
-def _models(num_gb: float, parent: str, shapes: Shapes = BIG) -> Iterator[list[Path]]:
+def _models(
+    num_gb: float, parent: str, shapes: Shapes = BIG, *, is_huge: bool = False
+) -> Iterator[list[Path]]:
     """Sound safetensors files of bf16 tensors, deleted afterwards."""
     folder = Path(tempfile.mkdtemp(dir=parent))
     try:
-        yield [_write_file(folder, index, num_gb / NUM_FILES, shapes) for index in range(NUM_FILES)]
+        share = num_gb / NUM_FILES
+        yield [
+            _write_file(folder, index, share, shapes, is_huge=is_huge) for index in range(NUM_FILES)
+        ]
     finally:
         shutil.rmtree(folder)
 
 
-def _write_file(folder: Path, index: int, num_gb: float, shapes: Shapes) -> Path:
+def _write_file(
+    folder: Path, index: int, num_gb: float, shapes: Shapes, *, is_huge: bool = False
+) -> Path:
     group_bytes = sum(2 * math.prod(shape) for _, shape in shapes)
     header: dict[str, object] = {}
     end = 0
@@ -140,7 +146,12 @@ def _write_file(folder: Path, index: int, num_gb: float, shapes: Shapes) -> Path
     text += b" " * (-len(text) % 8)
     path = folder / f"model-{index + 1:05d}-of-{NUM_FILES:05d}.safetensors"
     block = os.urandom(16 << 20)
-    with path.open("wb") as file:
+    with path.open("w+b") as file:
+        if is_huge:
+            size = 8 + len(text) + end
+            reserved = HugePages(most_s_per_byte=math.inf).reserve(file.fileno(), size)
+            if reserved < end // 2:
+                print(f"only {reserved} of {size} bytes are on huge pages", file=sys.stderr)
         file.write(struct.pack("<Q", len(text)) + text)
         for start in range(0, end, len(block)):
             file.write(block[: min(len(block), end - start)])
@@ -207,89 +218,33 @@ def _load(
     return _timed(work, kept)
 
 
-def _first_load(paths: list[Path], args: argparse.Namespace) -> float:
-    """GB/s of the first load of a process, with the loader's defaults and memory of its own."""
+def _bare(place: str, paths: list[Path], args: argparse.Namespace) -> dict[str, float]:
+    """GB/s of every way without a loader."""
+    rows = {}
+    for num_threads, buffer_mib in _variants(args):
+        for way in DEVICE_WAYS:
+            work = partial(to_device, paths, way, num_threads, buffer_mib)
+            rows[f"{place}_{way}_{num_threads}x{buffer_mib}"] = _median(args.rounds, work)
+    return rows
+
+
+def _first_load(paths: list[Path], num_threads: int, buffer_mib: int) -> float:
+    """GB/s of the first load of a process, with memory of its own."""
     torch.zeros(1, device="cuda")
     kept: dict[str, torch.Tensor] = {}
     began = time.perf_counter()
-    for name, tensor in load_weights(paths, device="cuda"):
+    for name, tensor in load_weights(
+        paths, device="cuda", num_threads=num_threads, buffer_bytes=buffer_mib << 20
+    ):
         kept[name] = tensor
     torch.cuda.synchronize()
     return sum(t.nbytes for t in kept.values()) / (time.perf_counter() - began) / 1e9
 
 
-def _first_in_new_process(paths: list[Path], args: argparse.Namespace) -> float:
-    command = [sys.executable, "-m", "tests.benchmarks.bench_load", "--first", *map(str, paths)]
+def _first_in_new_process(paths: list[Path], num_threads: int, buffer_mib: int) -> float:
+    settings = (num_threads, buffer_mib, *paths)
+    command = [sys.executable, "-m", "tests.benchmarks.bench_load", "--first", *map(str, settings)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def _bare(
-    paths: list[Path], num_threads: int, buffer_mib: int, *, is_mapped: bool = False
-) -> float:
-    """GB/s of regions read into pinned buffers, two a thread, and copied on: no tensors, no order.
-
-    With `is_mapped` they are copied from a mapping of the file instead, fresh in every round.
-    """
-    size = buffer_mib << 20
-    regions = [
-        (path, offset)
-        for path in paths
-        for offset in range(0, path.stat().st_size - size + 1, size)
-    ]
-    files = {path: _BareFile(path, is_mapped=is_mapped) for path in paths}
-    device = torch.empty(len(regions) * size, dtype=torch.uint8, device="cuda")
-    lanes = [_BareLane(size) for _ in range(num_threads)]
-
-    def drain(index: int) -> None:
-        for number in range(index, len(regions), num_threads):
-            path, offset = regions[number]
-            target = device[number * size : (number + 1) * size]
-            lanes[index].move(files[path], offset, target)
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(drain, range(num_threads)))  # the threads and their streams are made here
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        files |= {path: _BareFile(path, is_mapped=is_mapped) for path in paths}
-        list(pool.map(drain, range(num_threads)))
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-    return device.nbytes / seconds / 1e9
-
-
-class _BareFile:
-    """A file's bytes, read or copied from a mapping."""
-
-    def __init__(self, path: Path, *, is_mapped: bool) -> None:
-        self._file = path.open("rb", buffering=0)
-        size = path.stat().st_size
-        self._mapped = (
-            torch.from_file(str(path), size=size, dtype=torch.uint8) if is_mapped else None
-        )
-
-    def fill(self, buffer: torch.Tensor, offset: int) -> None:
-        if self._mapped is None:
-            os.preadv(self._file.fileno(), [buffer.numpy().data], offset)
-        else:
-            buffer.copy_(self._mapped[offset : offset + len(buffer)])
-
-
-class _BareLane:
-    """A stream and two pinned buffers."""
-
-    def __init__(self, size: int) -> None:
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
-        self._turn = 0
-
-    def move(self, file: _BareFile, offset: int, target: torch.Tensor) -> None:
-        self._turn ^= 1
-        self._events[self._turn].synchronize()
-        file.fill(self._buffers[self._turn], offset)
-        with torch.cuda.stream(self._stream):
-            target.copy_(self._buffers[self._turn], non_blocking=True)
-        self._events[self._turn].record(self._stream)
 
 
 def _fastsafetensors(paths: list[Path], kept: dict[str, torch.Tensor]) -> None:
@@ -368,28 +323,35 @@ def _median(
 def _print_host(args: argparse.Namespace) -> None:
     """/dev/shm to ordinary memory that is warm: what the host's share of loading costs."""
     print(f"{args.gb} GB in {NUM_FILES} files from /dev/shm, {os.cpu_count()} cores, no GPU\n")
-    print("| way | threads | buffers MiB | GB/s | CPU s/GB |")
-    print("|---|---|---|---|---|")
-    rows = []
-    with _models(args.gb, "/dev/shm") as paths:
-        kept = dict(load_weights(paths, method="parallel"))
-        ways: dict[str, Callable[[int, int], float]] = {
-            "read": partial(_into_memory, paths, _by_read),
-            "mapping, faults": partial(_into_memory, paths, _by_mapping),
-            "ours, into tensors": lambda threads, mib: _load(
-                paths, kept, "parallel", threads, mib, "cpu"
-            ),
-        }
-        for num_threads, buffer_mib in _variants(args):
-            for way, measure in ways.items():
-                costs: list[float] = []
-                speed = _median(
-                    args.rounds, partial(_with_cpu, measure, costs, num_threads, buffer_mib)
-                )
-                cost = statistics.median(costs) / (sum(t.nbytes for t in kept.values()) / 1e9)
-                rows.append([way, num_threads, buffer_mib, round(speed, 2), round(cost, 3)])
+    print("| pages | way | threads | buffers MiB | GB/s | CPU s/GB |")
+    print("|---|---|---|---|---|---|")
+    rows: list[list[object]] = []
+    for pages in ("small", "huge"):
+        with _models(args.gb, "/dev/shm", is_huge=pages == "huge") as paths:
+            for row in _host_rows(paths, args):
+                rows.append([pages, *row])
                 print("| " + " | ".join(map(str, rows[-1])) + " |", flush=True)
     print(json.dumps({"bench": "load-host", "gb": args.gb, "rows": rows}))
+
+
+def _host_rows(paths: list[Path], args: argparse.Namespace) -> Iterator[list[object]]:
+    """Yield way, threads, buffers, GB/s and CPU seconds a GB."""
+    kept = dict(load_weights(paths, method="parallel"))
+    num_gb = sum(tensor.nbytes for tensor in kept.values()) / 1e9
+    ways: dict[str, Callable[[int, int], float]] = {
+        way: partial(into_memory, paths, way) for way in HOST_WAYS
+    }
+    ways["ours, into tensors"] = lambda threads, mib: _load(
+        paths, kept, "parallel", threads, mib, "cpu"
+    )
+    for num_threads, buffer_mib in _variants(args):
+        for way, measure in ways.items():
+            costs: list[float] = []
+            speed = _median(
+                args.rounds, partial(_with_cpu, measure, costs, num_threads, buffer_mib)
+            )
+            cost = statistics.median(costs) / num_gb
+            yield [way, num_threads, buffer_mib, round(speed, 2), round(cost, 3)]
 
 
 def _with_cpu(
@@ -399,41 +361,6 @@ def _with_cpu(
     speed = measure(threads, mib)
     costs.append(time.process_time() - before)
     return speed
-
-
-def _into_memory(
-    paths: list[Path], move: Callable[[int, int, memoryview], None], threads: int, mib: int
-) -> float:
-    size = mib << 20
-    buffers = [memoryview(bytearray(size)) for _ in range(threads)]
-    files = [os.open(path, os.O_RDONLY) for path in paths]
-    jobs = [
-        (fd, offset) for fd in files for offset in range(0, os.fstat(fd).st_size - size + 1, size)
-    ]
-
-    def drain(index: int) -> None:
-        for fd, offset in jobs[index::threads]:
-            move(fd, offset, buffers[index])
-
-    with ThreadPoolExecutor(threads) as pool:
-        began = time.perf_counter()
-        list(pool.map(drain, range(threads)))
-        seconds = time.perf_counter() - began
-    for fd in files:
-        os.close(fd)
-    return len(jobs) * size / seconds / 1e9
-
-
-def _by_read(fd: int, offset: int, buffer: memoryview) -> None:
-    os.preadv(fd, [buffer], offset)
-
-
-def _by_mapping(fd: int, offset: int, buffer: memoryview) -> None:
-    # torch copies without holding the interpreter; a memoryview's assignment would hold it.
-    with mmap.mmap(fd, len(buffer), access=mmap.ACCESS_COPY, offset=offset) as mapping:
-        host = torch.frombuffer(mapping, dtype=torch.uint8)
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(host)
-        del host
 
 
 def _print(args: argparse.Namespace, found: dict[str, float]) -> None:
@@ -447,6 +374,7 @@ def _print(args: argparse.Namespace, found: dict[str, float]) -> None:
         print(f"| {name} | {speed:.2f} | {speed / base:.2f} |")
     shares = {
         "shm_vs_bus": _best(found, "shm_parallel") / found["bus"],
+        "huge_vs_bus": _best(found, "huge_parallel") / found["bus"],
         # A disk faster than the bus is not the limit.
         "disk_vs_disk": _best(found, "disk_parallel") / min(found["disk"], found["bus"]),
     }

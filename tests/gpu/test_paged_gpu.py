@@ -77,8 +77,125 @@ def test_draws_and_ends_are_the_references(changes):
     assert tokens(completions) == expected
 
 
-def test_preemption_with_steps_in_flight_changes_nothing():
-    sampling = SamplingParams(max_tokens=60, temperature=0.8)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"repetition_penalty": 1.2},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "presence_penalty": 1.5},
+        {"temperature": 1.0, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
+        {"temperature": 0.8, "min_p": 0.05, "min_tokens": 8, "presence_penalty": -0.5},
+    ],
+)
+def test_penalties_need_no_host_and_rows_without_them_feel_nothing(changes, monkeypatch):
+    sampling = SamplingParams(max_tokens=30, ignore_eos=True, **changes)
+    sequences = sequences_of(prompts_of(24), sampling)
+    plain = sequences_of(prompts_of(24), SamplingParams(max_tokens=30, ignore_eos=True))
+    sequences = [pair[i % 2] for i, pair in enumerate(zip(sequences, plain, strict=True))]
+    expected = reference(model_of("qwen3").cuda(), sequences)
+    monkeypatch.setattr("inference.model_runner.sample", refuse)
+    completions, _ = run(paged("qwen3"), sequences, settings_of(**SETTINGS))
+    assert tokens(completions) == expected
+
+
+def test_logprobs_need_no_host_and_are_those_of_the_model(monkeypatch):
+    sampling = SamplingParams(
+        max_tokens=20, ignore_eos=True, temperature=0.9, presence_penalty=0.5, logprobs=4
+    )
+    sequences = sequences_of(prompts_of(20), sampling)
+    expected = reference(model_of("qwen3").cuda(), sequences)
+    monkeypatch.setattr("inference.model_runner.sample", refuse)
+    completions, _ = run(paged("qwen3"), sequences, settings_of(**SETTINGS))
+    assert tokens(completions) == expected
+    model = model_of("qwen3").cuda()
+    for sequence in sequences:
+        completion = completions[sequence.seq_id]
+        ids = torch.tensor([[*sequence.prompt_token_ids, *completion.token_ids]], device="cuda")
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[0, -21:-1]
+        whole = logits.float().log_softmax(-1).cpu()
+        best = whole.topk(4).values.tolist()
+        for i, entry in enumerate(completion.logprobs):
+            assert entry.token_id == completion.token_ids[i]
+            assert entry.logprob == pytest.approx(float(whole[i, entry.token_id]), abs=1e-4)
+            assert [value for _, value in entry.top] == pytest.approx(best[i], abs=1e-4)
+
+
+def test_steps_that_the_host_samples_are_counted_too():
+    """A row with more end tokens than the kernels look for has the host sample until it is done."""
+    slow = SamplingParams(max_tokens=6, stop_token_ids=tuple(range(200, 220)), ignore_eos=True)
+    sampling = SamplingParams(max_tokens=25, ignore_eos=True, frequency_penalty=0.5)
+    sequences = sequences_of(prompts_of(12), sampling)
+    sequences[4] = sequences_of(prompts_of(12), slow)[4]
+    expected = reference(model_of("qwen3").cuda(), sequences)
+    completions, _ = run(paged("qwen3"), sequences, settings_of(**SETTINGS))
+    assert tokens(completions) == expected
+
+
+def refuse(*args):
+    raise AssertionError("the host sampled")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_card_chooses_what_the_reference_does_on_the_host(dtype):
+    """Penalties round the same on both, over a vocabulary of real size and a history that grows."""
+    from inference.kernels import device_sampler
+    from inference.sampler import SamplerRow, sample
+    from inference.slot_params import STOPPED, SlotParams
+    from inference.tally import TokenTally
+    from inference.vocabulary import WholeVocabulary
+
+    vocab, count, device = 151_936, 64, torch.device("cuda")
+    kinds = [
+        SamplingParams(repetition_penalty=1.1, frequency_penalty=0.37, presence_penalty=0.21),
+        SamplingParams(),
+        SamplingParams(presence_penalty=1.5, min_tokens=4),
+        SamplingParams(temperature=0.7, top_k=20, top_p=0.8, presence_penalty=1.5),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randint(0, 3000, (count, 4000), generator=generator).tolist()
+    rows = [
+        SamplerRow(kinds[i % 4], 77 + i, history[i][:2000], history[i][2000:], {5, 9})
+        for i in range(count)
+    ]
+    tally = TokenTally(count, WholeVocabulary(vocab), device)
+    params = SlotParams(count, device, tally)
+    for slot, row in enumerate(rows):
+        params.write(slot, row)
+    slots = torch.arange(count, dtype=torch.int32, device=device)
+    last_token, result = torch.zeros_like(slots), torch.zeros_like(slots)
+    counts = torch.tensor([0, 0, count, 0, 0, 0, 0, 0], dtype=torch.int32, device=device)
+    differing = 0
+    for _ in range(8):
+        logits = torch.randn(count, vocab, generator=generator) * 3
+        logits[:, :3000] += 4
+        logits = logits.to(dtype)
+        positions = torch.tensor([len(r.token_ids) for r in rows], dtype=torch.int32, device=device)
+        device_sampler.sample(
+            logits.to(device),
+            slots,
+            positions,
+            counts,
+            params.on_device,
+            last_token,
+            result,
+            has_draws=params.has_draws,
+            has_floors=params.has_floors,
+            has_bans=params.has_bans,
+            tally=tally.table,
+        )
+        found = [token & (STOPPED - 1) for token in result.tolist()]
+        expected = sample(logits, rows).token_ids
+        greedy = [i for i, row in enumerate(rows) if row.sampling.is_greedy]
+        assert [found[i] for i in greedy] == [expected[i] for i in greedy]
+        differing += sum(a != b for a, b in zip(found, expected, strict=True))
+        for row, token in zip(rows, found, strict=True):
+            row.token_ids = [*row.token_ids, token]
+    assert differing <= 2  # of 512: log and exp may differ in the last place
+
+
+@pytest.mark.parametrize("changes", [{}, {"presence_penalty": 0.8, "repetition_penalty": 1.1}])
+def test_preemption_with_steps_in_flight_changes_nothing(changes):
+    sampling = SamplingParams(max_tokens=60, temperature=0.8, **changes)
     sequences = sequences_of(prompts_of(16), sampling)
     expected = reference(model_of("qwen3").cuda(), sequences, end_token_ids=())
     settings = settings_of(**{**SETTINGS, "max_num_blocks": 24})

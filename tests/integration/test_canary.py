@@ -11,7 +11,7 @@ from inference.sampling import SamplingParams
 from tasks.canary import CanaryResult, choose_rows, verdict
 from tasks.feed import PreparedRow
 from tasks.history import PastRun
-from tasks.job import CanaryConfig
+from tasks.job_machine import CanaryConfig
 from tests.pipeline import Nightjar
 
 GOOD = CanaryResult(

@@ -219,8 +219,13 @@ def test_a_model_replaced_between_the_look_and_the_engine_is_refused(
 
 
 def test_a_run_has_one_identity_wherever_its_model_lies_and_plans_without_weights(
-    nightjar: Nightjar, proxy: FaultProxy, seaweed: Seaweed, tmp_path: Path
+    nightjar: Nightjar,
+    proxy: FaultProxy,
+    seaweed: Seaweed,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", logger="nightjar.drain")
     table = CASES / "A1-left-pad" / "input.parquet"
     settings = {"storage__endpoint_url": proxy.endpoint_url}
     remote = {"model__source": put_model(seaweed, SHARDED), "model__dtype": "float32", **settings}
@@ -237,3 +242,5 @@ def test_a_run_has_one_identity_wherever_its_model_lies_and_plans_without_weight
     receipt = json.loads(next((away.run / "metrics").iterdir()).read_text())
     assert receipt["seconds"]["stage"] > 0, "the engine's wait for its weights is accounted for"
     assert list((tmp_path / "cache").rglob(LAST)), "the engine's weights were staged"
+    (said,) = (text for text in caplog.messages if text.startswith("engine ready"))
+    assert "of it waiting for weights; of the" in said

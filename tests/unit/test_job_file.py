@@ -1,11 +1,16 @@
 """A job file is understood whole or refused in one line that says what to change."""
 
+import ast
+import dataclasses
+import inspect
 from datetime import UTC, datetime
+from typing import get_type_hints
 
 import pytest
 
 from flows.config import JobError, dump_job, load_job
 from flows.yaml_text import parse_yaml
+from tasks.job import RunConfig
 
 BASE = {"model": {"source": "m"}, "input": {"uri": "in"}, "output": {"uri": "out"}}
 
@@ -70,10 +75,51 @@ def test_a_wrong_value_is_refused_by_name(override, named):
 
 @pytest.mark.parametrize(
     "override",
-    ["budget.usd=0", "hardware.price_per_hour=-1", "canary.rows=-1", "canary.max_length_factor=0"],
+    [
+        "budget.usd=0",
+        "hardware.price_per_hour=-1",
+        "hardware.replicas=0",
+        "hardware.max_replicas=0",
+        "hardware.replica_minutes=0",
+        "engine.max_num_seqs=0",
+        "engine.max_num_batched_tokens=-1",
+        "engine.max_model_len=0",
+        "engine.tensor_parallel_size=0",
+        "canary.rows=-1",
+        "canary.max_length_factor=0",
+        "canary.max_slowdown=0",
+        "canary.max_error_rate=1.5",
+        "canary.max_truncated_rate=-0.1",
+        "max_failed_rows=-1",
+        "metrics.port=0",
+        "metrics.port=65536",
+    ],
 )
-def test_amounts_that_mean_nothing_are_refused_by_name(override):
-    assert refused(override).startswith(override.partition("=")[0] + ": must be")
+def test_amounts_that_mean_nothing_are_refused_by_name_and_value(override):
+    name, _, value = override.partition("=")
+    message = refused(override)
+    assert message.startswith(f"{name}: must be")
+    assert f"got {value}" in message
+    assert "; leave it out for " in message
+
+
+def test_tools_without_messages_are_refused():
+    message = refused("input.prompt='{a}'", "input.tools_column=t")
+    assert message.startswith("input.tools_column: tools go with messages, and prompt is given")
+
+
+@pytest.mark.parametrize("uri", ["", "  "])
+def test_an_empty_output_is_refused_and_not_the_current_folder(uri):
+    assert refused(f"output.uri='{uri}'").startswith("output.uri: empty; give a folder")
+
+
+def test_a_value_that_is_no_yaml_is_refused_with_how_to_quote_it():
+    assert refused("input.uri=*.parquet").endswith("""such as --set 'input.uri="TEXT"'""")
+
+
+def test_a_check_of_ours_is_told_in_its_own_words():
+    message = refused("engine.distributed.num_hosts=0")
+    assert message == "engine.distributed.num_hosts must be at least 1, got 0"
 
 
 def test_two_sources_of_prompts_are_refused():
@@ -112,7 +158,7 @@ def test_a_dumped_job_reads_back_equal():
 def test_broken_yaml_names_file_and_line(tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text("model: {source: m\ninput: [")
-    with pytest.raises(JobError, match=r"job\.yaml line \d"):
+    with pytest.raises(JobError, match=r"job\.yaml, line \d"):
         load_job(path)
 
 
@@ -219,3 +265,21 @@ def test_a_password_in_an_endpoint_is_refused_before_the_job_is_recorded_anywher
     message = refused("storage.endpoint_url=https://me:swordfish@s3.example.org")
     assert message.startswith("storage.endpoint_url https://s3.example.org: has a user or password")
     assert "swordfish" not in message
+
+
+def sections(cls):
+    """Yield the dataclasses a job is made of."""
+    yield cls
+    for hint in get_type_hints(cls).values():
+        if dataclasses.is_dataclass(hint):
+            yield from sections(hint)
+
+
+@pytest.mark.parametrize("cls", list(sections(RunConfig)), ids=lambda cls: cls.__name__)
+def test_every_setting_of_a_job_has_its_meaning_below_it(cls):
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    hints = get_type_hints(cls)
+    for node, after in zip(body, [*body[1:], ast.Pass()], strict=True):
+        if isinstance(node, ast.AnnAssign) and not dataclasses.is_dataclass(hints[node.target.id]):
+            is_told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert is_told, f"{cls.__name__}.{node.target.id}"

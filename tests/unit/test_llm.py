@@ -12,7 +12,7 @@ import torch
 
 from inference import LLM, SamplingParams
 from inference.backends.dummy import DummyBackend
-from inference.errors import EngineConfigError
+from inference.errors import EngineConfigError, ModelError
 from inference.sampling import draw_seed
 from inference.sequence import Sequence
 
@@ -110,6 +110,12 @@ def test_an_unknown_engine_setting_is_refused():
 def test_an_engine_setting_that_cannot_be_is_refused_by_name_and_value(field, value):
     with pytest.raises(EngineConfigError, match=f"engine.{field} .*{re.escape(repr(value))}"):
         LLM("", **{"backend": "dummy", field: value})
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B"])
+def test_a_model_of_the_hub_is_refused_with_what_brings_it(model):
+    with pytest.raises(ModelError, match=rf"^{model}: no such .* `nightjar stage hf://"):
+        LLM(model)
 
 
 def test_a_model_that_is_no_path_is_refused():

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from inference import load_weights as module
 from inference.errors import ModelError
-from inference.load_weights import load_weights
+from inference.load_weights import default_threads, load_weights
 from inference.weight_movers import BUFFER_BYTES
 from inference.weight_reader import Slice, WeightFileReader
 
@@ -161,6 +161,20 @@ def test_weights_on_the_device_are_those_in_the_file(
             expected = tensor.narrow(part[0], part[1], part[2] - part[1]) if part else tensor
             assert found[name].is_cuda
             assert_equal(found[name].cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_ranks", "expected"),
+    [(2, None, 4), (16, None, 16), (16, 2, 8), (208, 8, 16), (8, 8, 4), (64, None, 16)],
+)
+def test_readers_are_as_many_as_a_ranks_share_of_the_cores_is_worth(
+    num_cores: int, num_ranks: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if num_ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_ranks))
+    assert default_threads() == expected
 
 
 def test_a_rank_reads_its_own_rows_from_the_disk_and_no_others(tmp_path: Path) -> None:

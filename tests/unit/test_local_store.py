@@ -208,3 +208,9 @@ def run_writer(store: LocalStore, moment: str) -> None:
         timeout=60,
     )
     assert process.returncode == -signal.SIGKILL
+
+
+def test_an_output_below_a_file_is_refused_by_the_files_name(tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("x")
+    with pytest.raises(NotFound, match="prompts is a file, not a folder; give another place"):
+        LocalStore(tmp_path / "prompts").put("a/b", b"x")

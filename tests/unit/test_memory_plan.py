@@ -39,6 +39,7 @@ def test_the_cache_gets_what_is_left(device):
         ({"spare_bytes": 320 * MIB}, 320),
         ({"step_bytes": 260 * MIB}, 320),
         ({"has_peers": True}, 4 * 32),
+        ({"tally_bytes": 320 * MIB}, 320),
     ],
 )
 def test_what_is_kept_for_something_else_is_not_the_caches(device, changes, less):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -256,3 +257,17 @@ def test_truncation_saved_in_a_tokenizer_file_does_not_apply(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
     built = PromptBuilder(tmp_path, PromptConfig(max_model_len=256, chat_template="none"))
     assert len(tokens(built, "a long enough prompt")) > 4
+
+
+def test_a_token_the_model_has_no_place_for_refuses_its_row_alone(tmp_path):
+    shutil.copytree(MODELS / "tiny-a", tmp_path, dirs_exist_ok=True)
+    built = PromptBuilder(tmp_path, PromptConfig(max_model_len=256))
+    ids = tokens(built, built.render_text("Hello"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": max(ids)}))
+    built = PromptBuilder(tmp_path, PromptConfig(max_model_len=256))
+    with pytest.raises(
+        PromptError, match=f"token id {max(ids)} is not among the model's {max(ids)}"
+    ):
+        built.finish("Hello", ids, max_tokens=4)
+    assert built.finish("H", [min(ids)], max_tokens=4).token_ids == [min(ids)]

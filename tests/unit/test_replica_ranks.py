@@ -7,7 +7,8 @@ import pytest
 
 from inference.config import DistributedConfig
 from inference.errors import EngineConfigError
-from tasks.job import EngineKnobs, InputConfig, ModelConfig, OutputConfig, RunConfig
+from tasks.job import InputConfig, ModelConfig, OutputConfig, RunConfig
+from tasks.job_machine import EngineKnobs
 from tasks.model import open_model
 from tasks.progress import Progress
 from tasks.ranks import distributed_of

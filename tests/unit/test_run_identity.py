@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from flows.config import load_job
-from storage.errors import FingerprintMismatch
+from storage.errors import BadInput, FingerprintMismatch
 from tasks.fingerprint import check_fingerprint, default_run_id, fingerprint, fingerprint_fields
 from tasks.holder import holder_name, is_dead
 from tasks.scratch import scratch_folder
@@ -37,6 +37,13 @@ def fields_of(*overrides: str, content_id: str = "c1") -> dict:
 )
 def test_whatever_changes_a_token_changes_the_fingerprint(override):
     assert fingerprint(fields_of(override)) != fingerprint(fields_of())
+
+
+def test_a_chat_template_that_is_not_there_is_refused_by_name():
+    with pytest.raises(
+        BadInput, match=r"cannot read no\.jinja: .*; give auto, none or a Jinja file"
+    ):
+        fields_of("input.chat_template=no.jinja")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from storage.stage_report import StageReport, wire_gb_per_s
 from tasks.stage import (
     as_json,
     describe,
+    describe_cold_start,
     describe_entries,
     describe_evictions,
     meets_demand,
@@ -29,6 +30,7 @@ REPORT = StageReport(
     num_bytes=3_200_000_000,
     bytes_moved=3_000_000_000,
     bytes_resumed=200_000_000,
+    huge_bytes=2_500_000_000,
     seconds=2.5,
     cpu_s=1.5,
     phases={"transfer": 2.0, "list": 0.1, "publish": 0.05, "wait": 0.0},
@@ -53,6 +55,7 @@ def test_the_paragraph_says_how_fast_how_sure_and_where_the_time_went() -> None:
         "75% of what the disk can write (2.00 GB/s)",
         "the 1 GB/s that NVMe must give is met",
         "0.20 GB were there from an earlier try",
+        "2.50 GB lie on huge pages.",
         "moving bytes 2.00 s",
         "60% waiting for the source, 10% checksums, 30% writing",
         "0.50 CPU s/GB, 2 ranges asked for again",
@@ -76,6 +79,14 @@ def test_a_hit_is_said_without_speeds() -> None:
     hit = dataclasses.replace(REPORT, outcome="hit", bytes_moved=0, reason="it was staged already")
     assert "GB/s" not in describe(hit)
     assert as_json(hit)["meets_demand"] is None
+
+
+def test_a_cold_start_says_how_long_it_waited_and_what_passed_meanwhile() -> None:
+    cold = dataclasses.replace(REPORT, seconds=19.4)
+    assert describe_cold_start(cold, before_s=0.7, ready_s=19.7, waited_s=6.9) == (
+        "engine ready 19.7 s after config and tokenizer were here, 6.9 s of it waiting for weights; of the "
+        "19.4 s that staging took, 11.8 s passed while the engine started and loaded"
+    )
 
 
 def test_the_json_is_strict_and_has_the_verdict() -> None:

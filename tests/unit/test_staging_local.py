@@ -243,7 +243,7 @@ def test_a_disk_that_fills_up_meanwhile_sends_the_model_to_the_next_one(
 @pytest.mark.parametrize(
     ("source", "stage_to", "error", "message"),
     [
-        ("/nowhere/at/all", "auto", NotFound, "no such folder"),
+        ("/nowhere/at/all", "auto", NotFound, "no such folder; give a model folder, s3://"),
         ("ftp://host/model", "auto", BadInput, "unknown scheme ftp"),
         ("s3://bucket", "auto", BadInput, "needs a bucket and a prefix"),
         ("s3://bucket/m/", "none", BadInput, "cannot be read in place"),

@@ -19,7 +19,7 @@ from tasks.budget import BudgetSpent
 from tasks.canary import CanaryFailed
 from tasks.cancel import cancel
 from tasks.drain import drain
-from tasks.job import BudgetConfig
+from tasks.job_machine import BudgetConfig
 from tasks.progress import Progress
 from tasks.run import Run, prepare
 from tasks.stop import Stopped, StopSignal

@@ -1,0 +1,152 @@
+"""The command line, as shells, pipes and service managers use it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.cli import build_parser, main
+from tests.pipeline import MODELS, Nightjar
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def nightjar(tmp_path, capsys):
+    return Nightjar(tmp_path, capsys)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt\none\ntwo\n")
+    return path
+
+
+def commands():
+    return build_parser()._subparsers._group_actions[0].choices
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_option_of_a_command_says_what_it_is_for(name):
+    for action in commands()[name]._actions:
+        assert action.help, action.dest
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_default_that_is_a_choice_of_ours_is_told(name):
+    for action in commands()[name]._actions:
+        is_flag = action.nargs == 0
+        if action.option_strings and not is_flag and action.default not in (None, [], "auto"):
+            shown = f"{action.default:g}" if isinstance(action.default, float) else action.default
+            assert f"default: {shown}" in action.help
+
+
+def test_help_tells_the_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for code in ("0 ", "1 ", "2 ", "3 ", "4 ", "5 ", "130, 143"):
+        assert f"\n  {code}" in out
+
+
+def test_the_version_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("nightjar ")
+
+
+def test_a_folder_of_runs_names_them(nightjar, prompts):
+    done = nightjar.run("none", prompts, engine__backend="dummy")
+    refused = nightjar.call("status", str(nightjar.folder / "out"))
+    assert refused.code == 2
+    assert f"give a run folder; there are {done.run}" in refused.err
+    assert "such as OUTPUT_URI/RUN_ID" in nightjar.call("status", str(nightjar.folder)).err
+
+
+def test_a_long_path_is_one_line_in_a_log(nightjar, prompts):
+    folder = nightjar.folder / ("long" * 30)
+    job = nightjar.job("none", prompts, engine__backend="dummy", output__uri=str(folder))
+    done = nightjar.call("run", str(job))
+    (run,) = (path for path in folder.iterdir() if (path / "run.json").exists())
+    assert f"completions  {run}/completions/" in done.out.splitlines()
+    assert f"{run} is whole" in nightjar.call("verify", str(run)).out.splitlines()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_whose_caller_closed_its_streams_is_published(nightjar, prompts, closed):
+    job = nightjar.job("none", prompts, engine__backend="dummy")
+    script = f'exec "{sys.executable}" -m flows.cli run "{job}" {closed}'
+    assert subprocess.run(["sh", "-c", script], cwd=REPOSITORY, timeout=120).returncode == 0
+    assert list((nightjar.folder / "out").glob("*/manifest.json"))
+
+
+def test_a_prefect_server_that_is_not_there_is_one_line_without_its_password(nightjar, prompts):
+    job = nightjar.job("none", prompts, engine__backend="dummy")
+    given = {"PREFECT_API_URL": "http://me:hunter2@127.0.0.1:1/api"}
+    given["PREFECT_HOME"] = str(nightjar.folder / "prefect")
+    for command in (["run", str(job)], ["deploy"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *command],
+            cwd=REPOSITORY,
+            env={**os.environ, **given},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2
+        last = done.stderr.splitlines()[-1]
+        assert "PREFECT_API_URL is http://127.0.0.1:1/api: no Prefect server answers" in last
+        assert "Traceback" not in done.stderr
+        assert "hunter2" not in done.stderr
+
+
+def test_a_scratch_folder_that_cannot_be_is_one_line(nightjar, prompts, monkeypatch):
+    job = nightjar.job("none", prompts, engine__backend="dummy")
+    monkeypatch.setenv("NIGHTJAR_WORK_DIR", str(prompts))
+    done = nightjar.call("plan", str(job))
+    assert done.code == 2
+    assert (
+        done.err.strip()
+        .splitlines()[-1]
+        .endswith("File exists; set NIGHTJAR_WORK_DIR to a folder that can be written")
+    )
+
+
+def test_a_report_that_cannot_be_written_where_asked_says_where_it_is(nightjar, prompts):
+    run = nightjar.run("none", prompts, engine__backend="dummy").run
+    refused = nightjar.call("report", str(run), "--out", str(nightjar.folder / "no" / "such.html"))
+    assert refused.code == 2
+    assert refused.err.strip().endswith(f"the report is at {run}/report.html")
+
+
+def test_with_json_every_command_prints_one_document_and_nothing_else(nightjar, prompts):
+    job = str(nightjar.job("none", prompts, engine__backend="dummy"))
+    run = str(nightjar.call("run", job, "--json").run)
+    to = ("--to", str(nightjar.folder / "models"))
+    model = str(MODELS / "tiny-a")
+    calls = [
+        ("plan", job),
+        ("run", job),
+        *((name, run) for name in ("status", "verify", "report", "retry", "drain", "gc", "cancel")),
+        ("tiers", model),
+        ("stage", model, *to, "--pin"),
+        ("stage", "--list", *to),
+        ("stage", model, *to, "--unpin"),
+        ("stage", model, *to, "--evict"),
+        ("gc", *to),
+        ("submit", str(prompts), "--inbox", str(nightjar.folder / "night")),
+    ]
+    for call in calls:
+        done = nightjar.call(*call, "--json")
+        assert done.code == 0, (call, done.err)
+        (line,) = done.out.splitlines()
+        assert isinstance(json.loads(line), dict | list), call
+        refused = nightjar.call(call[0], "/no/such/place", "--json")
+        if call[0] != "gc" or call[1] == run:
+            assert refused.code == 2, call
+            assert json.loads(refused.out)["error"] in refused.err
