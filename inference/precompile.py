@@ -145,6 +145,7 @@ def _is_worth_it(
     text_config = model_config.get("text_config") or model_config
     return (
         device.type == "cuda"
+        and torch.version.cuda is not None  # ROCm's devices go by that name too
         and config.tensor_parallel_size == 1
         and config.quantization in ("none", "fp8")
         and text_config.get("model_type") in FUSED_MODEL_TYPES
