@@ -29,6 +29,8 @@ exit codes:
   5          published, but more rows failed than max_failed_rows allows
   130, 143   stopped by a signal, resumable
 """
+_HARDWARE_HELP = "hardware file (YAML); default: the one that comes along"
+_MODEL_HELP = "folder, s3:// prefix, hf://repo@revision or GGUF file"
 _RUN_HELP = "run folder: OUTPUT_URI/RUN_ID, local or s3://"
 
 
@@ -42,76 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = _command(commands, "run", "generate a completion for every row; run again to resume")
-    run.add_argument("job", help="job file (YAML)")
-    _add_overrides(run)
-    plan = _command(
-        commands, "plan", "say what a job would do, take and cost; no GPU, nothing written"
-    )
-    plan.add_argument("job", help="job file (YAML)")
-    plan.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
-    _add_overrides(plan)
-    status = _command(commands, "status", "say how far a run is, from the store alone")
-    status.add_argument("--watch", action="store_true", help="go on until it is published")
-    status.add_argument(
-        "--every",
-        type=float,
-        default=5.0,
-        metavar="SECONDS",
-        help="between two lines of --watch; default: 5",
-    )
-    retry = _command(commands, "retry", "finish missing shards and redo failed rows in place")
-    verify = _command(commands, "verify", "re-read everything stored and prove it whole")
-    report = _command(commands, "report", "draw a run's report as one page, report.html")
-    report.add_argument("--out", metavar="FILE", help="write it to this file too")
-    drain = _command(commands, "drain", "join a planned run as one more replica")
-    drain.add_argument("--invocation", help="name of the start this replica belongs to")
-    drain.add_argument(
-        "--with-parent", action="store_true", help="stop when standard input is closed"
-    )
-    gc = _command(
-        commands,
-        "gc",
-        "delete what lost attempts of a run, or staging on this machine, left behind",
-    )
-    gc.add_argument("run", nargs="?", help=f"{_RUN_HELP}; without it, this machine's staged models")
-    gc.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
-    gc.add_argument("--to", default="auto", help="the folder that models were staged to, if named")
-    stage = _command(
-        commands, "stage", "bring model weights to this machine's fastest disk, verified"
-    )
-    stage.add_argument(
-        "model", nargs="?", help="folder, s3:// prefix, hf://repo@revision or GGUF file"
-    )
-    stage.add_argument(
-        "--to",
-        default="auto",
-        help="auto (default), shm, nvme, none or a folder; also where --list, --pin and --evict look",
-    )
-    stage.add_argument("--list", action="store_true", help="list what is staged")
-    stage.add_argument("--pin", action="store_true", help="stage, and never evict")
-    stage.add_argument("--unpin", action="store_true", help="let a pinned model be evicted again")
-    stage.add_argument("--evict", action="store_true", help="remove a staged model nobody reads")
-    tiers = _command(
-        commands, "tiers", "say on which GPUs a model fits, how fast and at what price"
-    )
-    tiers.add_argument("model", help="model folder; only its config.json is read")
-    tiers.add_argument(
-        "--for", dest="job", metavar="RUN", help="planned run whose token counts to use"
-    )
-    tiers.add_argument("--hardware", help="hardware file (YAML); default: the one that comes along")
-    tiers.add_argument("--all", action="store_true", help="every GPU count, not only the smallest")
-    bench = _command(
-        commands, "bench", "measure an engine on this machine, completions of forced lengths"
-    )
-    _add_bench(bench)
-    cancel = _command(commands, "cancel", "stop every replica of a run, wherever it runs")
+    _add_jobs(commands)
+    _add_runs(commands)
+    _add_models(commands)
     _add_submit(commands)
     _add_deploy(commands)
-    for command in (status, retry, verify, report, drain, cancel):
-        command.add_argument("run", help=_RUN_HELP)
-    for command in (status, retry, verify, report, drain, cancel, gc, stage, tiers, bench):
-        _add_storage(command)
     return parser
 
 
@@ -170,8 +107,87 @@ def _command(
     return parser
 
 
+def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands that take a job file."""
+    run = _command(commands, "run", "generate a completion for every row; run again to resume")
+    plan = _command(
+        commands, "plan", "say what a job would do, take and cost; no GPU, nothing written"
+    )
+    for command in (run, plan):
+        command.add_argument("job", help="job file (YAML)")
+        _add_overrides(command)
+    plan.add_argument("--hardware", help=_HARDWARE_HELP)
+
+
+def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands that take a run folder."""
+    status = _command(commands, "status", "say how far a run is, from the store alone")
+    status.add_argument("--watch", action="store_true", help="go on until it is published")
+    status.add_argument(
+        "--every",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="between two lines of --watch; default: 5",
+    )
+    retry = _command(commands, "retry", "finish missing shards and redo failed rows in place")
+    verify = _command(commands, "verify", "re-read everything stored and prove it whole")
+    report = _command(commands, "report", "draw a run's report as one page, report.html")
+    report.add_argument("--out", metavar="FILE", help="write it to this file too")
+    drain = _command(commands, "drain", "join a planned run as one more replica")
+    drain.add_argument("--invocation", help="name of the start this replica belongs to")
+    drain.add_argument(
+        "--with-parent", action="store_true", help="stop when standard input is closed"
+    )
+    cancel = _command(commands, "cancel", "stop every replica of a run, wherever it runs")
+    for command in (status, retry, verify, report, drain, cancel):
+        command.add_argument("run", help=_RUN_HELP)
+    gc = _command(
+        commands,
+        "gc",
+        "delete what lost attempts of a run, or staging on this machine, left behind",
+    )
+    gc.add_argument("run", nargs="?", help=f"{_RUN_HELP}; without it, this machine's staged models")
+    gc.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
+    gc.add_argument("--to", default="auto", help="the folder that models were staged to, if named")
+    for command in (status, retry, verify, report, drain, cancel, gc):
+        _add_storage(command)
+
+
+def _add_models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands that take a model."""
+    stage = _command(
+        commands, "stage", "bring model weights to this machine's fastest disk, verified"
+    )
+    stage.add_argument("model", nargs="?", help=_MODEL_HELP)
+    stage.add_argument(
+        "--to",
+        default="auto",
+        help="auto (default), shm, nvme, none or a folder; also where --list, --pin and --evict look",
+    )
+    stage.add_argument("--list", action="store_true", help="list what is staged")
+    stage.add_argument("--pin", action="store_true", help="stage, and never evict")
+    stage.add_argument("--unpin", action="store_true", help="let a pinned model be evicted again")
+    stage.add_argument("--evict", action="store_true", help="remove a staged model nobody reads")
+    tiers = _command(
+        commands, "tiers", "say on which GPUs a model fits, how fast and at what price"
+    )
+    tiers.add_argument("model", help="model folder; only its config.json is read")
+    tiers.add_argument(
+        "--for", dest="job", metavar="RUN", help="planned run whose token counts to use"
+    )
+    tiers.add_argument("--hardware", help=_HARDWARE_HELP)
+    tiers.add_argument("--all", action="store_true", help="every GPU count, not only the smallest")
+    bench = _command(
+        commands, "bench", "measure an engine on this machine, completions of forced lengths"
+    )
+    _add_bench(bench)
+    for command in (stage, tiers, bench):
+        _add_storage(command)
+
+
 def _add_bench(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("model", help="folder, s3:// prefix, hf://repo@revision or GGUF file")
+    bench.add_argument("model", help=_MODEL_HELP)
     bench.add_argument(
         "--mix",
         action="append",

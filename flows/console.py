@@ -57,7 +57,10 @@ def progress_line(snapshot: Snapshot) -> str:
     parts = [snapshot.phase]
     if snapshot.num_rows:
         parts.append(f"{snapshot.rows_done:,}/{snapshot.num_rows:,} rows")
-        parts.append(f"{snapshot.tokens_per_s:,.0f} tokens/s")
+        # Tokens are counted as their rows finish: before the first, nought would be a lie.
+        has_any = snapshot.num_completion_tokens > 0
+        rate = f"{snapshot.tokens_per_s:,.0f} tokens/s" if has_any else "no row generated yet"
+        parts.append(rate)
         parts.append(f"ETA {_duration(snapshot.eta_s)}")
         if snapshot.finish_p50 and snapshot.finish_p90:
             parts.append(f"P50 {clock(snapshot.finish_p50)}, P90 {clock(snapshot.finish_p90)}")

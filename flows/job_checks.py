@@ -92,8 +92,13 @@ def _check_names(job: RunConfig) -> None:
         )
     if job.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", job.run_id):
         raise JobError(f"run_id: got {clipped(job.run_id)}; use letters, digits, '.', '_' and '-'")
+    uris = [job.input.uri] if isinstance(job.input.uri, str) else job.input.uri
     if not job.output.uri.strip():
         raise JobError("output.uri: empty; give a folder, file://, s3:// or memory://")
+    if not all(uri.strip() for uri in uris):
+        raise JobError("input.uri: empty; give a file, folder, glob or list")
+    if not job.model.source.strip():
+        raise JobError("model.source: empty; give a folder, s3://bucket/prefix/ or hf://ORG/REPO")
     try:
         ZoneInfo(job.timezone)
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:  # OSError: a folder of zones

@@ -30,6 +30,8 @@ def cancel(args: argparse.Namespace) -> int:
 
 def submit(args: argparse.Namespace) -> int:
     """Drop a file into the inbox; the next scan answers with a letter."""
+    from storage.formats import SUFFIXES
+    from tasks.inbox import is_wanted
     from tasks.inbox import submit as drop
 
     where = args.inbox or os.environ.get("NIGHTJAR_INBOX")
@@ -38,6 +40,10 @@ def submit(args: argparse.Namespace) -> int:
     path = Path(args.file)
     if not path.is_file():
         raise JobError(f"{args.file}: not found; give a file of prompts")
+    if not is_wanted(path.name):
+        raise JobError(
+            f"{path.name}: would stay in the inbox; name it {', '.join(SUFFIXES)}, without . or _ in front"
+        )
     if args.after is not None:
         next_time(args.after, timezone="UTC", now=datetime.now(UTC))
     settings = read_values(args.job) if args.job else None

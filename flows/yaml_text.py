@@ -22,7 +22,7 @@ _TAGS = {
 
 
 class YamlError(ValueError):
-    """Not YAML; the message begins with the place, such as ` line 3: ...`."""
+    """Not YAML; the message begins with the place, such as `, line 3: ...`."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,7 +96,18 @@ def _check_name(node: yaml.Node) -> None:
     """Refuse a key that is not text: what is written to JSON would come back as another one."""
     if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
         line = node.start_mark.line + 1
-        raise YamlError(f" line {line}: a key that is not text; put it in quotes")
+        raise YamlError(f", line {line}: a key that is not text; put it in quotes")
+
+
+def _check_names(node: yaml.MappingNode) -> None:
+    """Refuse a key that is there twice: PyYAML would take the last one without a word."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        _check_name(key)
+        if key.value in seen:
+            line = key.start_mark.line + 1
+            raise YamlError(f", line {line}: {key.value[:100]!a} is there twice; keep one")
+        seen.add(key.value)
 
 
 def _num_nodes(node: yaml.Node, depth: int, known: dict[int, int]) -> int:
@@ -106,14 +117,14 @@ def _num_nodes(node: yaml.Node, depth: int, known: dict[int, int]) -> int:
     if depth > MAX_DEPTH:
         raise YamlError(f": nested more than {MAX_DEPTH} deep")
     if node.tag not in _TAGS:
-        raise YamlError(f" line {node.start_mark.line + 1}: {node.tag!a} is not for job files")
+        raise YamlError(f", line {node.start_mark.line + 1}: {node.tag!a} is not for job files")
     if id(node) not in known:
         known[id(node)] = 0
         below = node.value if isinstance(node, yaml.CollectionNode) else []
         children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            _check_names(node)
         for item in below:
-            if isinstance(item, tuple):
-                _check_name(item[0])
             children += item if isinstance(item, tuple) else (item,)
         known[id(node)] = 1 + sum(_num_nodes(child, depth + 1, known) for child in children)
     if known[id(node)] > MAX_VALUES:

@@ -43,6 +43,11 @@ def read_model_shape(folder: str | Path) -> ModelShape:
     Raises:
         ModelError: no readable config.json, a key is missing, or the layers are of an unknown kind.
     """
+    if "://" in str(folder):
+        raise ModelError(
+            f"{folder}: not a local folder; `nightjar stage {folder}` brings it, or give a folder with its "
+            "config.json"
+        )
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

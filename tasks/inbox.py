@@ -155,12 +155,16 @@ class _Drop:
         return PurePosixPath(self.name).name
 
 
+def is_wanted(name: str) -> bool:
+    """Whether an inbox takes a file of this name, or leaves it where it is."""
+    # As everywhere: a leading dot or underscore hides a file, such as one being written.
+    is_hidden = any(part.startswith((".", "_")) for part in name.split("/"))
+    return not is_hidden and not name.endswith(SIDECAR) and formats.by_name(name) is not None
+
+
 def _dropped(inbox: ObjectStore) -> Iterator[ObjectInfo]:
     for info in list(inbox.list(DROPPED)):
-        name = info.key.removeprefix(DROPPED)
-        # As everywhere: a leading dot or underscore hides a file, such as one being written.
-        is_hidden = any(part.startswith((".", "_")) for part in name.split("/"))
-        if not is_hidden and not name.endswith(SIDECAR) and formats.by_name(name) is not None:
+        if is_wanted(info.key.removeprefix(DROPPED)):
             yield info
 
 

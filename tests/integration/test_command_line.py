@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from flows.cli import build_parser, main
+from flows.console import progress_line
+from tasks.progress import Progress
 from tests.pipeline import MODELS, Nightjar
 
 REPOSITORY = Path(__file__).parents[2]
@@ -66,6 +68,15 @@ def test_a_folder_of_runs_names_them(nightjar, prompts):
     assert refused.code == 2
     assert f"give a run folder; there are {done.run}" in refused.err
     assert "such as OUTPUT_URI/RUN_ID" in nightjar.call("status", str(nightjar.folder)).err
+
+
+def test_progress_tells_no_speed_before_the_first_row_is_generated():
+    progress = Progress()
+    progress.expect(num_rows=2, num_shards=1)
+    progress.row_done("invalid_input", 0)
+    assert "| no row generated yet |" in progress_line(progress.snapshot())
+    progress.row_done("ok", 7)
+    assert "tokens/s |" in progress_line(progress.snapshot())
 
 
 def test_a_long_path_is_one_line_in_a_log(nightjar, prompts):
@@ -150,3 +161,19 @@ def test_with_json_every_command_prints_one_document_and_nothing_else(nightjar, 
         if call[0] != "gc" or call[1] == run:
             assert refused.code == 2, call
             assert json.loads(refused.out)["error"] in refused.err
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "_prompts.csv", ".prompts.csv", "a.csv.yaml"])
+def test_a_file_that_the_inbox_would_leave_there_is_not_submitted(nightjar, prompts, name):
+    path = nightjar.folder / name
+    path.write_bytes(prompts.read_bytes())
+    refused = nightjar.call("submit", str(path), "--inbox", str(nightjar.folder / "night"))
+    assert refused.code == 2
+    assert f"{name}: would stay in the inbox; name it .parquet, " in refused.err
+    assert not (nightjar.folder / "night").exists()
+
+
+def test_a_model_that_is_elsewhere_is_sized_once_it_is_brought(nightjar):
+    refused = nightjar.call("tiers", "hf://Qwen/Qwen3-8B")
+    assert refused.code == 2
+    assert "`nightjar stage hf://Qwen/Qwen3-8B` brings it" in refused.err

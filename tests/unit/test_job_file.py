@@ -108,9 +108,17 @@ def test_tools_without_messages_are_refused():
     assert message.startswith("input.tools_column: tools go with messages, and prompt is given")
 
 
-@pytest.mark.parametrize("uri", ["", "  "])
-def test_an_empty_output_is_refused_and_not_the_current_folder(uri):
-    assert refused(f"output.uri='{uri}'").startswith("output.uri: empty; give a folder")
+@pytest.mark.parametrize("name", ["output.uri", "input.uri", "model.source"])
+@pytest.mark.parametrize("place", ["", "  "])
+def test_an_empty_place_is_refused_and_not_the_current_folder(name, place):
+    assert refused(f"{name}='{place}'").startswith(f"{name}: empty; give a ")
+
+
+def test_a_key_that_is_there_twice_is_refused_and_none_of_them_dropped(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("output: {uri: a}\nname: n\noutput: {uri: b}\n")
+    with pytest.raises(JobError, match=r"job\.yaml, line 3: 'output' is there twice; keep one"):
+        load_job(path)
 
 
 def test_a_value_that_is_no_yaml_is_refused_with_how_to_quote_it():
