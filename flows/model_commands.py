@@ -94,7 +94,16 @@ def bench(args: argparse.Namespace) -> int:
         "model": args.model,
         "engine": {
             name: getattr(info, name)
-            for name in ("backend", "device", "dtype", "num_ranks", "load_s", "warmup_s", "memory")
+            for name in (
+                "backend",
+                "device",
+                "dtype",
+                "num_ranks",
+                "load_s",
+                "compile_wait_s",
+                "warmup_s",
+                "memory",
+            )
         },
         "mixes": [result.to_json() for result in results],
     }

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from inference.config import EngineConfig, config_from_json
@@ -117,6 +118,7 @@ def main() -> None:
     found = variants(task["model_config"], config_from_json(task["config"]))
     listed_s = time.perf_counter() - started_at
     compile_all(found, task["num_processes"])
+    Path(task["done"]).touch()
     compile_s = time.perf_counter() - started_at - listed_s
     print(json.dumps({"variants": len(found), "list_s": listed_s, "compile_s": compile_s}))
 

@@ -6,6 +6,7 @@ they fail, the same launches compile it one after the other, as Triton always do
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -61,17 +62,18 @@ class Precompile:
     def beside(
         cls, model_config: Mapping[str, Any], config: EngineConfig, device: torch.device
     ) -> "Precompile":
-        """Start them where that helps: on CUDA, for one rank of a model that runs on our kernels.
+        """Start them where that helps: on CUDA, for one rank of a model that runs on our kernels, the first time.
 
         Args:
             model_config: the parsed config.json.
             config: the engine's.
             device: what to compile for.
         """
-        num_processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)
-        if num_processes < 1 or not _is_worth_it(model_config, config, device):
+        if not _is_worth_it(model_config, config, device):
             return cls(None)
-        return cls(task_for(CardFacts.of(device), model_config, config, num_processes))
+        num_processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2)
+        task = task_for(CardFacts.of(device), model_config, config, num_processes)
+        return cls(None if num_processes < 1 or is_done(task) else task)
 
     def __enter__(self) -> Self:
         return self
@@ -116,13 +118,25 @@ class Precompile:
 def task_for(
     card: CardFacts, model_config: Mapping[str, Any], config: EngineConfig, num_processes: int
 ) -> dict[str, Any]:
-    """Return what `inference.compile_ahead` reads."""
-    return {
+    """Return what `inference.compile_ahead` reads. Needs Triton, whose cache it names."""
+    import triton
+
+    task = {
         "card": dataclasses.asdict(card),
         "model_config": dict(model_config),
-        "config": dataclasses.asdict(config),
-        "num_processes": num_processes,
+        "config": dataclasses.asdict(dataclasses.replace(config, model="")),
     }
+    versions = (torch.__version__, triton.__version__, sys.version)
+    digest = hashlib.sha256(json.dumps([task, versions], sort_keys=True).encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    done = Path(triton.knobs.cache.dir, f"nightjar-{digest.hexdigest()[:32]}")
+    return {**task, "num_processes": num_processes, "done": str(done)}
+
+
+def is_done(task: Mapping[str, Any]) -> bool:
+    """Whether all of it has been compiled before; should some be lost, the engine compiles that."""
+    return Path(task["done"]).exists()
 
 
 def _is_worth_it(
@@ -131,6 +145,7 @@ def _is_worth_it(
     text_config = model_config.get("text_config") or model_config
     return (
         device.type == "cuda"
+        and torch.version.cuda is not None  # ROCm's devices go by that name too
         and config.tensor_parallel_size == 1
         and config.quantization in ("none", "fp8")
         and text_config.get("model_type") in FUSED_MODEL_TYPES

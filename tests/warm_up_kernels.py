@@ -24,7 +24,7 @@ from inference.config import EngineConfig
 from inference.kernels import fused
 from inference.kernels.absent_card import AbsentCard, Utils
 from inference.model import FusedModel, PagedModel, make_paged_model
-from inference.precompile import CardFacts, Precompile, task_for
+from inference.precompile import CardFacts, Precompile, is_done, task_for
 
 FACTS = CardFacts(capability=90, num_multiprocessors=fused.num_multiprocessors(torch.device("cpu")))
 FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
@@ -134,12 +134,16 @@ class Case:
         def listen(*, cache_hit: bool, **_: Any) -> None:
             hits.append(cache_hit)
 
-        with Precompile(task_for(FACTS, self.model_config, self.config, 2)) as kernels:
+        task = task_for(FACTS, self.model_config, self.config, 2)
+        was_done = is_done(task)
+        with Precompile(task) as kernels:
             kernels.wait()
         before = num_cached()
         triton.knobs.compilation.listener = listen
         run_all(self.model("cpu"), self.settings())
         return {
+            "was_done": was_done,
+            "is_done": is_done(task_for(FACTS, self.model_config, self.config, 1)),
             "found": sum(hits),
             "compiled": len(hits) - sum(hits),
             "cached_before": before,

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,14 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def driver_library_is_possible() -> bool:
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    return shutil.which("gcc") is not None and headers.exists()
+
+
 def driver_library(folder: Path) -> dict[str, str]:
     """Build a libcuda that does nothing, for Triton's C extensions to link to; none without a compiler for them."""
-    compiler = shutil.which("gcc")
-    if compiler is None or not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+    if not driver_library_is_possible():
         return {}
     parts = Path(str(find_spec("triton").origin)).parent / "backends" / "nvidia"
     text = "".join((parts / name).read_text() for name in ("driver.c", "driver.py"))
@@ -53,7 +58,7 @@ def driver_library(folder: Path) -> dict[str, str]:
     source = folder / "libcuda.c"
     source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in names))
     library = folder / "libcuda.so.1"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
     return {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
 
 
@@ -82,6 +87,24 @@ def test_a_warm_up_after_compiling_ahead_compiles_nothing(lines: list[dict[str, 
     assert (last["found"], last["compiled"]) == (foretold, 0)
     assert last["cached_before"] >= foretold
     assert last["cached_after"] == last["cached_before"]  # launchers included
+
+
+def test_what_was_compiled_once_is_not_started_again(lines: list[dict[str, Any]]) -> None:
+    if not driver_library_is_possible():
+        pytest.skip("without a C compiler launchers cannot be built")
+    assert (lines[-1]["was_done"], lines[-1]["is_done"]) == (False, True)
+
+
+def test_another_setting_or_card_is_another_task() -> None:
+    config = EngineConfig(model="a")
+    task = task_for(FACTS, LLAMA, config, 1)
+    assert task["done"] == task_for(FACTS, LLAMA, replace(config, model="b"), 8)["done"]
+    others = [
+        task_for(replace(FACTS, capability=89), LLAMA, config, 1),
+        task_for(FACTS, {"model_type": "mistral"}, config, 1),
+        task_for(FACTS, LLAMA, replace(config, max_num_seqs=7), 1),
+    ]
+    assert len({other["done"] for other in [task, *others]}) == 4
 
 
 def test_what_cannot_be_compiled_ahead_is_left_to_the_engine(
