@@ -15,7 +15,7 @@ from typing import Any
 from storage.errors import BadInput, FingerprintMismatch
 from tasks.job import RunConfig
 
-ENGINE_SEMANTICS = 1
+ENGINE_SEMANTICS = 2
 """Raised whenever the same settings may give other tokens than the last release gave."""
 
 _PROMPT_FIELDS = (
