@@ -287,8 +287,9 @@ def _automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
 
 
 def _content(automation: AutomationCore) -> Any:
+    """Return what can be compared. Not as JSON: a set is a list there, in an order that means nothing."""
     core = AutomationCore.model_validate(automation.model_dump(include=set(_CORE)))
-    return _without_ids(core.model_dump(mode="json"))
+    return _without_ids(core.model_dump())
 
 
 def _without_ids(value: Any) -> Any:
