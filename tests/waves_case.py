@@ -27,6 +27,7 @@ class Case:
 
     def __init__(self, folder: Path, *, num_rows: int = NUM_ROWS, **hardware: Any) -> None:
         self.folder = folder
+        self.num_shards = num_rows * NUM_SHARDS // NUM_ROWS
         texts = [f"{MARKER} tell me {row} things" for row in range(num_rows)]
         pq.write_table(pa.table({"id": range(num_rows), "prompt": texts}), folder / "in.parquet")
         defaults = {"provider": "process", "replicas": 2, "placement": {"env": SLOW}}

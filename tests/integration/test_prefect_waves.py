@@ -27,6 +27,9 @@ from tests.waves_case import (
 
 pytestmark = pytest.mark.slow
 
+LONG = 2 * NUM_ROWS
+"""Rows for one replica to be at work with while a slow machine starts another."""
+
 PROCESS = {"provider": "process", "replicas": 2}
 
 
@@ -44,11 +47,11 @@ def lab(prefect_lab: PrefectLab) -> Iterator[PrefectLab]:
 def test_two_replicas_drain_a_run_a_killed_one_is_replaced_and_every_row_is_there_once(
     lab: PrefectLab, tmp_path: Path
 ) -> None:
-    case = Case(tmp_path)
+    case = Case(tmp_path, num_rows=LONG)
     run_id = case.start(lab)
     case.wait_for_work()
     os.kill(case.holders().pop(), signal.SIGKILL)
-    case.wait_until_published(lab, run_id, timeout_s=120)
+    case.wait_until_published(lab, run_id, timeout_s=240)
     found = wait_for(partial(ended_replicas, lab, run_id), "all replicas have ended", 120)
     assert len(found) == 3
     assert [run["state_type"] for run in found].count("CRASHED") == 1
@@ -59,18 +62,18 @@ def test_two_replicas_drain_a_run_a_killed_one_is_replaced_and_every_row_is_ther
 def test_cancelling_stops_every_replica_within_a_minute_and_a_retry_finishes_the_run(
     lab: PrefectLab, tmp_path: Path
 ) -> None:
-    case = Case(tmp_path)
+    case = Case(tmp_path, num_rows=LONG)
     run_id = case.start(lab)
     case.wait_for_work()
     lab.cancel(run_id)
     lab.wait_for_state(run_id, "CANCELLED", timeout_s=60)
     wait_for(partial(ended_replicas, lab, run_id), "no replica outlives its parent", 60)
-    assert case.num_commits() < NUM_SHARDS
+    assert case.num_commits() < case.num_shards
     assert case.holders() == set()
     committed = {path: path.read_bytes() for path in case.run.glob("commits/*.json")}
 
     run_id = lab.run_deployment("retry-failed/retry", {"run_uri": str(case.run)})
-    done = lab.wait_for_state(run_id, timeout_s=100)
+    done = lab.wait_for_state(run_id, timeout_s=240)
     assert done["state_type"] == "COMPLETED", done["state"]["message"]
     assert case.is_whole()
     assert all(path.read_bytes() == data for path, data in committed.items())
