@@ -194,10 +194,10 @@ def _run(
         for sample_index in range(sampling.n):
             try:
                 if isinstance(prompt, PromptError):
-                    raise ValueError(str(prompt))
+                    raise prompt
                 seed = draw_seed(sampling.seed, index, sample_index)
                 backend.submit([Sequence(seq_id, prompt, sampling, seed)])
-            except ValueError as error:
+            except (PromptError, ValueError) as error:
                 found[seq_id] = Completion(seq_id, (), "", "error", str(error))
             seq_id += 1
     while backend.num_unfinished:

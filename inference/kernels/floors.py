@@ -9,7 +9,7 @@ R rows that sample   V vocabulary   C parts of it   P fields of a slot (`inferen
 import triton
 import triton.language as tl
 
-from inference.kernels.penalties import after_penalties, past_of
+from inference.kernels.penalties import past_of, scores_at
 
 
 @triton.jit
@@ -44,8 +44,7 @@ def _above(
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         at = start + offs
-        x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        x = after_penalties(x, at, V, past, HAS_PENALTIES)
+        x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
         key = ordered(x)
         is_in = (key > bound) & (key >= floor) & (at < V)
         if BY_MASS:
@@ -72,8 +71,7 @@ def _spread(
     most = tl.zeros([BLOCK], tl.uint32)
     for start in range(0, V, BLOCK):
         at = start + offs
-        x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        x = after_penalties(x, at, V, past, HAS_PENALTIES)
+        x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
         key = ordered(x)
         is_in = (key >= low) & (key - low < width) & (at < V)
         least = tl.minimum(least, tl.where(is_in, key - low, 0xFFFFFFFF))

@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def past_of(tally, params, HAS_PENALTIES: tl.constexpr):
-    """Return what `after_penalties` needs of a row: its part of a tally, whether it counts, its penalties."""
+    """Return what `scores_at` needs of a row: its part of a tally, whether it counts, its penalties."""
     if HAS_PENALTIES:
         repetition = tl.load(params + 6).to(tl.float32, bitcast=True)
         presence = tl.load(params + 7).to(tl.float32, bitcast=True)
@@ -25,8 +25,9 @@ def past_of(tally, params, HAS_PENALTIES: tl.constexpr):
 
 
 @triton.jit
-def after_penalties(x, at, W, past, HAS_PENALTIES: tl.constexpr):
-    """Return the scores of fp32 logits `x` of columns `at`, with the reference's roundings."""
+def scores_at(logits_ptr, row, at, W, past, HAS_PENALTIES: tl.constexpr):
+    """Load a row's logits of columns `at`, -inf past the last; return their fp32 scores, with the reference's roundings."""
+    x = tl.load(logits_ptr + row * W + at, mask=at < W, other=float("-inf")).to(tl.float32)
     if HAS_PENALTIES:
         tally, is_tallied, repetition, presence, frequency = past
         if is_tallied:

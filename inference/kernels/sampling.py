@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from inference.kernels.floors import ordered, row_max
-from inference.kernels.penalties import after_penalties, past_of
+from inference.kernels.penalties import past_of, scores_at
 
 
 @triton.jit
@@ -46,8 +46,7 @@ def maxima_kernel(
     is_bad = tl.zeros([BLOCK], tl.int32)
     for start in range(part * PART, part * PART + PART, BLOCK):
         at = start + offs
-        x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        x = after_penalties(x, at, V, past, HAS_PENALTIES)
+        x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
         is_bad = is_bad | ((x != x) | (x == float("inf"))).to(tl.int32)
         is_better = x > best
         best = tl.where(is_better, x, best)
@@ -110,8 +109,7 @@ def draws_kernel(
         floor = tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)
     for start in range(part * PART, part * PART + PART, BLOCK):
         at = start + offs
-        x = tl.load(logits_ptr + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        x = after_penalties(x, at, V, past, HAS_PENALTIES)
+        x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
         bits = _mix(_mix((at + START).to(tl.uint32) ^ key_0) + key_1)
         uniform = bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
         uniform = tl.minimum(uniform, 0.9999999403953552)
