@@ -26,6 +26,11 @@ _PARTS = 8
 
 _BLOCK = 2048
 
+_LANES, _NEIGHBOURS, _PLACES = 1024, 8, 8
+"""See `kernels.floors`. Eight logits of two bytes are what a thread loads at once."""
+
+_FLOOR_STAGES, _FLOOR_WARPS = 3, 16
+
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
@@ -215,13 +220,17 @@ def _floors_of(
         slots_R,
         params,
         floors,
+        logits_RV.new_empty(num_rows, _LANES * _PLACES, dtype=torch.float32),
         vocab,
         C=value.shape[1],
         C_PAD=_padded(value),
-        LOW_BITS=16 if logits_RV.dtype == torch.bfloat16 else 0,
         HAS_PENALTIES=tally is not None,
         TALLY_BY_ROW=tally_by_row,
-        BLOCK=4096,
-        num_warps=8,
+        STAGES=_FLOOR_STAGES,
+        L=_LANES,
+        W=_NEIGHBOURS,
+        D=_PLACES,
+        num_warps=_FLOOR_WARPS,
+        maxnreg=1024 // _FLOOR_WARPS,  # two programs a multiprocessor
     )
     return floors

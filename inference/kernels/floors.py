@@ -1,9 +1,18 @@
-"""Floors: the least logit that top-k, top-p and min-p keep, found by bisection over its bits. No sort.
+"""Floors: the least logit that top-k, top-p and min-p keep, found without a sort in a few passes over a row.
 
-Where logits are bf16, only the 16 bits they have are searched; a row with penalties has scores with more bits, which
-are searched too if more than one score lies where the floor was found.
+One program a row. A range of ordered bits holds the floor: it is made small, the scores in it are copied to scratch,
+and the floor is found among these by bisection over its bits.
+
+survey    one pass: the best score of each of L * W groups of columns, and the mass of all. The k-th best of the
+          groups' best is a bound that k scores reach, so the floor is not below it; likewise by mass for top-p
+gather    one pass: copy the scores in the range. Each lane has places of its own, so that no lane waits for another
+narrow    if one lane's places are too few: one pass weighs four bounds in the range, and a fifth of it is left
+
+Rows with a peak need the first two. What top-k left is in scratch for top-p. A score's weight is 1 for top-k, and for
+top-p its probability over the best one's.
 
 R rows that sample   V vocabulary   C parts of it   P fields of a slot (`inference.slot_params`)
+L lanes   W neighbouring columns that a lane has of each L * W   D places of a lane in scratch
 """
 
 import triton
@@ -20,99 +29,221 @@ def row_max(value_ptr, row, C: tl.constexpr, C_PAD: tl.constexpr):
 
 @triton.jit
 def ordered(x):
-    """Map fp32 to uint32 so that order is kept."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    """Map fp32 to uint32 so that order is kept; both zeros become one."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    flips = (bits >> 31).to(tl.uint32, bitcast=True) | 0x80000000
+    return bits.to(tl.uint32, bitcast=True) ^ flips
 
 
 @triton.jit
-def _above(
+def _weights(x, top, rate, by_mass):
+    """Return what each score counts for."""
+    return tl.where(by_mass, tl.exp2((x - top) * rate), 1.0)
+
+
+@triton.jit
+def _columns(start, L: tl.constexpr, W: tl.constexpr):
+    """Return the columns [L,W] that the lanes have of those from `start` on."""
+    return start + tl.arange(0, L)[:, None] * W + tl.arange(0, W)[None, :]
+
+
+@triton.jit
+def _survey(
     logits_ptr,
     past,
     row,
     V,
-    bound,
     floor,
     top,
-    temperature,
-    BY_MASS: tl.constexpr,
+    rate,
+    by_mass,
     HAS_PENALTIES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
 ):
-    """Count, or weigh by probability, the logits above `bound` and not below `floor` (both ordered bits)."""
-    offs = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        at = start + offs
+    """Return the best score of every L * W-th column [L,W]; if asked, the mass of all scores not below the floor."""
+    best = tl.full([L, W], float("-inf"), tl.float32)
+    mass = tl.zeros([L], tl.float32)
+    for start in tl.range(0, V, L * W, num_stages=STAGES):
+        at = _columns(start, L, W)
         x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
-        key = ordered(x)
-        is_in = (key > bound) & (key >= floor) & (at < V)
-        if BY_MASS:
-            total += tl.where(is_in, tl.exp((x - top) / temperature), 0.0)
-        else:
-            total += tl.where(is_in, 1.0, 0.0)
-    return tl.sum(total, 0)
+        best = tl.maximum(best, x)
+        if by_mass:
+            mass += tl.sum(tl.where(ordered(x) >= floor, _weights(x, top, rate, True), 0.0), 1)
+    return best, tl.sum(mass, 0)
 
 
 @triton.jit
-def _spread(
+def _greatest(key, weights, target, low, high, last_bit):
+    """Return the greatest bound in [low, high), in steps of that bit, that keys of the target's weight reach; else low."""
+    bit = tl.full([], 1 << 31, tl.uint32)
+    while (bit > high - low - 1) & (bit >= last_bit):
+        bit = bit >> 1
+    while bit >= last_bit:
+        found = tl.sum(tl.sum(tl.where(key >= low + bit, weights, 0.0), 1), 0)
+        # Past the range the sum of the two may be past the last number.
+        low = tl.where((found >= target) & (bit < high - low), low + bit, low)
+        bit = bit >> 1
+    return low
+
+
+@triton.jit
+def _gather(
     logits_ptr,
     past,
     row,
     V,
     low,
-    width,
+    high,
+    scratch,
     HAS_PENALTIES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
+    D: tl.constexpr,
 ):
-    """Return how far apart the scores are whose ordered bits lie in [low, low + width); 0 for one score or none."""
-    offs = tl.arange(0, BLOCK)
-    least = tl.full([BLOCK], 0xFFFFFFFF, tl.uint32)
-    most = tl.zeros([BLOCK], tl.uint32)
-    for start in range(0, V, BLOCK):
-        at = start + offs
+    """Copy the scores in [low, high) to scratch [L,D]; return each lane's count, also of those it has no place for."""
+    place = scratch + tl.arange(0, L)[:, None] * D
+    count = tl.zeros([L], tl.int32)
+    for start in tl.range(0, V, L * W, num_stages=STAGES):
+        at = _columns(start, L, W)
         x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
         key = ordered(x)
-        is_in = (key >= low) & (key - low < width) & (at < V)
-        least = tl.minimum(least, tl.where(is_in, key - low, 0xFFFFFFFF))
-        most = tl.maximum(most, tl.where(is_in, key - low, 0))
-    least, most = tl.min(least, 0), tl.max(most, 0)
-    return tl.where(most > least, most - least, 0)
+        is_in = ((key >= low) & (key < high) & (at < V)).to(tl.int32)
+        rank = count[:, None] + tl.cumsum(is_in, 1) - is_in
+        tl.store(place + rank, x, mask=(is_in > 0) & (rank < D))
+        count += tl.sum(is_in, 1)
+    tl.debug_barrier()  # other threads than those that stored will load
+    return count
 
 
 @triton.jit
-def _floor(
+def _heavy(key, weights, bound):
+    """Return each lane's weight at and above a bound."""
+    return tl.sum(tl.where(key >= bound, weights, 0.0), 1)
+
+
+@triton.jit
+def _cut(low, high, above, bound, found, target):
+    """Move one end of the range to a bound, given the weight at and above it; `above` is that of the upper end."""
+    is_enough = found >= target
+    is_lower = (is_enough == 0) & (bound < high)
+    low = tl.where(is_enough & (bound > low), bound, low)
+    return low, tl.where(is_lower, bound, high), tl.where(is_lower, found, above)
+
+
+@triton.jit
+def _narrow(
     logits_ptr,
     past,
     row,
     V,
+    low,
+    high,
+    above,
     target,
-    kept,
+    top,
+    rate,
+    by_mass,
+    HAS_PENALTIES: tl.constexpr,
+    STAGES: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Return a smaller range in [low, high), two or more wide, and the weight above it."""
+    step = tl.maximum((high - low) // 5, 1)
+    bound_1 = low + step
+    bound_2 = tl.minimum(bound_1 + step, high - 1)
+    bound_3 = tl.minimum(bound_2 + step, high - 1)
+    bound_4 = tl.minimum(bound_3 + step, high - 1)
+    found_1 = tl.zeros([L], tl.float32)
+    found_2 = tl.zeros([L], tl.float32)
+    found_3 = tl.zeros([L], tl.float32)
+    found_4 = tl.zeros([L], tl.float32)
+    for start in tl.range(0, V, L * W, num_stages=STAGES):
+        at = _columns(start, L, W)
+        x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
+        key = ordered(x)
+        weights = tl.where(at < V, _weights(x, top, rate, by_mass), 0.0)
+        found_1 += _heavy(key, weights, bound_1)
+        found_2 += _heavy(key, weights, bound_2)
+        found_3 += _heavy(key, weights, bound_3)
+        found_4 += _heavy(key, weights, bound_4)
+    low, high, above = _cut(low, high, above, bound_1, tl.sum(found_1, 0), target)
+    low, high, above = _cut(low, high, above, bound_2, tl.sum(found_2, 0), target)
+    low, high, above = _cut(low, high, above, bound_3, tl.sum(found_3, 0), target)
+    return _cut(low, high, above, bound_4, tl.sum(found_4, 0), target)
+
+
+@triton.jit
+def _bound_by_tail(V, mass, top_p, top, temperature):
+    """Return ordered bits that top-p's floor is not below: even V scores below them are too light to be needed."""
+    depth = tl.log(V / ((1.0 - top_p) * 0.99 * mass))
+    # 0.99 and the last term: for what roundings add to the depth.
+    return ordered(top - temperature * depth - tl.abs(top) * 1e-6)
+
+
+@triton.jit
+def _search(
+    logits_ptr,
+    past,
+    row,
+    V,
+    floor,
+    top_k,
+    top_p,
     top,
     temperature,
-    BY_MASS: tl.constexpr,
-    LOW_BITS: tl.constexpr,
+    rate,
+    by_mass,
+    scratch,
     HAS_PENALTIES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
+    D: tl.constexpr,
 ):
-    """Return the greatest bound that still has the target, a count or a mass, at and above it."""
-    low = tl.zeros([], tl.uint32)
-    bit = tl.full([], 1 << 31, tl.uint32)
-    last_bit = tl.full([], 1 << LOW_BITS, tl.uint32)
-    # The greatest bound that still has the target above it is just below the floor.
-    while bit >= last_bit:
-        trial = low + bit - 1
-        found = _above(
-            logits_ptr, past, row, V, trial, kept, top, temperature, BY_MASS, HAS_PENALTIES, BLOCK
+    """Return a range [low, high) that has the floor, the weight to be found in it, and how many scores each lane gathered.
+
+    If a lane has more than its D places, the range is one key.
+    """
+    best, mass = _survey(
+        logits_ptr, past, row, V, floor, top, rate, by_mass, HAS_PENALTIES, STAGES, L, W
+    )
+    low = floor
+    high = ordered(top) + 1
+    target = top_k.to(tl.float32)
+    if by_mass:
+        target = top_p * mass
+        low = tl.maximum(low, _bound_by_tail(V, mass, top_p, top, temperature))
+    low = tl.minimum(low, high - 1)
+    weights = _weights(best, top, rate, by_mass)
+    low = _greatest(ordered(best), weights, target, low, high, 1 << 16)
+    above = tl.zeros([], tl.float32)
+    count = _gather(logits_ptr, past, row, V, low, high, scratch, HAS_PENALTIES, STAGES, L, W, D)
+    while (tl.max(count, 0) > D) & (high - low > 1):
+        low, high, above = _narrow(
+            logits_ptr,
+            past,
+            row,
+            V,
+            low,
+            high,
+            above,
+            target,
+            top,
+            rate,
+            by_mass,
+            HAS_PENALTIES,
+            STAGES,
+            L,
+            W,
         )
-        low = tl.where(found >= target, low + bit, low)
-        if HAS_PENALTIES and LOW_BITS > 0:
-            # Penalised scores have low bits. They matter if the floor was found among several scores.
-            if past[1] & (bit == (1 << LOW_BITS)):
-                if _spread(logits_ptr, past, row, V, low, bit, HAS_PENALTIES, BLOCK) > 0:
-                    last_bit = tl.full([], 1, tl.uint32)
-        bit = bit >> 1
-    return low
+        count = _gather(
+            logits_ptr, past, row, V, low, high, scratch, HAS_PENALTIES, STAGES, L, W, D
+        )
+    return low, high, target - above, count
 
 
 @triton.jit
@@ -123,17 +254,20 @@ def floors_kernel(
     slots_ptr,
     params_ptr,
     floor_ptr,
+    scratch_ptr,
     V,
     C: tl.constexpr,
     C_PAD: tl.constexpr,
-    LOW_BITS: tl.constexpr,
     HAS_PENALTIES: tl.constexpr,
     TALLY_BY_ROW: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    L: tl.constexpr,
+    W: tl.constexpr,
+    D: tl.constexpr,
 ):
-    """Write floor [R] as ordered bits; logits have `LOW_BITS` low bits that are always zero, penalised ones none.
+    """Write floor [R] as ordered bits; scratch [R,L,D] fp32 is written and read.
 
-    The tally is [R,V] if TALLY_BY_ROW, else [slots,V].
+    The tally is [R,V] if TALLY_BY_ROW, else [slots,V]. A broken row's floor is any.
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
@@ -145,44 +279,59 @@ def floors_kernel(
     top = row_max(value_ptr, row, C, C_PAD)
     tally_row = row if TALLY_BY_ROW else slot.to(tl.int64)
     past = past_of(tally_ptr + tally_row * V, params, HAS_PENALTIES)
+    scratch = scratch_ptr + row * (L * D)
     floor = tl.zeros([], tl.uint32)
     if temperature > 0.0:
         if min_p > 0.0:
             floor = ordered(top + temperature * tl.log(min_p) * 1.0000001)
-        if (top_k > 0) & (top_k < V):
-            low = _floor(
-                logits_ptr,
-                past,
-                row,
-                V,
-                top_k,
-                floor,
-                top,
-                temperature,
-                False,
-                LOW_BITS,
-                HAS_PENALTIES,
-                BLOCK,
-            )
-            floor = tl.maximum(floor, low)
-        if top_p < 1.0:
-            whole = _above(
-                logits_ptr, past, row, V, 0, floor, top, temperature, True, HAS_PENALTIES, BLOCK
-            )
-            low = _floor(
-                logits_ptr,
-                past,
-                row,
-                V,
-                top_p * whole,
-                floor,
-                top,
-                temperature,
-                True,
-                LOW_BITS,
-                HAS_PENALTIES,
-                BLOCK,
-            )
-            floor = tl.maximum(floor, low)
+        rate = 1.4426950408889634 / tl.maximum(temperature, 1e-37)  # finite: 0 times it is 0
+        last_bit = tl.full(
+            [], 1 << 16 if logits_ptr.dtype.element_ty == tl.bfloat16 else 1, tl.uint32
+        )
+        if past[1]:
+            last_bit = tl.full([], 1, tl.uint32)  # penalised scores have all bits
+        count = tl.zeros([L], tl.int32)
+        has_all = tl.zeros([], tl.int32)  # 1 if scratch has all scores not below the floor
+        for goal in range(2):
+            by_mass = goal == 1
+            is_asked = tl.where(by_mass, top_p < 1.0, (top_k > 0) & (top_k < V))
+            if is_asked:
+                target = tl.zeros([], tl.float32)
+                high = ordered(top) + 1
+                had_all = has_all
+                if has_all == 0:
+                    floor, high, target, count = _search(
+                        logits_ptr,
+                        past,
+                        row,
+                        V,
+                        floor,
+                        top_k,
+                        top_p,
+                        top,
+                        temperature,
+                        rate,
+                        by_mass,
+                        scratch,
+                        HAS_PENALTIES,
+                        STAGES,
+                        L,
+                        W,
+                        D,
+                    )
+                    has_all = (high > ordered(top)).to(tl.int32)
+                if tl.max(count, 0) <= D:
+                    place = tl.arange(0, D)[None, :]
+                    is_there = place < count[:, None]
+                    x = tl.load(
+                        scratch + tl.arange(0, L)[:, None] * D + place, mask=is_there, other=0.0
+                    )
+                    key = tl.where(is_there, ordered(x), 0)
+                    weights = tl.where(is_there, _weights(x, top, rate, by_mass), 0.0)
+                    if had_all:
+                        target = top_p * tl.sum(_heavy(key, weights, floor), 0)
+                    floor = _greatest(key, weights, target, floor, high, last_bit)
+                else:
+                    has_all = tl.zeros([], tl.int32)
         floor = tl.minimum(floor, ordered(top))
     tl.store(floor_ptr + row, floor.to(tl.int32, bitcast=True))
