@@ -104,16 +104,20 @@ def _gather(
     D: tl.constexpr,
 ):
     """Copy the scores in [low, high) to scratch [L,D]; return each lane's count, also of those it has no place for."""
-    place = scratch + tl.arange(0, L)[:, None] * D
+    lane = tl.arange(0, L)
     count = tl.zeros([L], tl.int32)
     for start in tl.range(0, V, L * W, num_stages=STAGES):
         at = _columns(start, L, W)
         x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
-        key = ordered(x)
-        is_in = ((key >= low) & (key < high) & (at < V)).to(tl.int32)
-        rank = count[:, None] + tl.cumsum(is_in, 1) - is_in
-        tl.store(place + rank, x, mask=(is_in > 0) & (rank < D))
-        count += tl.sum(is_in, 1)
+        bits = x.to(tl.int32, bitcast=True)
+        for i in tl.static_range(W):
+            # A lane's i-th score. Its thread has it in a register, so that the sum costs nothing.
+            is_ith = tl.arange(0, W)[None, :] == i
+            x = tl.sum(tl.where(is_ith, bits, 0), 1).to(tl.float32, bitcast=True)
+            key = ordered(x)
+            is_in = (key >= low) & (key < high) & (start + lane * W + i < V)
+            tl.store(scratch + lane * D + count, x, mask=is_in & (count < D))
+            count += is_in.to(tl.int32)
     tl.debug_barrier()  # other threads than those that stored will load
     return count
 
