@@ -36,41 +36,44 @@ def ordered(x):
 
 
 @triton.jit
-def _weights(x, top, rate, by_mass):
-    """Return what each score counts for."""
+def _scores(line, start, HAS_PENALTIES: tl.constexpr, L: tl.constexpr, W: tl.constexpr):
+    """Return the columns [L,W] that the lanes have of those from `start` on, and their scores; -inf past the last."""
+    logits_ptr, row, V, past = line
+    at = start + tl.arange(0, L)[:, None] * W + tl.arange(0, W)[None, :]
+    return at, scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
+
+
+@triton.jit
+def _weights(x, scale):
+    """Return what each score counts for; scale: the best score, what 1 less is in powers of two, whether by mass."""
+    top, rate, by_mass = scale
     return tl.where(by_mass, tl.exp2((x - top) * rate), 1.0)
 
 
 @triton.jit
-def _columns(start, L: tl.constexpr, W: tl.constexpr):
-    """Return the columns [L,W] that the lanes have of those from `start` on."""
-    return start + tl.arange(0, L)[:, None] * W + tl.arange(0, W)[None, :]
+def _heavy(key, weights, bound):
+    """Return each lane's weight at and above a bound."""
+    return tl.sum(tl.where(key >= bound, weights, 0.0), 1)
 
 
 @triton.jit
 def _survey(
-    logits_ptr,
-    past,
-    row,
-    V,
+    line,
     floor,
-    top,
-    rate,
-    by_mass,
+    scale,
     HAS_PENALTIES: tl.constexpr,
     STAGES: tl.constexpr,
     L: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Return the best score of every L * W-th column [L,W]; if asked, the mass of all scores not below the floor."""
+    """Return the best score of every L * W-th column [L,W]; by mass, that of all scores not below the floor."""
     best = tl.full([L, W], float("-inf"), tl.float32)
     mass = tl.zeros([L], tl.float32)
-    for start in tl.range(0, V, L * W, num_stages=STAGES):
-        at = _columns(start, L, W)
-        x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
+    for start in tl.range(0, line[2], L * W, num_stages=STAGES):
+        _, x = _scores(line, start, HAS_PENALTIES, L, W)
         best = tl.maximum(best, x)
-        if by_mass:
-            mass += tl.sum(tl.where(ordered(x) >= floor, _weights(x, top, rate, True), 0.0), 1)
+        if scale[2]:
+            mass += _heavy(ordered(x), _weights(x, scale), floor)
     return best, tl.sum(mass, 0)
 
 
@@ -78,11 +81,11 @@ def _survey(
 def _greatest(key, weights, target, low, high, last_bit):
     """Return the greatest bound in [low, high), in steps of that bit, that keys of the target's weight reach; else low."""
     bit = tl.full([], 1 << 31, tl.uint32)
-    while (bit > high - low - 1) & (bit >= last_bit):
+    while (bit >= high - low) & (bit >= last_bit):
         bit = bit >> 1
     while bit >= last_bit:
-        found = tl.sum(tl.sum(tl.where(key >= low + bit, weights, 0.0), 1), 0)
-        # Past the range the sum of the two may be past the last number.
+        found = tl.sum(_heavy(key, weights, low + bit), 0)
+        # Past the range the sum of low and bit may be past the last number.
         low = tl.where((found >= target) & (bit < high - low), low + bit, low)
         bit = bit >> 1
     return low
@@ -90,10 +93,7 @@ def _greatest(key, weights, target, low, high, last_bit):
 
 @triton.jit
 def _gather(
-    logits_ptr,
-    past,
-    row,
-    V,
+    line,
     low,
     high,
     scratch,
@@ -106,26 +106,19 @@ def _gather(
     """Copy the scores in [low, high) to scratch [L,D]; return each lane's count, also of those it has no place for."""
     lane = tl.arange(0, L)
     count = tl.zeros([L], tl.int32)
-    for start in tl.range(0, V, L * W, num_stages=STAGES):
-        at = _columns(start, L, W)
-        x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
+    for start in tl.range(0, line[2], L * W, num_stages=STAGES):
+        _, x = _scores(line, start, HAS_PENALTIES, L, W)
         bits = x.to(tl.int32, bitcast=True)
         for i in tl.static_range(W):
             # A lane's i-th score. Its thread has it in a register, so that the sum costs nothing.
             is_ith = tl.arange(0, W)[None, :] == i
             x = tl.sum(tl.where(is_ith, bits, 0), 1).to(tl.float32, bitcast=True)
             key = ordered(x)
-            is_in = (key >= low) & (key < high) & (start + lane * W + i < V)
+            is_in = (key >= low) & (key < high) & (start + lane * W + i < line[2])
             tl.store(scratch + lane * D + count, x, mask=is_in & (count < D))
             count += is_in.to(tl.int32)
     tl.debug_barrier()  # other threads than those that stored will load
     return count
-
-
-@triton.jit
-def _heavy(key, weights, bound):
-    """Return each lane's weight at and above a bound."""
-    return tl.sum(tl.where(key >= bound, weights, 0.0), 1)
 
 
 @triton.jit
@@ -139,17 +132,12 @@ def _cut(low, high, above, bound, found, target):
 
 @triton.jit
 def _narrow(
-    logits_ptr,
-    past,
-    row,
-    V,
+    line,
     low,
     high,
     above,
     target,
-    top,
-    rate,
-    by_mass,
+    scale,
     HAS_PENALTIES: tl.constexpr,
     STAGES: tl.constexpr,
     L: tl.constexpr,
@@ -165,11 +153,10 @@ def _narrow(
     found_2 = tl.zeros([L], tl.float32)
     found_3 = tl.zeros([L], tl.float32)
     found_4 = tl.zeros([L], tl.float32)
-    for start in tl.range(0, V, L * W, num_stages=STAGES):
-        at = _columns(start, L, W)
-        x = scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
+    for start in tl.range(0, line[2], L * W, num_stages=STAGES):
+        at, x = _scores(line, start, HAS_PENALTIES, L, W)
         key = ordered(x)
-        weights = tl.where(at < V, _weights(x, top, rate, by_mass), 0.0)
+        weights = tl.where(at < line[2], _weights(x, scale), 0.0)
         found_1 += _heavy(key, weights, bound_1)
         found_2 += _heavy(key, weights, bound_2)
         found_3 += _heavy(key, weights, bound_3)
@@ -182,7 +169,7 @@ def _narrow(
 
 @triton.jit
 def _bound_by_tail(V, mass, top_p, top, temperature):
-    """Return ordered bits that top-p's floor is not below: even V scores below them are too light to be needed."""
+    """Return ordered bits that top-p's floor is not below: even V scores below them weigh too little to be needed."""
     depth = tl.log(V / ((1.0 - top_p) * 0.99 * mass))
     # 0.99 and the last term: for what roundings add to the depth.
     return ordered(top - temperature * depth - tl.abs(top) * 1e-6)
@@ -190,17 +177,12 @@ def _bound_by_tail(V, mass, top_p, top, temperature):
 
 @triton.jit
 def _search(
-    logits_ptr,
-    past,
-    row,
-    V,
+    line,
     floor,
     top_k,
     top_p,
-    top,
     temperature,
-    rate,
-    by_mass,
+    scale,
     scratch,
     HAS_PENALTIES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -208,46 +190,36 @@ def _search(
     W: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Return a range [low, high) that has the floor, the weight to be found in it, and how many scores each lane gathered.
+    """Return a range that has the floor, the weight to be found in it, and how many of its scores each lane has.
 
-    If a lane has more than its D places, the range is one key.
+    The scores are in scratch, unless a lane has more than its D places; then the range is one key.
     """
-    best, mass = _survey(
-        logits_ptr, past, row, V, floor, top, rate, by_mass, HAS_PENALTIES, STAGES, L, W
-    )
+    best, mass = _survey(line, floor, scale, HAS_PENALTIES, STAGES, L, W)
+    high = ordered(scale[0]) + 1
     low = floor
-    high = ordered(top) + 1
     target = top_k.to(tl.float32)
-    if by_mass:
+    if scale[2]:
         target = top_p * mass
-        low = tl.maximum(low, _bound_by_tail(V, mass, top_p, top, temperature))
+        low = tl.maximum(low, _bound_by_tail(line[2], mass, top_p, scale[0], temperature))
     low = tl.minimum(low, high - 1)
-    weights = _weights(best, top, rate, by_mass)
-    low = _greatest(ordered(best), weights, target, low, high, 1 << 16)
+    low = _greatest(ordered(best), _weights(best, scale), target, low, high, 1 << 16)
     above = tl.zeros([], tl.float32)
-    count = _gather(logits_ptr, past, row, V, low, high, scratch, HAS_PENALTIES, STAGES, L, W, D)
+    count = _gather(line, low, high, scratch, HAS_PENALTIES, STAGES, L, W, D)
     while (tl.max(count, 0) > D) & (high - low > 1):
         low, high, above = _narrow(
-            logits_ptr,
-            past,
-            row,
-            V,
-            low,
-            high,
-            above,
-            target,
-            top,
-            rate,
-            by_mass,
-            HAS_PENALTIES,
-            STAGES,
-            L,
-            W,
+            line, low, high, above, target, scale, HAS_PENALTIES, STAGES, L, W
         )
-        count = _gather(
-            logits_ptr, past, row, V, low, high, scratch, HAS_PENALTIES, STAGES, L, W, D
-        )
+        count = _gather(line, low, high, scratch, HAS_PENALTIES, STAGES, L, W, D)
     return low, high, target - above, count
+
+
+@triton.jit
+def _gathered(scratch, count, scale, L: tl.constexpr, D: tl.constexpr):
+    """Return the keys [L,D] of the scores in scratch, and their weights; both 0 in places without one."""
+    place = tl.arange(0, D)[None, :]
+    is_there = place < count[:, None]
+    x = tl.load(scratch + tl.arange(0, L)[:, None] * D + place, mask=is_there, other=0.0)
+    return tl.where(is_there, ordered(x), 0), tl.where(is_there, _weights(x, scale), 0.0)
 
 
 @triton.jit
@@ -283,39 +255,36 @@ def floors_kernel(
     top = row_max(value_ptr, row, C, C_PAD)
     tally_row = row if TALLY_BY_ROW else slot.to(tl.int64)
     past = past_of(tally_ptr + tally_row * V, params, HAS_PENALTIES)
+    line = (logits_ptr, row, V, past)
     scratch = scratch_ptr + row * (L * D)
     floor = tl.zeros([], tl.uint32)
     if temperature > 0.0:
         if min_p > 0.0:
             floor = ordered(top + temperature * tl.log(min_p) * 1.0000001)
         rate = 1.4426950408889634 / tl.maximum(temperature, 1e-37)  # finite: 0 times it is 0
-        last_bit = tl.full(
-            [], 1 << 16 if logits_ptr.dtype.element_ty == tl.bfloat16 else 1, tl.uint32
-        )
-        if past[1]:
-            last_bit = tl.full([], 1, tl.uint32)  # penalised scores have all bits
+        last_bit = tl.full([], 1, tl.uint32)
+        if logits_ptr.dtype.element_ty == tl.bfloat16:
+            if past[1] == 0:  # penalised scores have all bits
+                last_bit = tl.full([], 1 << 16, tl.uint32)
         count = tl.zeros([L], tl.int32)
-        has_all = tl.zeros([], tl.int32)  # 1 if scratch has all scores not below the floor
+        has_all = 0  # 1 if scratch has all scores not below the floor
         for goal in range(2):
-            by_mass = goal == 1
-            is_asked = tl.where(by_mass, top_p < 1.0, (top_k > 0) & (top_k < V))
+            scale = (top, rate, goal == 1)
+            is_asked = (top_k > 0) & (top_k < V)
+            if goal == 1:
+                is_asked = top_p < 1.0
             if is_asked:
-                target = tl.zeros([], tl.float32)
                 high = ordered(top) + 1
+                target = tl.zeros([], tl.float32)
                 had_all = has_all
                 if has_all == 0:
                     floor, high, target, count = _search(
-                        logits_ptr,
-                        past,
-                        row,
-                        V,
+                        line,
                         floor,
                         top_k,
                         top_p,
-                        top,
                         temperature,
-                        rate,
-                        by_mass,
+                        scale,
                         scratch,
                         HAS_PENALTIES,
                         STAGES,
@@ -323,19 +292,12 @@ def floors_kernel(
                         W,
                         D,
                     )
-                    has_all = (high > ordered(top)).to(tl.int32)
-                if tl.max(count, 0) <= D:
-                    place = tl.arange(0, D)[None, :]
-                    is_there = place < count[:, None]
-                    x = tl.load(
-                        scratch + tl.arange(0, L)[:, None] * D + place, mask=is_there, other=0.0
-                    )
-                    key = tl.where(is_there, ordered(x), 0)
-                    weights = tl.where(is_there, _weights(x, top, rate, by_mass), 0.0)
-                    if had_all:
+                is_gathered = tl.max(count, 0) <= D
+                if is_gathered:
+                    key, weights = _gathered(scratch, count, scale, L, D)
+                    if had_all == 1:
                         target = top_p * tl.sum(_heavy(key, weights, floor), 0)
                     floor = _greatest(key, weights, target, floor, high, last_bit)
-                else:
-                    has_all = tl.zeros([], tl.int32)
+                has_all = (is_gathered & (high > ordered(top))).to(tl.int32)
         floor = tl.minimum(floor, ordered(top))
     tl.store(floor_ptr + row, floor.to(tl.int32, bitcast=True))
