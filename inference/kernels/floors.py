@@ -37,10 +37,13 @@ def ordered(x):
 
 @triton.jit
 def _scores(line, start, HAS_PENALTIES: tl.constexpr, L: tl.constexpr, W: tl.constexpr):
-    """Return the columns [L,W] that the lanes have of those from `start` on, and their scores; -inf past the last."""
+    """Return the scores [L,W] of the columns that the lanes have of those from `start` on.
+
+    Past the last they are -inf: they have no mass, and top-k, which is less than V, is reached without them.
+    """
     logits_ptr, row, V, past = line
     at = start + tl.arange(0, L)[:, None] * W + tl.arange(0, W)[None, :]
-    return at, scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
+    return scores_at(logits_ptr, row, at, V, past, HAS_PENALTIES)
 
 
 @triton.jit
@@ -70,7 +73,7 @@ def _survey(
     best = tl.full([L, W], float("-inf"), tl.float32)
     mass = tl.zeros([L], tl.float32)
     for start in tl.range(0, line[2], L * W, num_stages=STAGES):
-        _, x = _scores(line, start, HAS_PENALTIES, L, W)
+        x = _scores(line, start, HAS_PENALTIES, L, W)
         best = tl.maximum(best, x)
         if scale[2]:
             mass += _heavy(ordered(x), _weights(x, scale), floor)
@@ -107,14 +110,14 @@ def _gather(
     lane = tl.arange(0, L)
     count = tl.zeros([L], tl.int32)
     for start in tl.range(0, line[2], L * W, num_stages=STAGES):
-        _, x = _scores(line, start, HAS_PENALTIES, L, W)
+        x = _scores(line, start, HAS_PENALTIES, L, W)
         bits = x.to(tl.int32, bitcast=True)
         for i in tl.static_range(W):
             # A lane's i-th score. Its thread has it in a register, so that the sum costs nothing.
             is_ith = tl.arange(0, W)[None, :] == i
             x = tl.sum(tl.where(is_ith, bits, 0), 1).to(tl.float32, bitcast=True)
             key = ordered(x)
-            is_in = (key >= low) & (key < high) & (start + lane * W + i < line[2])
+            is_in = (key >= low) & (key < high)
             tl.store(scratch + lane * D + count, x, mask=is_in & (count < D))
             count += is_in.to(tl.int32)
     tl.debug_barrier()  # other threads than those that stored will load
@@ -154,9 +157,9 @@ def _narrow(
     found_3 = tl.zeros([L], tl.float32)
     found_4 = tl.zeros([L], tl.float32)
     for start in tl.range(0, line[2], L * W, num_stages=STAGES):
-        at, x = _scores(line, start, HAS_PENALTIES, L, W)
+        x = _scores(line, start, HAS_PENALTIES, L, W)
         key = ordered(x)
-        weights = tl.where(at < line[2], _weights(x, scale), 0.0)
+        weights = _weights(x, scale)
         found_1 += _heavy(key, weights, bound_1)
         found_2 += _heavy(key, weights, bound_2)
         found_3 += _heavy(key, weights, bound_3)
@@ -170,9 +173,9 @@ def _narrow(
 @triton.jit
 def _bound_by_tail(V, mass, top_p, top, temperature):
     """Return ordered bits that top-p's floor is not below: even V scores below them weigh too little to be needed."""
+    # The factor is for roundings of the depth; that of the bound itself does not move it past a score.
     depth = tl.log(V / ((1.0 - top_p) * 0.99 * mass))
-    # 0.99 and the last term: for what roundings add to the depth.
-    return ordered(top - temperature * depth - tl.abs(top) * 1e-6)
+    return ordered(top - temperature * depth)
 
 
 @triton.jit
