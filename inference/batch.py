@@ -16,14 +16,14 @@ from torch import Tensor
 
 ITEM_FIELDS = 8
 """row, slot, kv_start (a block's first token), kv_end, part (-1: the only one), context length, and of the row: the
-parts to merge once all are there (0: not here), its first part."""
+parts to merge once all are there, its first part."""
 
 TILE_FIELDS = 7
 """slot, kv_start, kv_end, first query, number of queries, position of the first, part offset or NOT_CASCADE."""
 
 NOT_CASCADE = -1
-NUM_ITEMS, NUM_TILES, NUM_SAMPLES = range(3)
-"""Places in `counts`."""
+NUM_ITEMS, NUM_TILES, NUM_SAMPLES, TILE_QUARTERS = range(4)
+"""Places in `counts`; the last: of the programs for tiles, how many fourths work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +96,6 @@ class Batch:
     is_mixed: bool
     """Whether the step has prefill chunks or a shared prefix, and not only rows on their own."""
 
-    has_cascade: bool
-    """Whether rows share a prefix."""
-
     counts: Tensor
     token_source: Tensor
     positions: Tensor
@@ -133,7 +130,6 @@ class Plan:
     num_decodes: int
     num_samples: int
     num_tiles: int
-    has_cascade: bool
 
     @property
     def is_mixed(self) -> bool:
@@ -150,7 +146,6 @@ def make_batch(views: dict[str, Tensor], block_table: Tensor, scratch: Any = Non
         num_tokens=views["token_source"].shape[0],
         num_decodes=0,
         is_mixed=False,
-        has_cascade=False,
         block_table=block_table,
         scratch=scratch,
         **parts,
@@ -164,7 +159,6 @@ def cut(whole: Batch, plan: Plan, num_tokens: int) -> Batch:
         num_tokens=num_tokens,
         num_decodes=plan.num_decodes,
         is_mixed=plan.is_mixed,
-        has_cascade=plan.has_cascade,
         token_source=whole.token_source[:num_tokens],
         positions=whole.positions[:num_tokens],
         slot_mapping=whole.slot_mapping[:num_tokens],

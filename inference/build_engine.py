@@ -197,7 +197,8 @@ def _limits(model: PagedModel, settings: PagedSettings) -> BatchLimits:
         from inference.kernels import fused
 
         num_sms = fused.num_multiprocessors(model.device)
-        tile_queries = fused.TILE_ROWS // (model.num_heads // shape.num_kv_heads)
+        group = model.num_heads // shape.num_kv_heads
+        tile_queries = fused.tile_rows(group) // group
         num_programs = max(1, num_sms * fused.DECODE_PROGRAMS_PER_SM // shape.num_kv_heads)
     return BatchLimits(
         max_num_tokens=settings.max_num_batched_tokens,

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from inference import experts
 from inference.batch import Batch
+from inference.errors import EngineConfigError
 from inference.experts import Experts
 from inference.kernels.plain import FP8_MAX
 from inference.tensor_parallel import TensorParallel
+
+_CUDA_MULTIPLE = 16  # of the widths of an e4m3 product
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """Rows as they are, or in e4m3 with their fp32 scales."""
@@ -40,7 +43,19 @@ class Linear8(Linear):
     def __init__(
         self, weight_8: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> None:
+        """Take weight_8 [out, in], scale [1, out]. Raises EngineConfigError: a width no device multiplies."""
+        num_outputs, width = weight_8.shape
+        if weight_8.is_cuda:
+            if width % _CUDA_MULTIPLE:
+                raise EngineConfigError(
+                    f"fp8: a layer's input width of {width} is not a multiple of {_CUDA_MULTIPLE}, "
+                    f"as the device's product needs; use model.quantization none"
+                )
+            padding = (0, 0, 0, -num_outputs % _CUDA_MULTIPLE)
+            weight_8 = F.pad(weight_8.view(torch.uint8), padding).view(weight_8.dtype)
+            scale = F.pad(scale, padding[2:])
         super().__init__(weight_8, bias)
+        self._num_outputs = num_outputs
         self._scale = scale
         self._dtype = dtype
 
@@ -59,6 +74,8 @@ class Linear8(Linear):
             out_dtype=self._dtype,
             use_fast_accum=True,
         )
+        if out.shape[1] > self._num_outputs:
+            out = out[:, : self._num_outputs].contiguous()
         return out if self._bias is None else out + self._bias
 
 

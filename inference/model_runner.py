@@ -125,7 +125,7 @@ class ModelRunner:
         def body() -> None:
             self._hidden[:num_tokens] = self._model.hidden(batch, self._last_token)
 
-        self._graphs.run(("body", num_tokens, batch.is_mixed, batch.has_cascade), body)
+        self._graphs.run(("body", num_tokens, batch.is_mixed), body)
 
     def _logits(self, num_rows: int) -> Tensor:
         rows = self._views["sample_token"][:num_rows].long()
@@ -205,8 +205,8 @@ class ModelRunner:
         """Run every kind of body and head in these sizes, largest first."""
         self._packed.zero_()
         for num_tokens in sorted(sizes, reverse=True):
-            for num_tiles, has_cascade in ((1, True), (1, False), (0, False)):
-                self._run_body(Plan(num_tokens, 0, 0, num_tiles, has_cascade), num_tokens)
+            for num_tiles in (1, 0):
+                self._run_body(Plan(num_tokens, 0, 0, num_tiles), num_tokens)
         for num_rows in sorted(row_sizes, reverse=True):
             self._run_head(num_rows)
         for has_floors in (False, True):  # compiled now; captured for other sizes when first drawn
@@ -225,7 +225,7 @@ class ModelRunner:
         self._packed.zero_()
         limits = self._limits
         self._graphs.is_on, was_on = False, self._graphs.is_on
-        self._run_body(Plan(limits.max_num_tokens, 0, 0, 1, True), limits.max_num_tokens)
+        self._run_body(Plan(limits.max_num_tokens, 0, 0, 1), limits.max_num_tokens)
         if self._has_kernels:
             for has_floors in (False, True):
                 self._params.expect(draws=True, floors=has_floors, rest=True)

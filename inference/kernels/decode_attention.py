@@ -5,8 +5,8 @@ programs draws (item, KV head) pairs from it by an atomic counter, so one captur
 program that starts late, because another kernel holds its place, leaves its share to the others. All query heads of a KV head
 share its keys (GQA-packed).
 
-A row cut into several items leaves normalised parts; whoever leaves the last one merges them. Rows that also have
-parts of a shared prefix, which another kernel writes, are merged by `combine`.
+A row of several parts, its items and those of a shared prefix, which the tile kernel writes beside this one, leaves
+them normalised; whoever leaves the last one merges them.
 
     N query heads   K KV heads   G = N / K   H head dim   S tokens in one block
 """
@@ -16,27 +16,34 @@ import triton.language as tl
 
 
 @triton.jit
-def _merge(
+def merge_parts(
     part_out_ptr,
     part_lse_ptr,
+    out_ptr,
     first_part,
     num_parts,
-    offs_n,
-    is_n,
-    offs_h,
-    mask,
-    N: tl.constexpr,
+    row,
+    head,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
     H: tl.constexpr,
-    N_BLOCK: tl.constexpr,
     H_PAD: tl.constexpr,
 ):
-    """Return the attention [N_BLOCK,H_PAD] of heads whose keys were attended to in parts."""
-    top = tl.full([N_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([N_BLOCK], tl.float32)
-    acc = tl.zeros([N_BLOCK, H_PAD], tl.float32)
+    """Write a row's attention in the G query heads of one KV head to out [T,N,H], from all its parts."""
+    offs_g = tl.arange(0, G_PAD)
+    offs_h = tl.arange(0, H_PAD)
+    mask = (offs_g[:, None] < G) & (offs_h[None, :] < H)
+    offs_n = head * G + offs_g
+    N: tl.constexpr = K * G
+    top = tl.full([G_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([G_PAD], tl.float32)
+    acc = tl.zeros([G_PAD, H_PAD], tl.float32)
     for part in range(first_part, first_part + num_parts):
         heads = part * N + offs_n
-        lse = tl.load(part_lse_ptr + heads, mask=is_n, other=float("-inf"), cache_modifier=".cg")
+        lse = tl.load(
+            part_lse_ptr + heads, mask=offs_g < G, other=float("-inf"), cache_modifier=".cg"
+        )
         place = part_out_ptr + heads[:, None] * H + offs_h[None, :]
         value = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
         new_top = tl.maximum(top, lse)
@@ -46,7 +53,9 @@ def _merge(
         total = total * shrink + weight
         acc = acc * shrink[:, None] + value * weight[:, None]
         top = new_top
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    place = out_ptr + (row * N + offs_n[:, None]) * H + offs_h[None, :]
+    tl.store(place, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -141,69 +150,25 @@ def decode_kernel(
             tl.store(part_out_ptr + heads[:, None] * H + offs_h[None, :], result, mask=is_head)
             lse = tl.where(is_empty, float("-inf"), top + tl.log2(tl.where(is_empty, 1.0, total)))
             tl.store(part_lse_ptr + heads, lse, mask=offs_g < G)
-            num_parts = tl.load(item + 6)
-            if num_parts > 0:
-                arrivals = arrivals_ptr + row * K + head
-                tl.debug_barrier()  # all of the part is written before it is counted
-                if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
-                    tl.store(arrivals, 0)
-                    first_part = tl.load(item + 7)
-                    offs_n = head * G + offs_g
-                    merged = _merge(
-                        part_out_ptr,
-                        part_lse_ptr,
-                        first_part,
-                        num_parts,
-                        offs_n,
-                        offs_g < G,
-                        offs_h,
-                        is_head,
-                        N,
-                        H,
-                        G_PAD,
-                        H_PAD,
-                    )
-                    tl.store(out_ptr + q_offs, merged.to(out_ptr.dtype.element_ty), mask=is_head)
+            arrivals = arrivals_ptr + row * K + head
+            tl.debug_barrier()  # all of the part is written before it is counted
+            if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == tl.load(item + 6) - 1:
+                tl.store(arrivals, 0)
+                merge_parts(
+                    part_out_ptr,
+                    part_lse_ptr,
+                    out_ptr,
+                    tl.load(item + 7),
+                    tl.load(item + 6),
+                    row,
+                    head,
+                    K,
+                    G,
+                    G_PAD,
+                    H,
+                    H_PAD,
+                )
         pair = tl.atomic_add(ticket_ptr, 1)
     # Every program draws one ticket too many; whoever draws the last of all resets the counter.
     if pair == num_pairs + tl.num_programs(0) - 1:
         tl.store(ticket_ptr, 0)
-
-
-@triton.jit
-def combine_kernel(
-    part_out_ptr,
-    part_lse_ptr,
-    row_part_ptr,
-    row_num_parts_ptr,
-    out_ptr,
-    N: tl.constexpr,
-    N_BLOCK: tl.constexpr,
-    H: tl.constexpr,
-    H_PAD: tl.constexpr,
-):
-    """Merge the parts of one row into out [T,N,H], if it has a shared prefix; other rows are done."""
-    row = tl.program_id(0)
-    num_parts = tl.load(row_num_parts_ptr + row)
-    if num_parts < 2:
-        return
-    first_part = tl.load(row_part_ptr + row)
-    offs_n = tl.program_id(1) * N_BLOCK + tl.arange(0, N_BLOCK)
-    offs_h = tl.arange(0, H_PAD)
-    mask = (offs_n[:, None] < N) & (offs_h[None, :] < H)
-    result = _merge(
-        part_out_ptr,
-        part_lse_ptr,
-        first_part,
-        num_parts,
-        offs_n,
-        offs_n < N,
-        offs_h,
-        mask,
-        N,
-        H,
-        N_BLOCK,
-        H_PAD,
-    )
-    out_offs = (row * N + offs_n[:, None]) * H + offs_h[None, :]
-    tl.store(out_ptr + out_offs, result.to(out_ptr.dtype.element_ty), mask=mask)

@@ -14,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from inference.batch import NUM_ITEMS, NUM_TILES, Batch, BatchLimits
+from inference.batch import NUM_ITEMS, NUM_TILES, TILE_QUARTERS, Batch, BatchLimits
 from inference.kernels import plain
-from inference.kernels.decode_attention import combine_kernel, decode_kernel
+from inference.kernels.decode_attention import decode_kernel
 from inference.kernels.elementwise import (
     add_rms_norm_kernel,
     quantise_rows_kernel,
@@ -27,8 +27,8 @@ from inference.kernels.elementwise import (
 from inference.kernels.fused_experts import experts as experts
 from inference.kernels.tile_attention import tile_kernel
 
-TILE_ROWS = 128
-"""Rows of a prefill or cascade tile: query tokens times the query heads of one KV head."""
+TILE_ROWS = 64
+"""Least rows of a prefill or cascade tile: query tokens times the query heads of one KV head."""
 
 Rows8 = tuple[Tensor, Tensor]
 """Rows in e4m3 and their fp32 scales [T,1]."""
@@ -52,6 +52,11 @@ class Scratch:
     tile_programs: int
     side_stream: Any
     """Where tiles run beside the decode kernel, with priority; None without CUDA."""
+
+
+def tile_rows(group: int) -> int:
+    """Rows of a tile where so many query heads share a KV head: enough for one query token."""
+    return max(TILE_ROWS, int(triton.next_power_of_2(group)))
 
 
 def num_multiprocessors(device: torch.device) -> int:
@@ -78,7 +83,7 @@ def make_scratch(
         torch.zeros(2, 32, dtype=torch.int32, device=device),
         torch.zeros(limits.max_num_seqs, num_kv_heads, dtype=torch.int32, device=device),
         decode_programs=num_sms * DECODE_PROGRAMS_PER_SM,
-        tile_programs=num_sms,
+        tile_programs=num_sms * TILE_PROGRAMS_PER_SM,
         side_stream=_priority_stream(device),
     )
 
@@ -86,7 +91,8 @@ def make_scratch(
 DECODE_PROGRAMS_PER_SM = 4
 DECODE_OPTIONS = {"num_warps": 4, "STAGES": 2}
 DECODE_OPTIONS_FP8 = {"num_warps": 2, "STAGES": 3}
-TILE_OPTIONS = {"num_warps": 8, "STAGES": 2}
+TILE_PROGRAMS_PER_SM = 2
+TILE_OPTIONS = {"num_warps": 4, "STAGES": 2}
 
 
 def _priority_stream(device: torch.device) -> Any:
@@ -209,16 +215,24 @@ def attention(
     window: int = 0,
 ) -> Tensor:
     """Attend each token to its own sequence's tokens up to itself, the last `window` only; return [T,N,H]."""
-    num_tokens, num_heads, head_dim = q_TNH.shape
+    _, num_heads, head_dim = q_TNH.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     scratch: Scratch = batch.scratch
     out = torch.empty_like(q_TNH)
     scale_log2 = scale * math.log2(math.e)
     h_pad = max(16, triton.next_power_of_2(head_dim))
-    tile = min(block_size, 64)
     table_stride = batch.block_table.stride(0)
-    common = {"K": num_kv_heads, "G": group, "H": head_dim, "H_PAD": h_pad, "S": block_size}
+    common = {
+        "K": num_kv_heads,
+        "G": group,
+        "G_PAD": max(16, triton.next_power_of_2(group)),
+        "H": head_dim,
+        "H_PAD": h_pad,
+        "S": block_size,
+        "TILE": min(block_size, 64),
+        "WINDOW": window,
+    }
 
     if batch.is_mixed:
         with _beside(scratch.side_stream):
@@ -229,17 +243,18 @@ def attention(
                 batch.block_table,
                 batch.tiles,
                 batch.counts[NUM_TILES:],
+                batch.counts[TILE_QUARTERS:],
                 scratch.tickets[1],
                 batch.cascade_rows,
                 batch.row_part,
+                batch.row_num_parts,
                 out,
                 scratch.part_out,
                 scratch.part_lse,
+                scratch.arrivals,
                 scale_log2,
                 table_stride,
-                M=TILE_ROWS,
-                TILE=tile,
-                WINDOW=window,
+                M=tile_rows(group),
                 **common,
                 **TILE_OPTIONS,
             )
@@ -257,30 +272,11 @@ def attention(
         scratch.arrivals,
         scale_log2,
         table_stride,
-        G_PAD=max(16, triton.next_power_of_2(group)),
-        TILE=tile,
-        WINDOW=window,
         **common,
         **(DECODE_OPTIONS_FP8 if k_cache.dtype == torch.float8_e4m3fn else DECODE_OPTIONS),
     )
     if batch.is_mixed and scratch.side_stream is not None:
         torch.cuda.current_stream().wait_stream(scratch.side_stream)
-    if not batch.has_cascade:
-        return out
-    n_block = min(16, triton.next_power_of_2(num_heads))
-    num_rows = min(num_tokens, batch.row_num_parts.shape[0])
-    combine_kernel[(num_rows, triton.cdiv(num_heads, n_block))](
-        scratch.part_out,
-        scratch.part_lse,
-        batch.row_part,
-        batch.row_num_parts,
-        out,
-        N=num_heads,
-        N_BLOCK=n_block,
-        H=head_dim,
-        H_PAD=h_pad,
-        num_warps=4,
-    )
     return out
 
 

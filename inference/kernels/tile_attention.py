@@ -3,7 +3,8 @@
 A tile is up to M / G query tokens of one block table, all G query heads of a KV head packed into its M rows.
 
     prefill   consecutive tokens of one chunk, causal, keys from the cache (the chunk's own are already there)
-    cascade   decoding rows that share a prefix: its keys are read once for all of them; leaves parts to combine
+    cascade   decoding rows that share a prefix: its keys are read once for all of them; leaves parts, and merges those
+              of a row whose last one it leaves (see `decode_attention`)
 
 One launch does both kinds, so that it gets its place before the decode kernel that runs beside it.
 
@@ -12,6 +13,8 @@ One launch does both kinds, so that it gets its place before the decode kernel t
 
 import triton
 import triton.language as tl
+
+from inference.kernels.decode_attention import merge_parts
 
 
 @triton.jit
@@ -78,16 +81,20 @@ def tile_kernel(
     table_ptr,
     tiles_ptr,
     num_tiles_ptr,
+    quarters_ptr,
     ticket_ptr,
     rows_ptr,
     row_part_ptr,
+    row_num_parts_ptr,
     out_ptr,
     part_out_ptr,
     part_lse_ptr,
+    arrivals_ptr,
     scale_log2,
     table_stride,
     K: tl.constexpr,
     G: tl.constexpr,
+    G_PAD: tl.constexpr,
     M: tl.constexpr,
     H: tl.constexpr,
     H_PAD: tl.constexpr,
@@ -98,8 +105,12 @@ def tile_kernel(
 ):
     """q [T,N,H]; k, v [blocks,K,S,H]; out [T,N,H] (prefill); part_out [P,N,H], part_lse [P,N] (cascade).
 
-    `ticket_ptr` points to a 0, and does so again when the launch is over.
+    Of the programs, `quarters_ptr` fourths do the work. `ticket_ptr` points to a 0, and does so again when the
+    launch is over; for `arrivals_ptr` see `decode_kernel`.
     """
+    num_working = tl.num_programs(0) * tl.load(quarters_ptr) // 4
+    if tl.program_id(0) >= num_working:
+        return
     offs_m = tl.arange(0, M)
     offs_h = tl.arange(0, H_PAD)
     N: tl.constexpr = K * G
@@ -188,8 +199,34 @@ def tile_kernel(
             tl.store(part_out_ptr + place[:, None] * H + offs_h[None, :], result, mask=mask)
             lse = tl.where(is_empty, float("-inf"), top + tl.log2(tl.where(is_empty, 1.0, total)))
             tl.store(part_lse_ptr + place, lse, mask=is_query)
+            arrivals = arrivals_ptr + token * K + head
+            num_parts = tl.load(row_num_parts_ptr + token, mask=is_query, other=0)
+            is_row = is_query & (offs_m % G == 0)
+            tl.debug_barrier()  # all parts are written before they are counted
+            seen = tl.atomic_add(arrivals, 1, mask=is_row, sem="acq_rel", scope="gpu")
+            is_last = is_row & (seen == num_parts - 1)
+            if tl.max(is_last.to(tl.int32), 0) > 0:
+                for nth in range(M // G):
+                    is_it = is_last & (offs_m == nth * G)
+                    if tl.max(is_it.to(tl.int32), 0) > 0:
+                        row = tl.sum(tl.where(is_it, token, 0), 0)
+                        tl.store(arrivals_ptr + row * K + head, 0)
+                        merge_parts(
+                            part_out_ptr,
+                            part_lse_ptr,
+                            out_ptr,
+                            tl.load(row_part_ptr + row),
+                            tl.load(row_num_parts_ptr + row),
+                            row,
+                            head,
+                            K,
+                            G,
+                            G_PAD,
+                            H,
+                            H_PAD,
+                        )
         else:
             tl.store(out_ptr + q_offs, result.to(out_ptr.dtype.element_ty), mask=mask)
         pair = tl.atomic_add(ticket_ptr, 1)
-    if pair == num_pairs + tl.num_programs(0) - 1:
+    if pair == num_pairs + num_working - 1:
         tl.store(ticket_ptr, 0)

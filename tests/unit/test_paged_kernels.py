@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: kernels are not tested here")
 
 from inference.batch import (
+    TILE_QUARTERS,
     BatchLimits,
     buffer_size,
     cut,
@@ -68,6 +69,7 @@ class Case:
         num_programs: int = 4,
     ) -> None:
         num_heads, num_kv_heads = heads
+        group = num_heads // num_kv_heads
         rows = len(lens) + len(chunks)
         totals = [*lens, *(start + count for start, count in chunks)]
         per_seq = -(-max(totals) // block_size)
@@ -77,7 +79,7 @@ class Case:
             max_num_seqs=rows,
             block_size=block_size,
             max_blocks_per_seq=per_seq,
-            tile_queries=fused.TILE_ROWS // (num_heads // num_kv_heads),
+            tile_queries=fused.tile_rows(group) // group,
             num_programs=num_programs,
             max_num_items=256,
         )
@@ -118,8 +120,7 @@ class Case:
         plan = planner.fill(step, parts)
         planner.pad(parts, plan, num_tokens + 3, rows)
         self.num_pieces = int((parts["tiles"][: plan.num_tiles, 6] >= 0).sum())
-        self.has_cascade = self.num_pieces > 0
-        assert plan.is_mixed == bool(chunks or self.has_cascade)
+        assert plan.is_mixed == bool(chunks or self.num_pieces)
         packed = torch.from_numpy(np.concatenate([p.ravel() for p in parts.values()]))
         views = views_of(packed.to(DEVICE), self.limits)
         scratch = fused.make_scratch(self.limits, num_heads, num_kv_heads, head_dim, DEVICE)
@@ -178,6 +179,10 @@ def test_prefill_attention_equals_plain(heads):
     Case([], [(0, 1), (0, 40), (37, 9), (16, 100)], heads=heads).check()
 
 
+def test_a_group_wider_than_a_tile_makes_the_tile_wider():
+    Case([20, 70], [(0, 3), (37, 4)], heads=(71, 1)).check()
+
+
 def test_prefill_attention_honours_a_window():
     Case([], [(0, 70), (37, 9), (90, 30)]).check(window=20)
 
@@ -188,7 +193,60 @@ def test_mixed_steps_equal_plain():
 
 def test_a_prefix_shared_by_many_rows_is_read_once_and_gives_the_same():
     case = Case([70, 90, 65, 300, 120, 80, 10], num_shared=6, shared_blocks=4)
-    assert case.has_cascade
+    assert case.num_pieces
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("case", "quarters"),
+    [
+        (([], [(0, 100)]), 4),
+        (([9], [(0, 100)]), 4),
+        (([90], [(0, 100)]), 3),
+        (([900] * 3, [(0, 100)]), 2),
+    ],
+)
+def test_tiles_take_fewer_programs_the_more_keys_are_read_beside_them(case, quarters):
+    batch = Case(*case)
+    assert int(batch.batch.counts[TILE_QUARTERS]) == quarters
+    batch.check()
+
+
+class _Deferred:
+    """A kernel whose launch waits for that of another, which on a device may end before it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._launch: Any = None
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: setattr(
+            self, "_launch", lambda: self._kernel[grid](*args, **options)
+        )
+
+    def behind(self, kernel: Any) -> Any:
+        """Return the other kernel, which is followed by what waits."""
+        first, second = kernel, self
+
+        class _Both:
+            def __getitem__(self, grid: Any) -> Any:
+                def launch(*args: Any, **options: Any) -> None:
+                    first[grid](*args, **options)
+                    second._launch()
+
+                return launch
+
+        return _Both()
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (8, 1)])
+def test_parts_are_merged_by_whoever_ends_last(monkeypatch, heads):
+    late = _Deferred(fused.tile_kernel)
+    monkeypatch.setattr(fused, "tile_kernel", late)
+    monkeypatch.setattr(fused, "decode_kernel", late.behind(fused.decode_kernel))
+    lens = [600 + 90 * i for i in range(6)]
+    case = Case(lens, [(0, 20)], heads=heads, num_shared=5, shared_blocks=36, num_programs=8)
+    assert case.num_pieces > 1
     case.check()
 
 
