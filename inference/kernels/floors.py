@@ -126,10 +126,10 @@ def _gather(
 
 @triton.jit
 def _cut(low, high, above, bound, found, target):
-    """Move one end of the range to a bound, given the weight at and above it; `above` is that of the upper end."""
+    """Move an end of the range to a bound, given the weight at and above it; `above` is the upper end's. By rising bounds."""
     is_enough = found >= target
     is_lower = (is_enough == 0) & (bound < high)
-    low = tl.where(is_enough & (bound > low), bound, low)
+    low = tl.where(is_enough, bound, low)
     return low, tl.where(is_lower, bound, high), tl.where(is_lower, found, above)
 
 
@@ -146,7 +146,10 @@ def _narrow(
     L: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Return a smaller range in [low, high), two or more wide, and the weight above it."""
+    """Return a smaller range in [low, high), which is two or more wide, and the weight above it.
+
+    Bounds lie within, so that any row's range shrinks, a broken one's too.
+    """
     step = tl.maximum((high - low) // 5, 1)
     bound_1 = low + step
     bound_2 = tl.minimum(bound_1 + step, high - 1)

@@ -349,9 +349,9 @@ def test_the_two_zeros_tie():
     """Top-k counts both, and keeps both: so does the reference."""
     rows = [SamplerRow(SamplingParams(temperature=1.0, top_k=1), i, [1]) for i in range(12)]
     logits = torch.zeros(len(rows), 40, device=DEVICE)
-    logits[:, ::3] = -0.0
+    logits[:, 20:] = -0.0
     expected = sample(logits, rows).token_ids
-    assert any(token % 3 == 0 for token in expected)
+    assert min(expected) < 20 <= max(expected)
     assert _sample_fused(logits, rows) == expected
 
 
