@@ -346,10 +346,10 @@ def test_tokens_are_those_of_the_reference_sampler(samplings, dtype):
 
 
 def test_the_two_zeros_tie():
-    """Top-k counts both, and keeps both: so does the reference."""
-    rows = [SamplerRow(SamplingParams(temperature=1.0, top_k=1), i, [1]) for i in range(12)]
+    """The second best is a zero; those of the other sign stay too, as in the reference."""
+    rows = [SamplerRow(SamplingParams(temperature=50.0, top_k=2), i, [1]) for i in range(12)]
     logits = torch.zeros(len(rows), 40, device=DEVICE)
-    logits[:, 20:] = -0.0
+    logits[:, 20:], logits[:, 30] = -0.0, 1.0
     expected = sample(logits, rows).token_ids
     assert min(expected) < 20 <= max(expected)
     assert _sample_fused(logits, rows) == expected
