@@ -267,7 +267,10 @@ def floors_kernel(
     if temperature > 0.0:
         if min_p > 0.0:
             floor = ordered(top + temperature * tl.log(min_p) * 1.0000001)
-        rate = 1.4426950408889634 / tl.maximum(temperature, 1e-37)  # finite: 0 times it is 0
+        # Finite, so that 0 times it is 0.
+        rate = tl.div_rn(
+            tl.full([], 1.4426950408889634, tl.float32), tl.maximum(temperature, 1e-37)
+        )
         last_bit = tl.full([], 1, tl.uint32)
         if logits_ptr.dtype.element_ty == tl.bfloat16:
             if past[1] == 0:  # penalised scores have all bits

@@ -1,7 +1,7 @@
 """Floors against a sort in fp64, by every way through the kernel; in Triton's interpreter without a GPU.
 
-Few lanes with few places have even short rows searched as long flat ones are. Where weights are powers of two and top-p
-is a sum of such, every order of adding them gives the same, so floors have to be equal to the last bit.
+Few lanes with few places have even short rows searched as long flat ones are. Where weights are powers of two, not far
+apart, and top-p is some sixteenths, no sum is rounded, so every way has to end in the same token.
 """
 
 import math
@@ -162,10 +162,10 @@ def test_floors_of_scores_that_never_fit_scratch_are_a_sorts(kind):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.one_of(st.integers(-30, 9), st.just(-math.inf)), min_size=2, max_size=24),
+    st.lists(st.one_of(st.integers(-5, 9), st.just(-math.inf)), min_size=2, max_size=24),
     st.integers(0, 9),
-    st.sampled_from([1.0, 0.5, 0.75, 2.0**-9, 1 - 2.0**-9]),
-    st.sampled_from([0.0, 0.25, 2.0**-9]),
+    st.sampled_from([1.0, 0.5, 0.75, 1 / 16, 15 / 16]),
+    st.sampled_from([0.0, 0.25, 1 / 1024]),
     st.sampled_from([ROOMY, TINY]),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
@@ -186,7 +186,7 @@ def test_floors_found_in_scratch_are_those_that_narrow_ranges_end_in():
         for asked in ({"top_k": 7}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.75}, {"top_k": 17})
     ]
     generator = torch.Generator().manual_seed(2)
-    logits = torch.randint(-9, 9, (len(samplings), 18), generator=generator) / 1.0
+    logits = torch.randint(-6, 9, (len(samplings), 18), generator=generator) / 1.0
     roomy = floors_of(logits.to(DEVICE), samplings, (4, 2, 8))
     assert floors_of(logits.to(DEVICE), samplings, (4, 2, 1)) == roomy
 
