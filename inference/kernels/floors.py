@@ -185,9 +185,7 @@ def _bound_by_tail(V, mass, top_p, top, temperature):
 def _search(
     line,
     floor,
-    top_k,
-    top_p,
-    temperature,
+    asked,
     scale,
     scratch,
     HAS_PENALTIES: tl.constexpr,
@@ -200,6 +198,7 @@ def _search(
 
     The scores are in scratch, unless a lane has more than its D places; then the range is one key.
     """
+    top_k, top_p, temperature = asked
     best, mass = _survey(line, floor, scale, HAS_PENALTIES, STAGES, L, W)
     high = ordered(scale[0]) + 1
     low = floor
@@ -262,15 +261,14 @@ def floors_kernel(
     tally_row = row if TALLY_BY_ROW else slot.to(tl.int64)
     past = past_of(tally_ptr + tally_row * V, params, HAS_PENALTIES)
     line = (logits_ptr, row, V, past)
+    asked = (top_k, top_p, temperature)
     scratch = scratch_ptr + row * (L * D)
     floor = tl.zeros([], tl.uint32)
     if temperature > 0.0:
         if min_p > 0.0:
             floor = ordered(top + temperature * tl.log(min_p) * 1.0000001)
-        # Finite, so that 0 times it is 0.
-        rate = tl.div_rn(
-            tl.full([], 1.4426950408889634, tl.float32), tl.maximum(temperature, 1e-37)
-        )
+        log2_e = tl.full([], 1.4426950408889634, tl.float32)
+        rate = tl.div_rn(log2_e, tl.maximum(temperature, 1e-37))  # finite: 0 times it is 0
         last_bit = tl.full([], 1, tl.uint32)
         if logits_ptr.dtype.element_ty == tl.bfloat16:
             if past[1] == 0:  # penalised scores have all bits
@@ -288,18 +286,7 @@ def floors_kernel(
                 had_all = has_all
                 if has_all == 0:
                     floor, high, target, count = _search(
-                        line,
-                        floor,
-                        top_k,
-                        top_p,
-                        temperature,
-                        scale,
-                        scratch,
-                        HAS_PENALTIES,
-                        STAGES,
-                        L,
-                        W,
-                        D,
+                        line, floor, asked, scale, scratch, HAS_PENALTIES, STAGES, L, W, D
                     )
                 is_gathered = tl.max(count, 0) <= D
                 if is_gathered:
