@@ -26,10 +26,11 @@ _PARTS = 8
 
 _BLOCK = 2048
 
-_LANES, _NEIGHBOURS, _PLACES = 1024, 8, 8
-"""See `kernels.floors`. Eight logits of two bytes are what a thread loads at once."""
+_LANES, _PLACES = 1024, 8
+"""See `kernels.floors`."""
 
 _FLOOR_STAGES, _FLOOR_WARPS = 3, 16
+"""Three stages are 64 KiB of shared memory a program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +229,7 @@ def _floors_of(
         TALLY_BY_ROW=tally_by_row,
         STAGES=_FLOOR_STAGES,
         L=_LANES,
-        W=_NEIGHBOURS,
+        W=16 // logits_RV.element_size(),  # what a thread loads at once
         D=_PLACES,
         num_warps=_FLOOR_WARPS,
         maxnreg=1024 // _FLOOR_WARPS,  # two programs a multiprocessor
