@@ -26,6 +26,12 @@ _PARTS = 8
 
 _BLOCK = 2048
 
+_LANES, _PLACES = 1024, 8
+"""See `kernels.floors`."""
+
+_FLOOR_STAGES, _FLOOR_WARPS = 3, 16
+"""Three stages are 64 KiB of shared memory a program."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
@@ -215,13 +221,17 @@ def _floors_of(
         slots_R,
         params,
         floors,
+        logits_RV.new_empty(num_rows, _LANES * _PLACES, dtype=torch.float32),
         vocab,
         C=value.shape[1],
         C_PAD=_padded(value),
-        LOW_BITS=16 if logits_RV.dtype == torch.bfloat16 else 0,
         HAS_PENALTIES=tally is not None,
         TALLY_BY_ROW=tally_by_row,
-        BLOCK=4096,
-        num_warps=8,
+        STAGES=_FLOOR_STAGES,
+        L=_LANES,
+        W=16 // logits_RV.element_size(),  # what a thread loads at once
+        D=_PLACES,
+        num_warps=_FLOOR_WARPS,
+        maxnreg=1024 // _FLOOR_WARPS,  # two programs a multiprocessor
     )
     return floors

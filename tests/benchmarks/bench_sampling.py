@@ -2,9 +2,12 @@
 
     python tests/benchmarks/bench_sampling.py [--rows 64 256 1024] [--vocab 151936] [--repeats 20]
 
-Each kind is timed with all rows of that kind, a prompt and a completion of 500 random tokens each. Beside the time:
-the time that reading the logits once (two bytes each) takes at 3.35 TB/s, an H100's peak, to see how many such passes
-a kind costs. Where there is no device, Triton's interpreter runs, whose times mean nothing: `--rows 2 --vocab 300`.
+Each kind is timed with all rows of that kind, a prompt and a completion of 500 random tokens each. Logits have a head,
+as a model's have: `NUM_LIKELY` random tokens with probabilities that fall as a power of their rank, between 1 and 4 by
+row, over noise that together weighs a little. Of kinds named flat they are noise alone, with a deviation of 3: top-p
+keeps thousands of tokens, and searches longer for the last. Beside the time: the time that reading the logits once
+(two bytes each) takes at 3.35 TB/s, an H100's peak, to see how many such passes a kind costs. Where there is no device,
+Triton's interpreter runs, whose times mean nothing: `--rows 2 --vocab 300`.
 """
 
 import argparse
@@ -33,6 +36,7 @@ from inference.vocabulary import WholeVocabulary
 
 PEAK_BYTES_PER_S = 3.35e12
 HISTORY = 500
+NUM_LIKELY = 256
 KINDS = {
     "greedy": SamplingParams(),
     "drawn": SamplingParams(temperature=1.0),
@@ -40,6 +44,9 @@ KINDS = {
     "presence, top-k and top-p": SamplingParams(
         temperature=0.7, top_k=20, top_p=0.8, presence_penalty=1.5
     ),
+    "top-p": SamplingParams(temperature=1.0, top_p=0.95),
+    "flat, top-k and top-p": SamplingParams(temperature=0.7, top_k=20, top_p=0.8),
+    "flat, top-p": SamplingParams(temperature=1.0, top_p=0.95),
     "presence, greedy": SamplingParams(presence_penalty=1.5),
     "repetition, greedy": SamplingParams(repetition_penalty=1.1),
     "all penalties, drawn": SamplingParams(
@@ -96,9 +103,22 @@ def on_device(logits: torch.Tensor, rows: list[SamplerRow]) -> Callable[[], None
     return run
 
 
+def with_head(noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return logits [R,V] of rows with a few likely tokens each, from noise with a deviation of 1."""
+    count, vocab = noise.shape
+    num_likely = min(NUM_LIKELY, vocab)
+    power = 1 + 3 * torch.rand(count, 1, generator=generator)
+    head = 18 - power * torch.arange(1.0, num_likely + 1).log()
+    tokens = torch.randint(0, vocab, head.shape, generator=generator)
+    logits = 2 * noise
+    return logits.scatter_(1, tokens, torch.maximum(head, logits.gather(1, tokens)))
+
+
 def measure(count: int, vocab: int, repeats: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(count)
-    logits = (torch.randn(count, vocab, generator=generator) * 3).to(DEVICE, torch.bfloat16)
+    noise = torch.randn(count, vocab, generator=generator)
+    flat = (3 * noise).to(DEVICE, torch.bfloat16)
+    headed = with_head(noise, generator).to(DEVICE, torch.bfloat16)
     history = torch.randint(0, min(vocab, 20_000), (count, 2 * HISTORY), generator=generator)
     pass_ms = 1000 * 2 * count * vocab / PEAK_BYTES_PER_S
     found: dict[str, Any] = {"rows": count, "pass_ms": pass_ms}
@@ -108,8 +128,11 @@ def measure(count: int, vocab: int, repeats: int) -> dict[str, Any]:
             SamplerRow(sampling, i, ids[:HISTORY], ids[HISTORY:], {5, 9})
             for i, ids in enumerate(history.tolist())
         ]
+        logits = flat if name.startswith("flat") else headed
         device_ms = median_ms(on_device(logits, rows), repeats)
-        host_ms = median_ms(lambda rows=rows: sample(logits, rows), max(1, repeats // 10))
+        host_ms = median_ms(
+            lambda rows=rows, logits=logits: sample(logits, rows), max(1, repeats // 10)
+        )
         found[name] = {"device_ms": device_ms, "reference_ms": host_ms}
         print(f"  {name:28} {device_ms:9.3f} ms   reference {host_ms:9.1f} ms")
     return found

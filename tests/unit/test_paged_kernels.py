@@ -345,6 +345,16 @@ def test_tokens_are_those_of_the_reference_sampler(samplings, dtype):
     assert found == expected
 
 
+def test_the_two_zeros_tie():
+    """The second best is a zero; those of the other sign stay too, as in the reference."""
+    rows = [SamplerRow(SamplingParams(temperature=50.0, top_k=2), i, [1]) for i in range(12)]
+    logits = torch.zeros(len(rows), 40, device=DEVICE)
+    logits[:, 20:], logits[:, 30] = -0.0, 1.0
+    expected = sample(logits, rows).token_ids
+    assert min(expected) < 20 <= max(expected)
+    assert _sample_fused(logits, rows) == expected
+
+
 def test_end_tokens_are_marked_and_broken_rows_are_no_token():
     logits = torch.zeros(4, 300, device=DEVICE)
     logits[0, 7], logits[1, 8], logits[2, 5], logits[3, 5] = 1.0, 1.0, float("nan"), float("inf")
