@@ -29,8 +29,7 @@ _BLOCK = 2048
 _LANES, _PLACES = 1024, 8
 """See `kernels.floors`."""
 
-_FLOOR_STAGES, _FLOOR_WARPS = 3, 16
-"""Three stages are 64 KiB of shared memory a program."""
+_FLOOR_WARPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +226,6 @@ def _floors_of(
         C_PAD=_padded(value),
         HAS_PENALTIES=tally is not None,
         TALLY_BY_ROW=tally_by_row,
-        STAGES=_FLOOR_STAGES,
         L=_LANES,
         W=16 // logits_RV.element_size(),  # what a thread loads at once
         D=_PLACES,

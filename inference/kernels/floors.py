@@ -65,14 +65,13 @@ def _survey(
     floor,
     scale,
     HAS_PENALTIES: tl.constexpr,
-    STAGES: tl.constexpr,
     L: tl.constexpr,
     W: tl.constexpr,
 ):
     """Return the best score of every L * W-th column [L,W]; by mass, that of all scores not below the floor."""
     best = tl.full([L, W], float("-inf"), tl.float32)
     mass = tl.zeros([L], tl.float32)
-    for start in tl.range(0, line[2], L * W, num_stages=STAGES):
+    for start in range(0, line[2], L * W):
         x = _scores(line, start, HAS_PENALTIES, L, W)
         best = tl.maximum(best, x)
         if scale[2]:
@@ -101,7 +100,6 @@ def _gather(
     high,
     scratch,
     HAS_PENALTIES: tl.constexpr,
-    STAGES: tl.constexpr,
     L: tl.constexpr,
     W: tl.constexpr,
     D: tl.constexpr,
@@ -109,7 +107,7 @@ def _gather(
     """Copy the scores in [low, high) to scratch [L,D]; return each lane's count, also of those it has no place for."""
     lane = tl.arange(0, L)
     count = tl.zeros([L], tl.int32)
-    for start in tl.range(0, line[2], L * W, num_stages=STAGES):
+    for start in range(0, line[2], L * W):
         x = _scores(line, start, HAS_PENALTIES, L, W)
         bits = x.to(tl.int32, bitcast=True)
         for i in tl.static_range(W):
@@ -142,7 +140,6 @@ def _narrow(
     target,
     scale,
     HAS_PENALTIES: tl.constexpr,
-    STAGES: tl.constexpr,
     L: tl.constexpr,
     W: tl.constexpr,
 ):
@@ -159,7 +156,7 @@ def _narrow(
     found_2 = tl.zeros([L], tl.float32)
     found_3 = tl.zeros([L], tl.float32)
     found_4 = tl.zeros([L], tl.float32)
-    for start in tl.range(0, line[2], L * W, num_stages=STAGES):
+    for start in range(0, line[2], L * W):
         x = _scores(line, start, HAS_PENALTIES, L, W)
         key = ordered(x)
         weights = _weights(x, scale)
@@ -189,7 +186,6 @@ def _search(
     scale,
     scratch,
     HAS_PENALTIES: tl.constexpr,
-    STAGES: tl.constexpr,
     L: tl.constexpr,
     W: tl.constexpr,
     D: tl.constexpr,
@@ -199,7 +195,7 @@ def _search(
     The scores are in scratch, unless a lane has more than its D places; then the range is one key.
     """
     top_k, top_p, temperature = asked
-    best, mass = _survey(line, floor, scale, HAS_PENALTIES, STAGES, L, W)
+    best, mass = _survey(line, floor, scale, HAS_PENALTIES, L, W)
     high = ordered(scale[0]) + 1
     low = floor
     target = top_k.to(tl.float32)
@@ -209,12 +205,10 @@ def _search(
     low = tl.minimum(low, high - 1)
     low = _greatest(ordered(best), _weights(best, scale), target, low, high, 1 << 16)
     above = tl.zeros([], tl.float32)
-    count = _gather(line, low, high, scratch, HAS_PENALTIES, STAGES, L, W, D)
+    count = _gather(line, low, high, scratch, HAS_PENALTIES, L, W, D)
     while (tl.max(count, 0) > D) & (high - low > 1):
-        low, high, above = _narrow(
-            line, low, high, above, target, scale, HAS_PENALTIES, STAGES, L, W
-        )
-        count = _gather(line, low, high, scratch, HAS_PENALTIES, STAGES, L, W, D)
+        low, high, above = _narrow(line, low, high, above, target, scale, HAS_PENALTIES, L, W)
+        count = _gather(line, low, high, scratch, HAS_PENALTIES, L, W, D)
     return low, high, target - above, count
 
 
@@ -241,7 +235,6 @@ def floors_kernel(
     C_PAD: tl.constexpr,
     HAS_PENALTIES: tl.constexpr,
     TALLY_BY_ROW: tl.constexpr,
-    STAGES: tl.constexpr,
     L: tl.constexpr,
     W: tl.constexpr,
     D: tl.constexpr,
@@ -286,7 +279,7 @@ def floors_kernel(
                 had_all = has_all
                 if has_all == 0:
                     floor, high, target, count = _search(
-                        line, floor, asked, scale, scratch, HAS_PENALTIES, STAGES, L, W, D
+                        line, floor, asked, scale, scratch, HAS_PENALTIES, L, W, D
                     )
                 is_gathered = tl.max(count, 0) <= D
                 if is_gathered:

@@ -59,7 +59,6 @@ def floors_of(
             C_PAD=2,
             HAS_PENALTIES=False,
             TALLY_BY_ROW=False,
-            STAGES=1,
             L=lanes,
             W=neighbours,
             D=places,
