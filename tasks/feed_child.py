@@ -6,8 +6,6 @@ does. It opens no network connection and writes nothing but the conversion it is
 """
 
 import base64
-import importlib.abc
-import importlib.util
 import os
 import resource
 import select
@@ -16,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from storage.input_schema import conform, decode_schema
 from storage.parquet_reader import ParquetInput, RowBatch
 from storage.text_repair import repair_text
 from tasks.feed_batches import Counter, to_counts, to_rows
+from tasks.feed_imports import folders_read_once, forget_pandas, torch_hidden
 from tasks.feed_spec import FeedSpec
 from tasks.frames import IDLE, READING, Recorder, read_frame, write_frame
 from tasks.prepare import RowPreparer, cells
@@ -75,7 +73,7 @@ class Child:
         limit_memory(max(_LOAD_BYTES, self._spec.memory_bytes))
         chosen = PromptColumns.from_json(columns, self._job.input.prompt)
         config = self._spec.prompt_config(has_messages=chosen.kind == "messages")
-        with torch_hidden():
+        with torch_hidden(), folders_read_once():
             builder = PromptBuilder(Path(self._spec.model_dir), config)
         builder.encode(["warm", "up"])  # the tokenizer's threads start now, outside the limit
         limit_memory(self._spec.memory_bytes)
@@ -225,42 +223,6 @@ def _clipped(value: object) -> str:
     )
 
 
-@contextmanager
-def torch_hidden() -> Iterator[None]:
-    """Let transformers load a tokenizer without torch, which it would import if it could see it.
-
-    Measured: 190 MB and half the start-up time less; with CUDA libraries, more.
-    """
-    find_spec = importlib.util.find_spec
-    importlib.util.find_spec = lambda name, package=None: (
-        None if name == "torch" else find_spec(name, package)
-    )
-    try:
-        yield
-    finally:
-        importlib.util.find_spec = find_spec
-
-
-class _NoPandas(importlib.abc.MetaPathFinder):
-    """Says that there is no pandas."""
-
-    def find_spec(self, name: str, path: object, target: object = None) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError(name)
-
-
-def _forget_pandas() -> None:
-    """Let Arrow look for pandas, once, and not find it.
-
-    With pandas it gives that library's timestamps instead of Python's, and a prompt must not hang on what
-    else is installed; it also takes a tenth of a second to import.
-    """
-    finder = _NoPandas()
-    sys.meta_path.insert(0, finder)
-    pa.array([0])
-    sys.meta_path.remove(finder)
-
-
 def limit_memory(above_now: int, *, at_most: int = resource.RLIM_INFINITY) -> None:
     """Bound the address space to what it is now and this many bytes more (on Linux)."""
     if sys.platform != "linux":
@@ -284,7 +246,7 @@ def _end_with_parent(descriptor: int) -> None:
 def main() -> None:
     """Serve the parent until it closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _forget_pandas()
+    forget_pandas()
     recorder = Recorder(int(sys.argv[1]))
     requests, replies = os.dup(0), os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not look like a frame
