@@ -14,8 +14,9 @@ AUDIT := .audit
 demo: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/nightjar run configs/demo.yaml
 
+# In the order of the folders, whose last files are the shortest, so that no process is left with a long one at the end.
 test: $(VENV)/.triton $(MODEL)/config.json
-	OMP_NUM_THREADS=1 NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # Judged by the clock, so with nothing beside it: a real model's second run is forecast from its first.
 timing: $(VENV)/.installed $(MODEL)/config.json
