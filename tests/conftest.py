@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,25 @@ from tests.prefect_server import PrefectLab, running_prefect
 from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed, make_bucket, running_seaweed
 
 _ON_PREFECT = {f"tests/integration/test_prefect_{name}.py" for name in ("deployment", "waves")}
+_num_modules = 0
+"""When the garbage collector was last spared some."""
 
 if not Path("/dev/nvidiactl").exists():
     # Read by Triton when it is first imported, and some test's libraries import it: kernels are interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def collector_spared() -> None:
-    """What has been imported by now is not looked through by each of a file's garbage collections.
+def pytest_runtest_setup() -> None:
+    """Spare the garbage collector what has been imported, whenever much has.
 
-    With all test files and their libraries imported, one collection takes half a second, and closing an engine is one.
+    With all test files and their libraries imported a collection takes half a second, and closing an engine is one.
+    What a test makes is collected as ever.
     """
-    gc.collect()
-    gc.freeze()
+    global _num_modules
+    if len(sys.modules) > _num_modules + 100:
+        _num_modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture
