@@ -1,6 +1,7 @@
 """Standard output and error that may be lost: their reader has seen enough, or their disk is full.
 
-What a command did stands all the same, so its exit code tells that and not whether it could be printed.
+What a command did stands all the same, so its exit code tells that and not whether it could be printed; but where
+what is printed is all that it does, a full disk is its failure.
 """
 
 import errno
@@ -54,12 +55,10 @@ def losable_streams() -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        lost = _why_lost()
-        if lost is not None and lost.errno != errno.EPIPE:
+        failed = output_error()
+        if failed is not None:
             print(
-                f"nightjar: standard output could not be written: {lost.strerror}; only what was to be "
+                f"nightjar: standard output could not be written: {failed.strerror}; only what was to be "
                 "printed is lost, the exit code tells how the command ended",
                 file=sys.stderr,
             )
@@ -71,6 +70,14 @@ def losable_streams() -> Iterator[None]:
 def output_is_lost() -> bool:
     """Whether what is printed no longer arrives anywhere."""
     return _why_lost() is not None
+
+
+def output_error() -> OSError | None:
+    """Why what was printed could not be written; None too if only its reader has gone."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    lost = _why_lost()
+    return None if lost is None or lost.errno == errno.EPIPE else lost
 
 
 def _why_lost() -> OSError | None:

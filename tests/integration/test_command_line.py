@@ -150,14 +150,15 @@ def test_a_run_whose_reader_has_gone_is_published_and_ends_quietly(nightjar, pro
 
 
 @needs_full
-def test_every_exit_code_is_the_same_where_nothing_can_be_printed(nightjar, prompts):
+def test_exit_codes_where_nothing_can_be_printed(nightjar, prompts):
     done = nightjar.run("none", prompts, engine__backend="dummy")
     damaged = shutil.copytree(done.run, nightjar.folder / "damaged")
     next(damaged.glob("completions/part-*")).unlink()
     lost = "standard output could not be written"
     for code, *args in (
         (0, "verify", str(done.run)),
-        (0, "status", str(done.run), "--watch"),
+        (1, "status", str(done.run), "--watch"),
+        (1, "plan", str(nightjar.job("none", prompts, engine__backend="dummy")), "--json"),
         (4, "verify", str(damaged), "--json"),
         (2, "status", str(nightjar.folder), "--json"),
         (0, "--version"),
