@@ -1,6 +1,7 @@
 """`nightjar`: run a job, look at a run, redo what failed, prove it whole.
 
-Only the standard library is imported here; each command imports what it needs. Exit codes:
+Only the standard library is imported here; each command imports what it needs. Exit codes, whether a
+summary can be written or not:
 
     0 published   1 our own fault   2 nothing was run, the job or input is wrong   3 partial
     4 verification failed   5 more failed rows than allowed   130, 143 stopped by a signal
@@ -11,6 +12,8 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+
+from flows.streams import losable_streams, output_error
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -28,7 +31,10 @@ exit codes:
   4          verification failed
   5          published, but more rows failed than max_failed_rows allows
   130, 143   stopped by a signal, resumable
+None of them changes because standard output cannot be written (a full disk, a closed pipe), but what
+only tells, such as plan and status, ends with 1 on a full disk.
 """
+_ONLY_TELL = frozenset({"plan", "status", "tiers", "bench"})
 _HARDWARE_HELP = "hardware file (YAML); default: the one that comes along"
 _MODEL_HELP = "folder, s3:// prefix, hf://repo@revision or GGUF file"
 _RUN_HELP = "run folder: OUTPUT_URI/RUN_ID, local or s3://"
@@ -54,8 +60,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; faults of the user's are one line on stderr."""
-    args = build_parser().parse_args(argv)
     _fill_standard_streams()
+    with losable_streams():
+        args = build_parser().parse_args(argv)
+        code = _run(args)
+        if code == EXIT_OK and args.command in _ONLY_TELL and output_error() is not None:
+            return EXIT_BUG
+        return code
+
+
+def _run(args: argparse.Namespace) -> int:
     from flows import commands
 
     handler = getattr(commands, args.command.replace("-", "_"))

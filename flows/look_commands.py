@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
 from flows import console
@@ -11,6 +9,7 @@ from flows.cli import EXIT_OK, EXIT_PARTIAL, EXIT_UNVERIFIED
 from flows.config import JobError
 from flows.night_commands import open_run, print_document
 from flows.signals import signals, stop
+from flows.streams import output_is_lost
 from storage import keys
 from storage.commits import CommitCache
 from storage.object_store import ObjectStore
@@ -42,13 +41,11 @@ def _watch_status(args: argparse.Namespace, store: ObjectStore) -> int:
         while True:
             found = run_status(store, cache=cache)
             text = json.dumps(found.as_document()) if args.json else console.status_line(found)
-            try:
-                print(text, flush=True)
-            except BrokenPipeError:  # whoever read has seen enough, as `head` does
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return EXIT_OK if found.is_published else EXIT_PARTIAL
+            print(text, flush=True)
             if found.is_published:
                 return EXIT_OK
+            if output_is_lost():  # whoever read has seen enough, as `head` does
+                return EXIT_PARTIAL
             if stop.wait(max(0.2, args.every)):
                 raise Stopped
 

@@ -9,6 +9,19 @@ from flows import console
 from flows.cli import EXIT_OK, EXIT_REFUSED
 from flows.config import JobError
 from flows.night_commands import print_document, storage_of
+from inference.backends.base import BackendInfo
+from tasks.bench import MixResult
+
+_ENGINE_FIELDS = (
+    "backend",
+    "device",
+    "dtype",
+    "num_ranks",
+    "load_s",
+    "compile_wait_s",
+    "warmup_s",
+    "memory",
+)
 
 
 def stage(args: argparse.Namespace) -> int:
@@ -61,6 +74,21 @@ def tiers(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Measure an engine on this machine over mixes of requests."""
+    info, results = _measure(args)
+    document = {
+        "model": args.model,
+        "engine": {name: getattr(info, name) for name in _ENGINE_FIELDS},
+        "mixes": [result.to_json() for result in results],
+    }
+    if args.json:
+        print(json.dumps(document))
+    else:
+        console.print_bench(info, results)
+    return EXIT_OK
+
+
+def _measure(args: argparse.Namespace) -> tuple[BackendInfo, list[MixResult]]:
+    """Stage the model, build the engine, run the mixes."""
     from inference.backends import create_backend
     from inference.config import EngineConfig
     from inference.model_config import vocab_size_of
@@ -89,29 +117,7 @@ def bench(args: argparse.Namespace) -> int:
             results = run_mixes(backend, mixes, vocab_size=vocab_size, repeat=args.repeat)
         finally:
             backend.close()
-        info = backend.info
-    document = {
-        "model": args.model,
-        "engine": {
-            name: getattr(info, name)
-            for name in (
-                "backend",
-                "device",
-                "dtype",
-                "num_ranks",
-                "load_s",
-                "compile_wait_s",
-                "warmup_s",
-                "memory",
-            )
-        },
-        "mixes": [result.to_json() for result in results],
-    }
-    if args.json:
-        print(json.dumps(document))
-    else:
-        console.print_bench(info, results)
-    return EXIT_OK
+        return backend.info, results
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

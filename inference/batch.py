@@ -130,6 +130,8 @@ class Plan:
     num_decodes: int
     num_samples: int
     num_tiles: int
+    num_decode_keys: int = 0
+    """Keys that the decoding rows read each for itself."""
 
     @property
     def is_mixed(self) -> bool:

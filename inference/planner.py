@@ -5,7 +5,6 @@ Attention work is cut here: decoding rows into items of about one size, chunks a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,18 +80,18 @@ class Planner:
         """Write `step` into the packed buffer's parts and move the slots on by what it computes."""
         if step.has_new_rows or len(self._row_slot) != len(step.decodes):
             self._row_slot = np.array([running.slot for running in step.decodes], np.int32)
-        num_tiles = self._fill_decodes(parts, self._row_slot)
-        plan = Plan(0, len(self._row_slot), len(self._row_slot), num_tiles)
-        plan.num_tokens = plan.num_decodes
+        num_rows = len(self._row_slot)
+        plan = Plan(num_rows, num_rows, num_rows, 0)
+        self._fill_decodes(parts, self._row_slot, plan)
         for chunk in step.chunks:
             self._fill_chunk(parts, chunk, plan)
         parts["counts"][NUM_TILES] = plan.num_tiles
-        parts["counts"][TILE_QUARTERS] = _tile_quarters(parts, plan.num_tiles)
+        parts["counts"][TILE_QUARTERS] = _tile_quarters(parts["tiles"], plan)
         parts["counts"][NUM_SAMPLES] = plan.num_samples
         return plan
 
-    def _fill_decodes(self, parts: dict[str, Any], rows: IntArray) -> int:
-        """Write the decoding rows, whose slots are given; return the number of cascade tiles."""
+    def _fill_decodes(self, parts: dict[str, Any], rows: IntArray, plan: Plan) -> None:
+        """Write the decoding rows, whose slots are given, and the tiles of prefixes they share."""
         slots, num_rows = self._slots, len(rows)
         positions = slots.context_len[rows]
         parts["token_source"][:num_rows] = -rows - 1
@@ -103,10 +102,9 @@ class Planner:
         parts["sample_token"][:num_rows] = np.arange(num_rows)
         parts["sample_slot"][:num_rows] = rows
         parts["sample_position"][:num_rows] = slots.num_sampled[rows]
-        num_tiles = self._fill_items(parts, rows, positions + 1)
+        self._fill_items(parts, rows, positions + 1, plan)
         slots.context_len[rows] += 1
         slots.num_sampled[rows] += 1
-        return num_tiles
 
     def _fill_chunk(self, parts: dict[str, Any], chunk: Chunk, plan: Plan) -> None:
         """Write one prefill chunk behind what the plan has so far."""
@@ -161,22 +159,24 @@ class Planner:
         part[:, 6] = NOT_CASCADE
         return at + len(begins)
 
-    def _fill_items(self, parts: dict[str, Any], rows: IntArray, lens: IntArray) -> int:
-        """Cut the rows' own keys into items of about one size; return the number of cascade tiles."""
+    def _fill_items(
+        self, parts: dict[str, Any], rows: IntArray, lens: IntArray, plan: Plan
+    ) -> None:
+        """Cut the rows' own keys into items of about one size."""
         limits, num_rows = self._limits, len(rows)
-        prefix, num_tiles, num_prefix_parts = self._fill_cascade(parts, rows)
+        prefix, plan.num_tiles, num_prefix_parts = self._fill_cascade(parts, rows)
         own = lens - prefix
+        plan.num_decode_keys = int(own.sum())
         block = limits.block_size
-        target = int(own.sum()) // (ITEMS_PER_PROGRAM * limits.num_programs) if num_rows else 0
         target = max(
-            target,
+            plan.num_decode_keys // (ITEMS_PER_PROGRAM * limits.num_programs),
             MIN_ITEM_TOKENS,
-            int(own.sum()) // max(1, limits.max_num_items - num_rows) + block,
+            plan.num_decode_keys // max(1, limits.max_num_items - num_rows) + block,
         )
         count = -(-own // (-(-target // block) * block))
         if num_rows and count.max() == 1:
             self._fill_whole_items(parts, rows, lens, prefix, num_prefix_parts)
-            return num_tiles
+            return
         size = -(-own // (count * block)) * block
         count = -(-own // size)
         num_parts = count + num_prefix_parts
@@ -202,7 +202,6 @@ class Planner:
         parts["row_part"][:num_rows] = first_part
         parts["row_num_parts"][:num_rows] = np.where(num_prefix_parts > 0, num_parts, 0)
         parts["row_num_parts"][num_rows:] = 0
-        return num_tiles
 
     def _fill_whole_items(
         self,
@@ -243,51 +242,53 @@ class Planner:
         keys = np.where(prefix > 0, slots.shared_block[rows], 0)
         order = np.argsort(keys, kind="stable").astype(np.int32)
         sorted_keys = keys[order]
-        bounds = [0, *(np.flatnonzero(np.diff(sorted_keys)) + 1).tolist(), len(rows)]
-        groups = [
-            (start, end - start)
-            for start, end in pairwise(bounds)
-            if end - start >= MIN_SHARING_ROWS and sorted_keys[start] > 0
-        ]
-        shared, num_parts = none.copy(), none.copy()
+        bounds = np.concatenate(([0], np.flatnonzero(np.diff(sorted_keys)) + 1, [len(rows)]))
+        is_group = (np.diff(bounds) >= MIN_SHARING_ROWS) & (sorted_keys[bounds[:-1]] > 0)
+        start, size = bounds[:-1][is_group], np.diff(bounds)[is_group]
         parts["cascade_rows"][: len(rows)] = order
-        num_group_tiles = sum(-(-size // limits.tile_queries) for _, size in groups)
-        at = 0
-        for start, size in groups:
-            members = order[start : start + size]
-            length = int(prefix[members[0]])
-            num_pieces = _num_pieces(length, num_group_tiles, limits)
-            piece = -(-length // (num_pieces * limits.block_size)) * limits.block_size
-            num_pieces = -(-length // piece)
-            shared[members], num_parts[members] = length, num_pieces
-            for first in range(start, start + size, limits.tile_queries):
-                count = min(limits.tile_queries, start + size - first)
-                for nth in range(num_pieces):
-                    begin = nth * piece
-                    end = min(begin + piece, length)
-                    slot = int(rows[members[0]])
-                    parts["tiles"][at] = (slot, begin, end, first, count, end, nth)
-                    at += 1
-        return shared, at, num_parts
+        length = prefix[order[start]]
+        num_tiles = -(-size // limits.tile_queries)
+        num_pieces = _num_pieces(length, int(num_tiles.sum()), limits)
+        piece = -(-length // (num_pieces * limits.block_size)) * limits.block_size
+        num_pieces = -(-length // piece)
+        shared, num_parts = none.copy(), none.copy()
+        members = order[_ranges(start, size)]
+        shared[members], num_parts[members] = np.repeat(length, size), np.repeat(num_pieces, size)
+        # Each group's tiles of queries, and of each tile the pieces of the prefix.
+        count = num_tiles * num_pieces
+        group = np.repeat(np.arange(len(start)), count)
+        nth_tile, nth_piece = np.divmod(_ranges(np.zeros_like(count), count), num_pieces[group])
+        first = start[group] + nth_tile * limits.tile_queries
+        begin = nth_piece * piece[group]
+        tiles = parts["tiles"][: len(group)]
+        tiles[:, 0] = rows[order[start]][group]
+        tiles[:, 1] = begin
+        tiles[:, 2] = tiles[:, 5] = np.minimum(begin + piece[group], length[group])
+        tiles[:, 3] = first
+        tiles[:, 4] = np.minimum(limits.tile_queries, (start + size)[group] - first)
+        tiles[:, 6] = nth_piece
+        return shared, len(group), num_parts
 
 
-def _num_pieces(length: int, num_tiles: int, limits: BatchLimits) -> int:
-    """Cut a long prefix so that its tiles keep the programs busy, in pieces of at least 256 tokens."""
-    return max(1, min(length // 256, limits.num_programs // max(1, num_tiles)))
+def _ranges(start: Any, count: Any) -> Any:
+    """Return the integers of several ranges, one after the other."""
+    before = np.cumsum(count) - count
+    return np.arange(int(count.sum())) + np.repeat(start - before, count)
 
 
-def _tile_quarters(parts: dict[str, Any], num_tiles: int) -> int:
+def _num_pieces(length: Any, num_tiles: int, limits: BatchLimits) -> Any:
+    """Cut long prefixes so that all tiles keep the programs busy, in pieces of at least 256 tokens."""
+    return np.clip(length // 256, 1, max(1, limits.num_programs // max(1, num_tiles)))
+
+
+def _tile_quarters(tiles: IntArray, plan: Plan) -> int:
     """Return how many fourths of the tile programs are to work beside the decode programs.
 
     Both kinds compete for a multiprocessor's registers, so too many of the one starve the other. By measurement on
     an H100: half where the decoding rows' keys outnumber the tiles', all where there are hardly any.
     """
-    if not num_tiles:
-        return 4
-    items = parts["items"][: parts["counts"][NUM_ITEMS]]
-    tiles = parts["tiles"][:num_tiles]
-    decode_keys = int((items[:, 3] - items[:, 2]).sum())
-    tile_keys = int((tiles[:, 2] - tiles[:, 1]).sum())
-    if decode_keys > tile_keys:
+    begin, end = tiles[: plan.num_tiles, 1], tiles[: plan.num_tiles, 2]
+    num_tile_keys = int(end.sum()) - int(begin.sum())
+    if plan.num_decode_keys > num_tile_keys:
         return 2
-    return 3 if 8 * decode_keys > tile_keys else 4
+    return 3 if 8 * plan.num_decode_keys > num_tile_keys else 4

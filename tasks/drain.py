@@ -1,19 +1,18 @@
 """One replica drains a run: claims shards, runs them, until none can be had."""
 
 import dataclasses
-import logging
 import math
 import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
 from inference.backends import create_backend
-from inference.config import EngineConfig
-from storage.commits import read_commits
+from storage.commits import Commits, read_commits
 from storage.lease import Leases
 from storage.manifest import CommitRecord, Shard
 from storage.records import num_unanswered
@@ -23,21 +22,19 @@ from tasks.cancel import CancelWatch
 from tasks.claims import Claims
 from tasks.commit_shard import ShardCommitter
 from tasks.content import engine_digest
-from tasks.feed import input_schema
+from tasks.feed import PromptFeed, input_schema
 from tasks.gpu_sample import DeviceSampler, open_gpu
 from tasks.holder import holder_name, is_dead
 from tasks.metering import Metering
 from tasks.metrics import ReplicaCollector, exported
 from tasks.progress import Progress
-from tasks.ranks import distributed_of, num_ranks
 from tasks.read_shard import ShardReader
 from tasks.replica import Replica, ShardOutcome
 from tasks.replica_engine import ReplicaEngine
 from tasks.run import Run
+from tasks.run_engine import build_engine
 from tasks.stop import Stopped, StopSignal
 from tasks.yardstick import Yardstick
-
-log = logging.getLogger("nightjar.drain")
 
 RunShard = Callable[[Replica, int], ShardOutcome]
 
@@ -82,18 +79,51 @@ def drain(
         BudgetSpent: the next shard would cost more than `budget.usd` leaves; all else is committed.
     """
     standing = read_commits(run.store, run.plan_digest, cache=run.commit_cache)
-    commits = standing.current
-    todo, bases = _work_left(run.shards, commits, failed_rows)
+    todo, bases = _work_left(run.shards, standing.current, failed_rows)
+    _expect(run, progress, standing.current, bases)
+    if not todo:
+        return DrainReport()
+    claims = _claims(run, todo, bases, standing, invocation, time.monotonic() + budget_s)
+    budget = BudgetGate(
+        store=run.store, usd=run.job.budget.usd, most_unseen=MOST_UNSEEN, cache=run.commit_cache
+    )
+    with closing(CancelWatch(run.store, invocation, should_stop)) as watch:
+        outcomes = _finish_shards(
+            run, claims, budget, watch, should_stop, progress, run_shard, build_backend
+        )
+    if budget.reason is not None and claims.num_pending:
+        raise BudgetSpent(budget.reason)
+    return DrainReport(
+        outcomes=outcomes,
+        exhausted=dict(claims.exhausted),
+        num_pending=claims.num_pending,
+        is_cancelled=claims.is_cancelled or watch.is_cancelled,
+    )
+
+
+def _expect(
+    run: Run,
+    progress: Progress,
+    commits: Mapping[int, CommitRecord],
+    bases: Mapping[int, CommitRecord],
+) -> None:
+    """Tell `progress` what there is to do in all, and what is done of it."""
     progress.expect(num_rows=run.plan.num_rows * run.plan.num_samples, num_shards=len(run.shards))
     for shard_id, commit in commits.items():
         if shard_id not in bases:
             progress.already_done(Counter(commit.counts))
-    report = DrainReport()
-    if not todo:
-        return report
+
+
+def _claims(
+    run: Run,
+    todo: list[Shard],
+    bases: Mapping[int, CommitRecord],
+    standing: Commits,
+    invocation: str,
+    claim_until: float,
+) -> Claims:
     holder = holder_name()
-    stopping = threading.Event()
-    claims = Claims(
+    return Claims(
         store=run.store,
         shards=todo,
         leases=Leases(run.store, holder=holder, is_dead=is_dead),
@@ -102,11 +132,94 @@ def drain(
         invocation=invocation,
         max_attempts=run.job.shards.max_attempts,
         bases=bases,
-        claim_until=time.monotonic() + budget_s,
+        claim_until=claim_until,
     )
+
+
+def _finish_shards(
+    run: Run,
+    claims: Claims,
+    budget: BudgetGate,
+    watch: CancelWatch,
+    should_stop: StopSignal,
+    progress: Progress,
+    run_shard: RunShard,
+    build_backend: Callable[..., Any],
+) -> Counter[str]:
+    """Run shards until none can be had; return how their attempts ended. A cancellation ends it too.
+
+    Raises:
+        Stopped: `should_stop` was set.
+    """
+    outcomes: Counter[str] = Counter()
     gpu = open_gpu()
-    sampler = DeviceSampler(gpu)
-    committer = ShardCommitter(
+    with _open_replica(run, claims, budget, watch, progress, gpu, build_backend) as replica:
+        collector = partial(_collector, run, replica, progress, gpu)
+        exporter = exported(run.job.metrics, collector, claims.holder.replace("/", "-"))
+        try:
+            with should_stop.watched(), exporter:
+                while (next_id := replica.next_shard()) is not None:
+                    outcomes[run_shard(replica, next_id).outcome] += 1
+        except Stopped:
+            if not watch.is_cancelled:
+                raise
+    return outcomes
+
+
+@contextmanager
+def _open_replica(
+    run: Run,
+    claims: Claims,
+    budget: BudgetGate,
+    watch: CancelWatch,
+    progress: Progress,
+    gpu: Any | None,
+    build_backend: Callable[..., Any],
+) -> Iterator[Replica]:
+    """Yield a replica on a feed of its own; close both, and tell what the feed warned of."""
+    stopping = threading.Event()
+    with closing(DeviceSampler(gpu)) as sampler, run.open_feed() as feed:
+        replica = Replica(
+            claims=claims,
+            reader=_reader(run, feed),
+            engine=ReplicaEngine(
+                build=lambda: run.take_backend() or build_engine(run, build_backend),
+                take_waited_s=run.model.take_waited_s,
+                metering=Metering(run.take_spent()),
+                progress=progress,
+            ),
+            committer=_committer(run, claims.holder, stopping, sampler),
+            progress=progress,
+            should_stop=watch,
+            may_claim=budget.allows,
+        )
+        try:
+            yield replica
+        finally:
+            stopping.set()
+            replica.close()
+        for warning in feed.warnings:
+            progress.note(warning)
+
+
+def _reader(run: Run, feed: PromptFeed) -> ShardReader:
+    return ShardReader(
+        plan=run.plan,
+        store=run.store,
+        feed=feed,
+        columns=run.columns,
+        input_schema=input_schema(run.plan),
+        work_dir=run.work_dir,
+        kept=kept_answers(run.store),
+        engine=engine_digest(run.record.fingerprint_fields),
+        reuse=run.open_reuse(),
+    )
+
+
+def _committer(
+    run: Run, holder: str, stopping: threading.Event, sampler: DeviceSampler
+) -> ShardCommitter:
+    return ShardCommitter(
         store=run.store,
         plan_digest=run.plan_digest,
         holder=holder,
@@ -115,60 +228,6 @@ def drain(
         device=sampler.take,
         measure=lambda info: Yardstick.of(run.job, run.model.path, info),
     )
-    budget = BudgetGate(
-        store=run.store,
-        usd=run.job.budget.usd,
-        most_unseen=MOST_UNSEEN,
-        cache=run.commit_cache,
-    )
-    with run.open_feed() as feed:
-        watch = CancelWatch(run.store, invocation, should_stop)
-        replica = Replica(
-            claims=claims,
-            reader=ShardReader(
-                plan=run.plan,
-                store=run.store,
-                feed=feed,
-                columns=run.columns,
-                input_schema=input_schema(run.plan),
-                work_dir=run.work_dir,
-                kept=kept_answers(run.store),
-                engine=engine_digest(run.record.fingerprint_fields),
-                reuse=run.open_reuse(),
-            ),
-            engine=ReplicaEngine(
-                build=lambda: run.take_backend() or build_engine(run, build_backend),
-                take_waited_s=run.model.take_waited_s,
-                metering=Metering(run.take_spent()),
-                progress=progress,
-            ),
-            committer=committer,
-            progress=progress,
-            should_stop=watch,
-            may_claim=budget.allows,
-        )
-        collector = partial(_collector, run, replica, progress, gpu)
-        exporter = exported(run.job.metrics, collector, holder.replace("/", "-"))
-        try:
-            with should_stop.watched(), exporter:
-                while (next_id := replica.next_shard()) is not None:
-                    report.outcomes[run_shard(replica, next_id).outcome] += 1
-        except Stopped:
-            if not watch.is_cancelled:
-                raise
-        finally:
-            stopping.set()
-            replica.close()
-            watch.close()
-            sampler.close()
-        for warning in feed.warnings:
-            progress.note(warning)
-    if budget.reason is not None and claims.num_pending:
-        raise BudgetSpent(budget.reason)
-    report.exhausted = dict(claims.exhausted)
-    report.num_pending = claims.num_pending
-    report.is_cancelled = claims.is_cancelled or watch.is_cancelled
-    return report
 
 
 def _collector(run: Run, replica: Replica, progress: Progress, gpu: Any | None) -> ReplicaCollector:
@@ -178,62 +237,6 @@ def _collector(run: Run, replica: Replica, progress: Progress, gpu: Any | None) 
         labels={"run": run.record.run_id, "job": run.job.name},
         staging_gb_per_s=lambda: run.model.staged and run.model.staged.report.gb_per_s,
         gpu=gpu,
-    )
-
-
-def build_engine(run: Run, build_backend: Callable[..., Any] = create_backend) -> Any:
-    """Build the engine of a run, from weights that may still be on their way.
-
-    Raises:
-        ModelError: the weights are not those that the run was planned with.
-        StorageError: they could not be staged.
-    """
-    files = run.model.files()
-    if files is None:
-        return build_backend(engine_config(run))
-    waited_before_s = files.waited_s
-    config = dataclasses.replace(engine_config(run), model=str(files.folder()))
-    # Where staging has only begun here, this was its beginning.
-    before_s = run.model.stage_s + files.waited_s - waited_before_s
-    began, began_waited_s = time.monotonic(), files.waited_s
-    backend = build_backend(config, arriving=files)
-    waited_s = files.waited_s - began_waited_s
-    run.model.waited_s = files.waited_s - waited_before_s
-    try:
-        run.model.wait()
-    except BaseException:
-        backend.close()
-        raise
-    from tasks.stage import describe_cold_start  # boto3, which by now is imported
-
-    ready_s = time.monotonic() - began
-    log.info(
-        "%s",
-        describe_cold_start(
-            run.model.staged.report, before_s=before_s, ready_s=ready_s, waited_s=waited_s
-        ),
-    )
-    return backend
-
-
-def engine_config(run: Run) -> EngineConfig:
-    """Return what this run's replicas are built from."""
-    knobs = run.job.engine
-    return EngineConfig(
-        model=str(run.model.path),
-        backend=run.record.fingerprint_fields["engine.backend"],
-        dtype=run.job.model.dtype,
-        quantization=run.job.model.quantization,
-        max_num_seqs=knobs.max_num_seqs,
-        max_num_batched_tokens=knobs.max_num_batched_tokens,
-        max_model_len=run.max_model_len,
-        kv_cache_dtype=knobs.kv_cache_dtype,
-        tensor_parallel_size=num_ranks(run),
-        distributed=distributed_of(run.job),
-        enforce_eager=knobs.enforce_eager,
-        offload=knobs.offload,
-        nvme_path=knobs.nvme_path,
-        seed=run.job.sampling.seed,
     )
 
 

@@ -4,10 +4,11 @@ Lengths come from earlier runs, else from a canary, else max_tokens bounds them.
 earlier runs on such a device, else from the roofline of the tier, else nothing is known of it.
 """
 
+import dataclasses
 import statistics
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Literal
 
 from tasks.history import START_PHASES, History, PastRun
 from tasks.lengths import quantile
@@ -211,46 +212,54 @@ def forecast(
         deadline: With a time zone.
         budget_usd: What the run may cost.
     """
-    basis: Literal["history", "roofline"] | None = None
-    p50 = p90 = None
-    if work.num_sequences == 0:
-        p50 = p90 = plan_s
-    elif speed is not None:
-        basis = speed.basis
-        p50 = plan_s + speed.seconds(work, lengths.mean, replicas)
-        p90 = plan_s + speed.seconds(work, lengths.high, replicas) * (1 + speed.spread)
-    elif tier_seconds is not None:
-        basis = "roofline"
-        p50 = plan_s + tier_seconds[0]
-        p90 = plan_s + tier_seconds[1] * (1 + _SPREAD_ROOFLINE)
+    basis, p50, p90 = _seconds(work, lengths, speed, tier_seconds, plan_s, replicas)
+    finish = [None if s is None else starts_at + timedelta(seconds=s) for s in (p50, p90)]
     hours = [
         None if s is None else (s - plan_s) * replicas * gpus_per_replica / 3600 for s in (p50, p90)
     ]
     usd = [None if h is None or price_per_hour is None else h * price_per_hour for h in hours]
-    values: dict[str, Any] = {
-        "starts_at": _iso(starts_at),
-        "lengths": lengths,
-        "speed_basis": basis,
-        "replicas": replicas,
-        "num_completion_tokens_p50": round(work.num_sequences * lengths.mean),
-        "num_completion_tokens_p90": round(work.num_sequences * lengths.high),
-        "seconds_p50": _rounded(p50, 3),
-        "seconds_p90": _rounded(p90, 3),
-        "finish_p50": None if p50 is None else _iso(starts_at + timedelta(seconds=p50)),
-        "finish_p90": None if p90 is None else _iso(starts_at + timedelta(seconds=p90)),
-        "gpu_hours_p50": _rounded(hours[0], 4),
-        "gpu_hours_p90": _rounded(hours[1], 4),
-        "usd_p50": _rounded(usd[0], 4),
-        "usd_p90": _rounded(usd[1], 4),
-        "deadline": None if deadline is None else _iso(deadline),
-        "budget_usd": budget_usd,
-        "is_late": None
-        if deadline is None or p90 is None
-        else starts_at + timedelta(seconds=p90) > deadline,
-        "is_over_budget": None if budget_usd is None or usd[1] is None else usd[1] > budget_usd,
-    }
-    made = Forecast(**values)
-    return Forecast(**{**values, "sentence": _sentence(made, speed)})
+    made = Forecast(
+        starts_at=_iso(starts_at),
+        lengths=lengths,
+        speed_basis=basis,
+        replicas=replicas,
+        num_completion_tokens_p50=round(work.num_sequences * lengths.mean),
+        num_completion_tokens_p90=round(work.num_sequences * lengths.high),
+        seconds_p50=_rounded(p50, 3),
+        seconds_p90=_rounded(p90, 3),
+        finish_p50=None if finish[0] is None else _iso(finish[0]),
+        finish_p90=None if finish[1] is None else _iso(finish[1]),
+        gpu_hours_p50=_rounded(hours[0], 4),
+        gpu_hours_p90=_rounded(hours[1], 4),
+        usd_p50=_rounded(usd[0], 4),
+        usd_p90=_rounded(usd[1], 4),
+        deadline=None if deadline is None else _iso(deadline),
+        budget_usd=budget_usd,
+        is_late=None if deadline is None or finish[1] is None else finish[1] > deadline,
+        is_over_budget=None if budget_usd is None or usd[1] is None else usd[1] > budget_usd,
+    )
+    return dataclasses.replace(made, sentence=_sentence(made, speed))
+
+
+def _seconds(
+    work: Work,
+    lengths: Lengths,
+    speed: Speed | None,
+    tier_seconds: tuple[float, float] | None,
+    plan_s: float,
+    replicas: int,
+) -> tuple[Literal["history", "roofline"] | None, float | None, float | None]:
+    """Return what the speed rests on and the wall seconds with planning, P50 and P90; None if not known."""
+    if work.num_sequences == 0:
+        return None, plan_s, plan_s
+    if speed is not None:
+        p50 = plan_s + speed.seconds(work, lengths.mean, replicas)
+        p90 = plan_s + speed.seconds(work, lengths.high, replicas) * (1 + speed.spread)
+        return speed.basis, p50, p90
+    if tier_seconds is not None:
+        mean, high = tier_seconds
+        return "roofline", plan_s + mean, plan_s + high * (1 + _SPREAD_ROOFLINE)
+    return None, None, None
 
 
 def _sentence(made: Forecast, speed: Speed | None) -> str:

@@ -115,36 +115,52 @@ def outlook(
     left = [shard for shard in shards if shard.shard_id not in commits]
     deadline = job.deadline and deadline_at(job.deadline, start=started_at, timezone=job.timezone)
     done = [c for c in commits.values() if c.tombstone is None and c.receipt.get("wall_s")]
-    prices = [c.receipt.get("usd") for c in done]
-    spent = sum(p for p in prices if p is not None) if done and None not in prices else None
-    replicas = max(1, len(holders))
-    known: dict[str, Any] = {
-        "at": now.isoformat(timespec="seconds"),
-        "num_shards_left": len(left),
-        "num_replicas": replicas,
-        "is_running": bool(holders),
-        "usd": None if spent is None else round(spent, 6),
-        "deadline": deadline.isoformat(timespec="seconds") if deadline else None,
-        "budget_usd": job.budget.usd,
-        "completion_tokens_per_s": _rate(done, replicas),
-    }
+    spent, replicas = _spent(done), max(1, len(holders))
+    here = Outlook(
+        at=now.isoformat(timespec="seconds"),
+        num_shards_left=len(left),
+        num_replicas=replicas,
+        is_running=bool(holders),
+        usd=None if spent is None else round(spent, 6),
+        deadline=deadline.isoformat(timespec="seconds") if deadline else None,
+        budget_usd=job.budget.usd,
+        completion_tokens_per_s=_rate(done, replicas),
+    )
     if not left:
-        return Outlook(**known, seconds_p50=0.0, seconds_p90=0.0)
+        return dataclasses.replace(here, seconds_p50=0.0, seconds_p90=0.0)
     if not done:
         late = now > deadline if deadline else None
         warning = "the deadline has passed and nothing is committed" if late else None
-        return Outlook(**known, is_late=late, warning=warning)
+        return dataclasses.replace(here, is_late=late, warning=warning)
     p50, p90 = _seconds_left(shards, left, done, holders, replicas, now)
-    finish = [now + timedelta(seconds=s) for s in (p50, p90)]
     usd_p90 = None
     if spent is not None:
         a_second = spent / sum(c.receipt["wall_s"] for c in done)
         usd_p90 = spent + a_second * p90 * replicas
+    return _ending(here, now, p50, p90, usd_p90, deadline or None)
+
+
+def _spent(done: Sequence[CommitRecord]) -> float | None:
+    """Dollars by the receipts; None before the first, or if one of them does not say."""
+    prices = [c.receipt.get("usd") for c in done]
+    return sum(p for p in prices if p is not None) if done and None not in prices else None
+
+
+def _ending(
+    here: Outlook,
+    now: datetime,
+    p50: float,
+    p90: float,
+    usd_p90: float | None,
+    deadline: datetime | None,
+) -> Outlook:
+    """Return the outlook with its end: when, at what price, and whether that is too late or too much."""
+    finish = [now + timedelta(seconds=s) for s in (p50, p90)]
     is_late = finish[1] > deadline if deadline else None
-    budget = job.budget.usd
+    budget = here.budget_usd
     is_over = usd_p90 > budget if budget is not None and usd_p90 is not None else None
-    return Outlook(
-        **known,
+    return dataclasses.replace(
+        here,
         seconds_p50=round(p50, 1),
         seconds_p90=round(p90, 1),
         finish_p50=finish[0].isoformat(timespec="seconds"),
@@ -152,7 +168,7 @@ def outlook(
         usd_p90=None if usd_p90 is None else round(usd_p90, 6),
         is_late=is_late,
         is_over_budget=is_over,
-        warning=_warning(is_late, is_over, finish[1], deadline or None, usd_p90, budget),
+        warning=_warning(is_late, is_over, finish[1], deadline, usd_p90, budget),
     )
 
 

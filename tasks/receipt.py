@@ -75,42 +75,13 @@ def shard_receipt(
     Reading and writing overlap the engine: what they took in all is under `overlapped_seconds`.
     """
     wall = after.at - before.at
-    seconds = _seconds(before, after, wall)
-    num_prompt_tokens = after.num_prompt_tokens - before.num_prompt_tokens
-    num_cached = after.num_cached_tokens - before.num_cached_tokens
-    num_prefilled = max(0, num_prompt_tokens - num_cached)
-    tokens, reused = facts.tokens, facts.reused
-    num_sequences = sum(facts.lengths.values()) - reused["rows"]
-    num_generated = tokens["completion"] - reused["completion"]
-    decode_s = seconds["decode"] + seconds["tail"]
-    engine_s = decode_s + seconds["prefill"]
-    num_steps = after.num_steps - before.num_steps
-    prefill_share = yardstick.prefill_share(
-        num_prefilled,
-        tokens["prompt"] / max(1, sum(facts.lengths.values())),
-        seconds["prefill"],
-    )
-    decode_share = yardstick.decode_share(
-        num_steps * decode_s / engine_s if engine_s > 0 else 0.0,
-        tokens["context"] - reused["context"],
-        decode_s,
-    )
+    seconds, counts = _seconds(before, after, wall), _counts(before, after, facts)
+    num_generated = counts["num_completion_tokens"] - counts["num_reused_completion_tokens"]
+    num_steps = counts["num_steps"]
+    prefill_share, decode_share = _shares(yardstick, facts, counts, seconds)
     usd = yardstick.usd(wall)
     return {
-        "rows_by_state": {s: facts.states[s] for s in records.STATES if facts.states[s]},
-        "num_rows": sum(facts.states.values()),
-        "num_sequences": num_sequences,
-        "num_reused_rows": reused["rows"],
-        "num_repetitive": facts.num_repetitive,
-        "num_prompt_tokens": tokens["prompt"],
-        "num_completion_tokens": tokens["completion"],
-        "num_reused_completion_tokens": reused["completion"],
-        "num_tail_tokens": after.meter.tail_tokens - before.meter.tail_tokens,
-        "num_prefilled_tokens": num_prefilled,
-        "num_cached_prompt_tokens": num_cached,
-        "completion_tokens_histogram": dict(facts.lengths),
-        "num_steps": num_steps,
-        "num_preemptions": after.num_preemptions - before.num_preemptions,
+        **counts,
         "wall_s": _rounded(wall),
         "seconds": {name: _rounded(value) for name, value in seconds.items()},
         "overlapped_seconds": {
@@ -139,6 +110,51 @@ def shard_receipt(
         },
         "summary": _sentence(seconds, num_steps, num_generated, prefill_share, decode_share),
     }
+
+
+def _counts(before: Mark, after: Mark, facts: ShardFacts) -> dict[str, Any]:
+    """Return the part of the receipt that counts rows, tokens and steps."""
+    tokens, reused = facts.tokens, facts.reused
+    num_prompt_tokens = after.num_prompt_tokens - before.num_prompt_tokens
+    num_cached = after.num_cached_tokens - before.num_cached_tokens
+    return {
+        "rows_by_state": {s: facts.states[s] for s in records.STATES if facts.states[s]},
+        "num_rows": sum(facts.states.values()),
+        "num_sequences": sum(facts.lengths.values()) - reused["rows"],
+        "num_reused_rows": reused["rows"],
+        "num_repetitive": facts.num_repetitive,
+        "num_prompt_tokens": tokens["prompt"],
+        "num_completion_tokens": tokens["completion"],
+        "num_reused_completion_tokens": reused["completion"],
+        "num_tail_tokens": after.meter.tail_tokens - before.meter.tail_tokens,
+        "num_prefilled_tokens": max(0, num_prompt_tokens - num_cached),
+        "num_cached_prompt_tokens": num_cached,
+        "completion_tokens_histogram": dict(facts.lengths),
+        "num_steps": after.num_steps - before.num_steps,
+        "num_preemptions": after.num_preemptions - before.num_preemptions,
+    }
+
+
+def _shares(
+    yardstick: Yardstick,
+    facts: ShardFacts,
+    counts: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> tuple[float | None, float | None]:
+    """Return what prefill reached of the arithmetic peak and decoding of the bandwidth, where known."""
+    decode_s = seconds["decode"] + seconds["tail"]
+    engine_s = decode_s + seconds["prefill"]
+    prefill_share = yardstick.prefill_share(
+        counts["num_prefilled_tokens"],
+        facts.tokens["prompt"] / max(1, sum(facts.lengths.values())),
+        seconds["prefill"],
+    )
+    decode_share = yardstick.decode_share(
+        counts["num_steps"] * decode_s / engine_s if engine_s > 0 else 0.0,
+        facts.tokens["context"] - facts.reused["context"],
+        decode_s,
+    )
+    return prefill_share, decode_share
 
 
 def _seconds(before: Mark, after: Mark, wall: float) -> dict[str, float]:

@@ -150,43 +150,13 @@ def prepare(job: RunConfig, *, work_dir: Path, progress: Progress) -> Run:
     probe_store(root, allow_single_writer=job.storage.allow_single_writer)
     progress.phase = "checking the model"
     model = peek_model(job, work_dir=work_dir, progress=progress)
-    assert model.content_id is not None, "a look tells which model it is"
     job = _pinned(job, model)
     process = FeedProcess.of(job, model_dir=model.path, max_model_len=model.max_model_len)
     try:
-        progress.phase = "listing inputs"
-        inputs = InputFiles(work_dir, job.storage)
-        files = inputs.expand(job.input.uri)
-        backend = resolve_backend(job.engine.backend)
-        fields = fingerprint_fields(
-            job,
-            model_content_id=model.content_id,
-            backend=backend,
-            max_model_len=model.max_model_len,
-        )
-        run_id = job.run_id or default_run_id(
-            job.name, fingerprint(fields), [file.etag for file in files]
-        )
-        store = open_store(f"{root.uri}/{run_id}", job.storage)
-        record = write_record(store, job, run_id, fields)
-        store.put(keys.JOB, to_json(dataclasses.asdict(job)))
-        progress.phase = "planning"
-        plan = make_plan(
-            job=job,
-            record=record,
-            store=store,
-            model_dir=model.path,
-            work_dir=work_dir,
-            max_model_len=model.max_model_len,
-            on_progress=progress.planned,
-            files=inputs,
-            process=process,
-        )
-        _check_inputs(plan, [(file.uri, file.etag) for file in files])
-        run = _run(job, record, store, plan, model, work_dir)
+        run = _planned(job, root, model, process, work_dir=work_dir, progress=progress)
         run.feed_process = process
         if job.budget.usd is not None and not run.commits():
-            refuse_over_budget(job, plan, model.path)
+            refuse_over_budget(job, run.plan, model.path)
         return run
     except BaseException:
         process.close()
@@ -238,6 +208,47 @@ def _check_single_writer(job: RunConfig) -> None:
             f"storage.allow_single_writer promises one replica, and hardware.replicas is {replicas}; "
             "set it to 1, or use a store with conditional writes"
         )
+
+
+def _planned(
+    job: RunConfig,
+    root: ObjectStore,
+    model: RunModel,
+    process: FeedProcess,
+    *,
+    work_dir: Path,
+    progress: Progress,
+) -> Run:
+    """Name the run by what it is made of, record it in its folder and plan it, or find its plan there."""
+    assert model.content_id is not None, "a look tells which model it is"
+    progress.phase = "listing inputs"
+    inputs = InputFiles(work_dir, job.storage)
+    files = inputs.expand(job.input.uri)
+    fields = fingerprint_fields(
+        job,
+        model_content_id=model.content_id,
+        backend=resolve_backend(job.engine.backend),
+        max_model_len=model.max_model_len,
+    )
+    etags = [file.etag for file in files]
+    run_id = job.run_id or default_run_id(job.name, fingerprint(fields), etags)
+    store = open_store(f"{root.uri}/{run_id}", job.storage)
+    record = write_record(store, job, run_id, fields)
+    store.put(keys.JOB, to_json(dataclasses.asdict(job)))
+    progress.phase = "planning"
+    plan = make_plan(
+        job=job,
+        record=record,
+        store=store,
+        model_dir=model.path,
+        work_dir=work_dir,
+        max_model_len=model.max_model_len,
+        on_progress=progress.planned,
+        files=inputs,
+        process=process,
+    )
+    _check_inputs(plan, [(file.uri, file.etag) for file in files])
+    return _run(job, record, store, plan, model, work_dir)
 
 
 def _run(

@@ -16,13 +16,13 @@ from tasks.canary import (
 )
 from tasks.choose_tier import choose_hardware
 from tasks.content import prompt_digest, row_digest
-from tasks.drain import build_engine
 from tasks.feed import PreparedRow
 from tasks.forecast import lengths_of_canary
 from tasks.history import read_history
 from tasks.metering import Meter
 from tasks.progress import Progress
 from tasks.run import Run
+from tasks.run_engine import build_engine
 from tasks.run_forecast import forecast_run, workload_of
 
 

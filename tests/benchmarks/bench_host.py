@@ -83,7 +83,7 @@ def make_engine(max_num_seqs: int) -> PagedEngine:
         max_num_items=4 * max_num_seqs,
         block_size=64,
         max_blocks_per_seq=64,
-        tile_queries=32,
+        tile_queries=16,
         num_programs=33,
     )
     blocks = BlockManager(num_blocks=8000, block_size=64)

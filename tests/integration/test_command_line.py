@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from tasks.progress import Progress
 from tests.pipeline import MODELS, Nightjar
 
 REPOSITORY = Path(__file__).parents[2]
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 
 
 @pytest.fixture
@@ -94,6 +97,76 @@ def test_a_run_whose_caller_closed_its_streams_is_published(nightjar, prompts, c
     script = f'exec "{sys.executable}" -m flows.cli run "{job}" {closed}'
     assert subprocess.run(["sh", "-c", script], cwd=REPOSITORY, timeout=120).returncode == 0
     assert list((nightjar.folder / "out").glob("*/manifest.json"))
+
+
+def into_a_full_disk(*args, stderr=subprocess.PIPE, unbuffered=""):
+    with FULL.open("w") as full:
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli", *args],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=full if stderr is None else stderr,
+            text=True,
+            timeout=120,
+        )
+
+
+@needs_full
+@pytest.mark.parametrize(("options", "unbuffered"), [((), ""), (("--json",), "1")])
+def test_a_run_whose_summary_cannot_be_written_is_published_and_says_so(
+    nightjar, prompts, options, unbuffered
+):
+    job = nightjar.job("none", prompts, engine__backend="dummy")
+    done = into_a_full_disk("run", str(job), *options, unbuffered=unbuffered)
+    assert done.returncode == 0, done.stderr
+    assert list((nightjar.folder / "out").glob("*/manifest.json"))
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("nightjar: "))
+    assert "standard output could not be written: No space left on device" in line
+
+
+@needs_full
+def test_a_run_that_can_print_nothing_at_all_is_published(nightjar, prompts):
+    job = nightjar.job("none", prompts, engine__backend="dummy")
+    done = into_a_full_disk("run", str(job), stderr=None)
+    assert done.returncode == 0
+    assert list((nightjar.folder / "out").glob("*/manifest.json"))
+
+
+def test_a_run_whose_reader_has_gone_is_published_and_ends_quietly(nightjar, prompts):
+    job = nightjar.job("none", prompts, engine__backend="dummy")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "flows.cli", "run", str(job)]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert list((nightjar.folder / "out").glob("*/manifest.json"))
+    assert "nightjar: " not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_full
+def test_exit_codes_where_nothing_can_be_printed(nightjar, prompts):
+    done = nightjar.run("none", prompts, engine__backend="dummy")
+    damaged = shutil.copytree(done.run, nightjar.folder / "damaged")
+    next(damaged.glob("completions/part-*")).unlink()
+    lost = "standard output could not be written"
+    for code, *args in (
+        (0, "verify", str(done.run)),
+        (1, "status", str(done.run), "--watch"),
+        (1, "plan", str(nightjar.job("none", prompts, engine__backend="dummy")), "--json"),
+        (4, "verify", str(damaged), "--json"),
+        (2, "status", str(nightjar.folder), "--json"),
+        (0, "--version"),
+        (0, "--help"),
+    ):
+        found = into_a_full_disk(*args)
+        assert (found.returncode, "Traceback" in found.stderr) == (code, False), found.stderr
+        assert lost in found.stderr, args
 
 
 def test_a_prefect_server_that_is_not_there_is_one_line_without_its_password(nightjar, prompts):
