@@ -225,7 +225,7 @@ def test_a_run_has_one_identity_wherever_its_model_lies_and_plans_without_weight
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", logger="nightjar.drain")
+    caplog.set_level("INFO", logger="nightjar.engine")
     table = CASES / "A1-left-pad" / "input.parquet"
     settings = {"storage__endpoint_url": proxy.endpoint_url}
     remote = {"model__source": put_model(seaweed, SHARDED), "model__dtype": "float32", **settings}
