@@ -51,9 +51,9 @@ class Linear8(Linear):
                     f"fp8: a layer's input width of {width} is not a multiple of {_CUDA_MULTIPLE}, "
                     f"as the device's product needs; use model.quantization none"
                 )
-            padding = (0, 0, 0, -num_outputs % _CUDA_MULTIPLE)
-            weight_8 = F.pad(weight_8.view(torch.uint8), padding).view(weight_8.dtype)
-            scale = F.pad(scale, padding[2:])
+            if missing := -num_outputs % _CUDA_MULTIPLE:
+                padded = F.pad(weight_8.view(torch.uint8), (0, 0, 0, missing))
+                weight_8, scale = padded.view(weight_8.dtype), F.pad(scale, (0, missing))
         super().__init__(weight_8, bias)
         self._num_outputs = num_outputs
         self._scale = scale

@@ -184,7 +184,7 @@ class Planner:
         held = np.where(is_cut, num_parts, 0)
         first_part = np.cumsum(held) - held
         row_of = np.repeat(np.arange(num_rows), count)
-        nth = np.arange(len(row_of)) - np.repeat(np.cumsum(count) - count, count)
+        nth = _nth(count)
         begin = prefix[row_of] + nth * size[row_of]
         end = np.minimum(begin + size[row_of], lens[row_of])
         order = np.argsort(begin - end, kind="stable")
@@ -252,12 +252,12 @@ class Planner:
         piece = -(-length // (num_pieces * limits.block_size)) * limits.block_size
         num_pieces = -(-length // piece)
         shared, num_parts = none.copy(), none.copy()
-        members = order[_ranges(start, size)]
+        members = order[np.repeat(start, size) + _nth(size)]
         shared[members], num_parts[members] = np.repeat(length, size), np.repeat(num_pieces, size)
         # Each group's tiles of queries, and of each tile the pieces of the prefix.
         count = num_tiles * num_pieces
         group = np.repeat(np.arange(len(start)), count)
-        nth_tile, nth_piece = np.divmod(_ranges(np.zeros_like(count), count), num_pieces[group])
+        nth_tile, nth_piece = np.divmod(_nth(count), num_pieces[group])
         first = start[group] + nth_tile * limits.tile_queries
         begin = nth_piece * piece[group]
         tiles = parts["tiles"][: len(group)]
@@ -270,10 +270,9 @@ class Planner:
         return shared, len(group), num_parts
 
 
-def _ranges(start: Any, count: Any) -> Any:
-    """Return the integers of several ranges, one after the other."""
-    before = np.cumsum(count) - count
-    return np.arange(int(count.sum())) + np.repeat(start - before, count)
+def _nth(count: Any) -> Any:
+    """Return 0, 1, ... for each of several counts, one after the other."""
+    return np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
 
 
 def _num_pieces(length: Any, num_tiles: int, limits: BatchLimits) -> Any:
