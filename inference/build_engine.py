@@ -84,7 +84,7 @@ def build_engine(
     if is_cuda:
         _prefer_products_without_workspace()
     limits = _limits(model, settings)
-    scratch = _scratch(model, limits) if model.uses_kernels else None
+    scratch = _scratch(model, settings, limits) if model.uses_kernels else None
     plan = _plan_memory(model, settings, limits, scratch)
     cache = allocate(
         model.kv_shape(settings.block_size, settings.kv_dtype), plan.num_blocks, model.device
@@ -123,7 +123,7 @@ def build_engine(
 def run_all(model: PagedModel, settings: PagedSettings) -> None:
     """Launch every kernel that `build_engine` launches, in the same shapes; for a model on the meta device."""
     limits = _limits(model, settings)
-    runner = _trial_runner(model, settings, limits, _scratch(model, limits))
+    runner = _trial_runner(model, settings, limits, _scratch(model, settings, limits))
     runner.run_largest()
     if settings.use_graphs:
         runner.run_sizes(_captured_sizes(settings), row_sizes=sizes(settings.max_num_seqs))
@@ -194,12 +194,12 @@ def _limits(model: PagedModel, settings: PagedSettings) -> BatchLimits:
     shape = model.kv_shape(settings.block_size)
     tile_queries, num_programs = settings.max_num_batched_tokens, 1
     if model.uses_kernels:
-        from inference.kernels import fused
+        from inference.kernels import fused_attention
 
-        num_sms = fused.num_multiprocessors(model.device)
         group = model.num_heads // shape.num_kv_heads
-        tile_queries = fused.tile_rows(group) // group
-        num_programs = max(1, num_sms * fused.DECODE_PROGRAMS_PER_SM // shape.num_kv_heads)
+        tile_queries = fused_attention.tile_rows(group) // group
+        num_decode_programs = fused_attention.decode_programs(model.device, settings.kv_dtype)
+        num_programs = max(1, num_decode_programs // shape.num_kv_heads)
     return BatchLimits(
         max_num_tokens=settings.max_num_batched_tokens,
         max_num_seqs=settings.max_num_seqs,
@@ -211,12 +211,17 @@ def _limits(model: PagedModel, settings: PagedSettings) -> BatchLimits:
     )
 
 
-def _scratch(model: PagedModel, limits: BatchLimits) -> Any:
-    from inference.kernels import fused
+def _scratch(model: PagedModel, settings: PagedSettings, limits: BatchLimits) -> Any:
+    from inference.kernels import fused_attention
 
     shape = model.kv_shape(limits.block_size)
-    return fused.make_scratch(
-        limits, model.num_heads, shape.num_kv_heads, shape.head_dim, model.device
+    return fused_attention.make_scratch(
+        limits,
+        model.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        settings.kv_dtype,
+        model.device,
     )
 
 

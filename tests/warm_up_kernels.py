@@ -21,12 +21,14 @@ from inference.absent_model import AbsentModel
 from inference.build_engine import PagedSettings, run_all
 from inference.compile_ahead import noted_instead_of_compiled, variants
 from inference.config import EngineConfig
-from inference.kernels import fused
+from inference.kernels import fused, fused_attention
 from inference.kernels.absent_card import AbsentCard, Utils
 from inference.model import FusedModel, PagedModel, make_paged_model
 from inference.precompile import CardFacts, Precompile, is_done, task_for
 
-FACTS = CardFacts(capability=90, num_multiprocessors=fused.num_multiprocessors(torch.device("cpu")))
+FACTS = CardFacts(
+    capability=90, num_multiprocessors=fused_attention.num_multiprocessors(torch.device("cpu"))
+)
 FP8: dict[str, Any] = {"quantization": "fp8", "kv_cache_dtype": "fp8"}
 SIZES: dict[str, Any] = {"max_num_seqs": 24, "max_num_batched_tokens": 200}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

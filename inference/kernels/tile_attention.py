@@ -14,63 +14,7 @@ One launch does both kinds, so that it gets its place before the decode kernel t
 import triton
 import triton.language as tl
 
-from inference.kernels.decode_attention import merge_parts
-
-
-@triton.jit
-def _attend(
-    q,
-    top,
-    total,
-    acc,
-    k_ptr,
-    v_ptr,
-    row_table,
-    head,
-    begin,
-    end,
-    position,
-    scale_log2,
-    K: tl.constexpr,
-    H: tl.constexpr,
-    H_PAD: tl.constexpr,
-    S: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    IS_MASKED: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Attend to the tokens from `begin` to `end`; without a mask, all of them count for all queries."""
-    offs_h = tl.arange(0, H_PAD)
-    offs_s = tl.arange(0, TILE)
-    for at in tl.range(begin, end, TILE, num_stages=STAGES):
-        block = tl.load(row_table + at // S).to(tl.int64)
-        base = (block * K + head) * (S * H) + (at % S) * H
-        k_place = k_ptr + base + offs_s[None, :] * H + offs_h[:, None]
-        v_place = v_ptr + base + offs_s[:, None] * H + offs_h[None, :]
-        offs = at + offs_s
-        if IS_MASKED or H != H_PAD:
-            in_range = offs < end
-            k = tl.load(k_place, mask=in_range[None, :] & (offs_h[:, None] < H), other=0.0)
-            v = tl.load(v_place, mask=in_range[:, None] & (offs_h[None, :] < H), other=0.0)
-        else:
-            k = tl.load(k_place)
-            v = tl.load(v_place)
-        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2
-        if IS_MASKED:
-            allowed = (offs[None, :] <= position[:, None]) & (offs < end)[None, :]
-            if WINDOW > 0:
-                allowed = allowed & (offs[None, :] > position[:, None] - WINDOW)
-            scores = tl.where(allowed, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - safe_top[:, None])
-        shrink = tl.exp2(top - safe_top)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
-        top = new_top
-    return top, total, acc
+from inference.kernels.attend import attend, empty, finish, merge_parts
 
 
 @triton.jit
@@ -102,6 +46,7 @@ def tile_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
+    HAS_PTX: tl.constexpr,
 ):
     """q [T,N,H]; k, v [blocks,K,S,H]; out [T,N,H] (prefill); part_out [P,N,H], part_lse [P,N] (cascade).
 
@@ -111,6 +56,7 @@ def tile_kernel(
     num_working = tl.num_programs(0) * tl.load(quarters_ptr) // 4
     if tl.program_id(0) >= num_working:
         return
+    IS_FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
     offs_m = tl.arange(0, M)
     offs_h = tl.arange(0, H_PAD)
     N: tl.constexpr = K * G
@@ -133,13 +79,11 @@ def tile_kernel(
         mask = is_query[:, None] & (offs_h[None, :] < H)
         q_offs = (token * N + heads)[:, None] * H + offs_h[None, :]
         q = tl.load(q_ptr + q_offs, mask=mask, other=0.0)
-        if k_ptr.dtype.element_ty == tl.float8e4nv:
-            q = q.to(tl.float16)  # e4m3 becomes fp16 in one instruction, bf16 in several
-        top = tl.full([M], float("-inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, H_PAD], tl.float32)
+        if IS_FP8:
+            q = q.to(tl.float16)
         position = first_position + offs_m // G
         row_table = table_ptr + slot.to(tl.int64) * table_stride
+        top, total, acc, acc_odd = empty(M, H_PAD, IS_FP8)
         if WINDOW > 0:
             first = tl.maximum(first_position - WINDOW + 1, 0)
             middle = tl.maximum(start, (first // TILE) * TILE)
@@ -147,11 +91,12 @@ def tile_kernel(
             # What every query of the tile sees needs no mask.
             whole = tl.minimum(end, first_position + 1)
             middle = start + tl.maximum(whole - start, 0) // TILE * TILE
-            top, total, acc = _attend(
+            top, total, acc, acc_odd = attend(
                 q,
                 top,
                 total,
                 acc,
+                acc_odd,
                 k_ptr,
                 v_ptr,
                 row_table,
@@ -168,12 +113,14 @@ def tile_kernel(
                 0,
                 False,
                 STAGES,
+                HAS_PTX,
             )
-        top, total, acc = _attend(
+        top, total, acc, acc_odd = attend(
             q,
             top,
             total,
             acc,
+            acc_odd,
             k_ptr,
             v_ptr,
             row_table,
@@ -190,14 +137,13 @@ def tile_kernel(
             WINDOW,
             True,
             STAGES,
+            HAS_PTX,
         )
-        is_empty = total == 0.0
-        result = acc / tl.where(is_empty, 1.0, total)[:, None]
+        result, lse = finish(top, total, acc, acc_odd, M, H_PAD, IS_FP8)
         if is_cascade:
             part = tl.load(row_part_ptr + token, mask=is_query, other=0) + part_offset
             place = part * N + heads
             tl.store(part_out_ptr + place[:, None] * H + offs_h[None, :], result, mask=mask)
-            lse = tl.where(is_empty, float("-inf"), top + tl.log2(tl.where(is_empty, 1.0, total)))
             tl.store(part_lse_ptr + place, lse, mask=is_query)
             arrivals = arrivals_ptr + token * K + head
             num_parts = tl.load(row_num_parts_ptr + token, mask=is_query, other=0)

@@ -16,7 +16,7 @@ from inference.batch import (
     make_batch,
     views_of,
 )
-from inference.kernels import device_sampler, fused, plain
+from inference.kernels import device_sampler, fused, fused_attention, plain
 from inference.model import make_paged_model
 from inference.planner import Planner, Slots
 from inference.sampler import SamplerRow, sample
@@ -79,7 +79,7 @@ class Case:
             max_num_seqs=rows,
             block_size=block_size,
             max_blocks_per_seq=per_seq,
-            tile_queries=fused.tile_rows(group) // group,
+            tile_queries=fused_attention.tile_rows(group) // group,
             num_programs=num_programs,
             max_num_items=256,
         )
@@ -123,7 +123,9 @@ class Case:
         assert plan.is_mixed == bool(chunks or self.num_pieces)
         packed = torch.from_numpy(np.concatenate([p.ravel() for p in parts.values()]))
         views = views_of(packed.to(DEVICE), self.limits)
-        scratch = fused.make_scratch(self.limits, num_heads, num_kv_heads, head_dim, DEVICE)
+        scratch = fused_attention.make_scratch(
+            self.limits, num_heads, num_kv_heads, head_dim, DTYPE, DEVICE
+        )
         poisoned(scratch.part_out), poisoned(scratch.part_lse)
         whole = make_batch(views, table_host.to(DEVICE), scratch)
         self.batch = cut(whole, plan, num_tokens + 3)
@@ -138,7 +140,11 @@ class Case:
                 self.k_cache[block, :, offset] = float("nan")
                 self.v_cache[block, :, offset] = float("nan")
 
-    def check(self, window: int = 0) -> None:
+    def store_in_fp8(self) -> None:
+        self.k_cache = self.k_cache.nan_to_num(0.0).to(torch.float8_e4m3fn)
+        self.v_cache = self.v_cache.nan_to_num(0.0).to(torch.float8_e4m3fn)
+
+    def check(self, window: int = 0, tolerance: float = TOLERANCE) -> None:
         found = fused.attention(
             self.q, self.k_cache, self.v_cache, self.batch, scale=0.3, window=window
         )
@@ -150,7 +156,7 @@ class Case:
             scale=0.3,
             window=window,
         )
-        assert error_of(found[: self.num_tokens], expected[: self.num_tokens]) < TOLERANCE
+        assert error_of(found[: self.num_tokens], expected[: self.num_tokens]) < tolerance
         scratch = self.batch.scratch
         assert not scratch.tickets.any(), "a ticket counter was left behind"
         assert not scratch.arrivals.any(), "a count of parts was left behind"
@@ -241,9 +247,11 @@ class _Deferred:
 
 @pytest.mark.parametrize("heads", [(4, 2), (8, 1)])
 def test_parts_are_merged_by_whoever_ends_last(monkeypatch, heads):
-    late = _Deferred(fused.tile_kernel)
-    monkeypatch.setattr(fused, "tile_kernel", late)
-    monkeypatch.setattr(fused, "decode_kernel", late.behind(fused.decode_kernel))
+    late = _Deferred(fused_attention.tile_kernel)
+    monkeypatch.setattr(fused_attention, "tile_kernel", late)
+    monkeypatch.setattr(
+        fused_attention, "decode_kernel", late.behind(fused_attention.decode_kernel)
+    )
     lens = [600 + 90 * i for i in range(6)]
     case = Case(lens, [(0, 20)], heads=heads, num_shared=5, shared_blocks=36, num_programs=8)
     assert case.num_pieces > 1
@@ -258,11 +266,23 @@ def test_a_long_shared_prefix_is_read_in_pieces():
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="e4m3 in the interpreter is too slow")
-def test_fp8_keys_and_values_are_read_as_they_are_stored():
-    case = Case([70, 300], [(0, 33)], head_dim=128, block_size=64)
-    case.k_cache = case.k_cache.nan_to_num(0.0).to(torch.float8_e4m3fn)
-    case.v_cache = case.v_cache.nan_to_num(0.0).to(torch.float8_e4m3fn)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_fp8_keys_and_values_are_read_as_they_are_stored(head_dim):
+    case = Case([70, 300, 64], [(0, 33), (64, 70)], head_dim=head_dim, block_size=64)
+    case.store_in_fp8()
     case.check()
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_fp8_values_keep_their_places_in_a_head(head_dim, window):
+    case = Case([20, 37, 16], [(0, 9)], head_dim=head_dim)
+    case.store_in_fp8()
+    case.check(window, tolerance=max(TOLERANCE, 1e-3))  # products in fp16
+
+
+def test_two_heads_of_256_in_a_block_of_64_are_attended_to():
+    Case([70, 300], [(0, 33)], head_dim=256, block_size=64).check()
 
 
 @pytest.mark.parametrize("has_residual", [True, False])

@@ -1,0 +1,196 @@
+"""Paged attention on Triton kernels: prefill and shared prefixes as tiles, decoding rows beside them.
+
+T tokens   N query heads   K KV heads   H head dim   P attention parts
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from inference.batch import NUM_ITEMS, NUM_TILES, TILE_QUARTERS, Batch, BatchLimits
+from inference.kernels.decode_attention import decode_kernel
+from inference.kernels.tile_attention import tile_kernel
+
+TILE_ROWS = 64
+"""Least rows of a prefill or cascade tile: query tokens times the query heads of one KV head."""
+
+DECODE_KEYS = 32
+DECODE_OPTIONS = {"num_warps": 2, "STAGES": 5}
+DECODE_OPTIONS_FP8 = {"num_warps": 1, "STAGES": 5}
+"""Some stages go to the block table's entry, whose load an address waits for: 2 to 4 compile to one buffer of keys and
+values, 5 to two."""
+
+TILE_KEYS = 64
+TILE_PROGRAMS_PER_SM = 2
+TILE_OPTIONS = {"num_warps": 4, "STAGES": 5}
+TILE_OPTIONS_WIDE = {"num_warps": 4, "STAGES": 2}
+"""For heads wider than 128: two buffers of their keys take all of a multiprocessor's shared memory, or more."""
+
+
+HAS_PTX = isinstance(decode_kernel, triton.JITFunction) and torch.version.hip is None
+"""Kernels are compiled for NVIDIA's devices: neither interpreted nor for another's."""
+
+
+@dataclass(slots=True)
+class Scratch:
+    """What the attention kernels write between launches, and how many programs they run as."""
+
+    part_out: Tensor
+    part_lse: Tensor
+    tickets: Tensor
+    """Counters of the decode and tile launches, far apart."""
+
+    arrivals: Tensor
+    """Parts of each row and KV head that are written, while the decode kernel runs."""
+
+    decode_programs: int
+    tile_programs: int
+    side_stream: Any
+    """Where tiles run beside the decode kernel, with priority; None without CUDA."""
+
+
+def tile_rows(group: int) -> int:
+    """Rows of a tile where so many query heads share a KV head: enough for one query token."""
+    return max(TILE_ROWS, int(triton.next_power_of_2(group)))
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; of the absent one that meta stands for; a few for Triton's interpreter."""
+    if device.type == "meta":
+        properties = triton.runtime.driver.active.utils.get_device_properties(0)
+        return int(properties["multiprocessor_count"])
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def make_scratch(
+    limits: BatchLimits,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+) -> Scratch:
+    """Allocate room for every part a batch within `limits` can have."""
+    num_parts = (
+        limits.max_num_items + limits.max_num_seqs + limits.tile_queries * limits.num_programs
+    )
+    return Scratch(
+        torch.empty(num_parts, num_heads, head_dim, dtype=torch.float32, device=device),
+        torch.empty(num_parts, num_heads, dtype=torch.float32, device=device),
+        torch.zeros(2, 32, dtype=torch.int32, device=device),
+        torch.zeros(limits.max_num_seqs, num_kv_heads, dtype=torch.int32, device=device),
+        decode_programs=decode_programs(device, kv_dtype),
+        tile_programs=num_multiprocessors(device) * TILE_PROGRAMS_PER_SM,
+        side_stream=_priority_stream(device),
+    )
+
+
+def decode_programs(device: torch.device, kv_dtype: torch.dtype) -> int:
+    """Return how many programs decode attention runs as."""
+    return num_multiprocessors(device) * (8 if kv_dtype == torch.float8_e4m3fn else 4)
+
+
+def _priority_stream(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return None
+    cuda: Any = torch.cuda
+    return cuda.Stream(device, priority=-1)
+
+
+def attention(
+    q_TNH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: Batch,
+    *,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """Attend each token to its own sequence's tokens up to itself, the last `window` only; return [T,N,H]."""
+    _, num_heads, head_dim = q_TNH.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    group = num_heads // num_kv_heads
+    scratch: Scratch = batch.scratch
+    out = torch.empty_like(q_TNH)
+    scale_log2 = scale * math.log2(math.e)
+    h_pad = max(16, triton.next_power_of_2(head_dim))
+    table_stride = batch.block_table.stride(0)
+    common = {
+        "K": num_kv_heads,
+        "G": group,
+        "G_PAD": max(16, triton.next_power_of_2(group)),
+        "H": head_dim,
+        "H_PAD": h_pad,
+        "S": block_size,
+        "WINDOW": window,
+        "HAS_PTX": HAS_PTX,
+    }
+    is_fp8 = k_cache.dtype == torch.float8_e4m3fn
+    if is_fp8:
+        v_cache = v_cache.view(torch.int16)
+
+    if batch.is_mixed:
+        with _beside(scratch.side_stream):
+            tile_kernel[(scratch.tile_programs,)](
+                q_TNH,
+                k_cache,
+                v_cache,
+                batch.block_table,
+                batch.tiles,
+                batch.counts[NUM_TILES:],
+                batch.counts[TILE_QUARTERS:],
+                scratch.tickets[1],
+                batch.cascade_rows,
+                batch.row_part,
+                batch.row_num_parts,
+                out,
+                scratch.part_out,
+                scratch.part_lse,
+                scratch.arrivals,
+                scale_log2,
+                table_stride,
+                M=tile_rows(group),
+                TILE=min(block_size, TILE_KEYS),
+                **common,
+                **(TILE_OPTIONS if h_pad <= 128 else TILE_OPTIONS_WIDE),
+            )
+    decode_kernel[(scratch.decode_programs,)](
+        q_TNH,
+        k_cache,
+        v_cache,
+        batch.block_table,
+        batch.items,
+        batch.counts[NUM_ITEMS:],
+        scratch.tickets[0],
+        out,
+        scratch.part_out,
+        scratch.part_lse,
+        scratch.arrivals,
+        scale_log2,
+        table_stride,
+        TILE=min(block_size, DECODE_KEYS),
+        **common,
+        **(DECODE_OPTIONS_FP8 if is_fp8 else DECODE_OPTIONS),
+    )
+    if batch.is_mixed and scratch.side_stream is not None:
+        torch.cuda.current_stream().wait_stream(scratch.side_stream)
+    return out
+
+
+@contextmanager
+def _beside(stream: Any) -> Iterator[None]:
+    """Run what is launched here beside what the current stream runs next; the caller joins them."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
