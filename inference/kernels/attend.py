@@ -2,8 +2,8 @@
 
 Softmax as FlashAttention has it: running maximum and sum, in base 2. Where keys and values are e4m3, products are
 in fp16, into which a pair of them goes in one instruction. A product needs its second operand transposed, which shared
-memory does for 16 bits but not for 8; so values are read as pairs of neighbours along the head, and even and odd dims
-have a product each.
+memory does for 16 bits but not for 8; so values may be given as int16, pairs of neighbours along the head, and even and
+odd dims have a product each.
 
     M query rows   K KV heads   G query heads of each   H head dim   S tokens in one block
 """
@@ -39,12 +39,13 @@ def attend(
 ):
     """Attend to the tokens from `begin` to `end`; without a mask, all of them count for all queries.
 
-    k [blocks,K,S,H]; v the same, or [blocks,K,S,H/2] int16 where keys are e4m3.
+    k [blocks,K,S,H]; v the same, or [blocks,K,S,H/2] int16, pairs of e4m3.
     """
-    IS_FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
-    WIDTH: tl.constexpr = H // 2 if IS_FP8 else H
+    IS_PAIRED: tl.constexpr = v_ptr.dtype.element_ty == tl.int16
+    WIDTH: tl.constexpr = H // 2 if IS_PAIRED else H
+    ZERO: tl.constexpr = 0 if IS_PAIRED else 0.0
     offs_h = tl.arange(0, H_PAD)
-    offs_v = tl.arange(0, H_PAD // 2 if IS_FP8 else H_PAD)
+    offs_v = tl.arange(0, H_PAD // 2 if IS_PAIRED else H_PAD)
     offs_s = tl.arange(0, TILE)
     for at in tl.range(begin, end, TILE, num_stages=STAGES):
         block = tl.load(row_table + at // S).to(tl.int64)
@@ -55,7 +56,7 @@ def attend(
         if IS_MASKED or H != H_PAD:
             in_range = offs < end
             k = tl.load(k_place, mask=in_range[None, :] & (offs_h[:, None] < H), other=0.0)
-            v = tl.load(v_place, mask=in_range[:, None] & (offs_v[None, :] < WIDTH), other=0)
+            v = tl.load(v_place, mask=in_range[:, None] & (offs_v[None, :] < WIDTH), other=ZERO)
         else:
             k = tl.load(k_place)
             v = tl.load(v_place)
@@ -72,7 +73,7 @@ def attend(
         total = total * shrink + tl.sum(weights, 1)
         weights = weights.to(q.dtype)
         acc = acc * shrink[:, None]
-        if IS_FP8:
+        if IS_PAIRED:
             even, odd = _parted(v, HAS_PTX)
             acc = tl.dot(weights, even, acc)
             acc_odd = tl.dot(weights, odd, acc_odd * shrink[:, None])
@@ -83,11 +84,11 @@ def attend(
 
 
 @triton.jit
-def empty(M: tl.constexpr, H_PAD: tl.constexpr, IS_FP8: tl.constexpr):
+def empty(M: tl.constexpr, H_PAD: tl.constexpr, IS_PAIRED: tl.constexpr):
     """Return what `attend` starts from: maximum [M], sum [M], and the accumulator [M,H], or its even and odd dims."""
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    if IS_FP8:
+    if IS_PAIRED:
         acc = tl.zeros([M, H_PAD // 2], tl.float32)
         acc_odd = tl.zeros([M, H_PAD // 2], tl.float32)
     else:
@@ -97,9 +98,9 @@ def empty(M: tl.constexpr, H_PAD: tl.constexpr, IS_FP8: tl.constexpr):
 
 
 @triton.jit
-def finish(top, total, acc, acc_odd, M: tl.constexpr, H_PAD: tl.constexpr, IS_FP8: tl.constexpr):
+def finish(top, total, acc, acc_odd, M: tl.constexpr, H_PAD: tl.constexpr, IS_PAIRED: tl.constexpr):
     """Return the attention [M,H] and its log-sum-exp [M] in base 2; 0 and -inf where no token counted."""
-    if IS_FP8:
+    if IS_PAIRED:
         acc = tl.reshape(tl.join(acc, acc_odd), [M, H_PAD])
     is_empty = total == 0.0
     safe_total = tl.where(is_empty, 1.0, total)

@@ -43,11 +43,11 @@ def decode_kernel(
     STAGES: tl.constexpr,
     HAS_PTX: tl.constexpr,
 ):
-    """q [T,N,H]; k, v [blocks,K,S,H]; out [T,N,H]; part_out [P,N,H] fp32; part_lse [P,N] fp32, base 2.
+    """q [T,N,H]; k, v [blocks,K,S,H] (v also as `attend` has it); out [T,N,H]; part_out [P,N,H] fp32; part_lse [P,N] fp32, base 2.
 
     `ticket_ptr` points to a 0 and `arrivals_ptr` to zeros [T,K], and do so again when the launch is over.
     """
-    IS_FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
+    IS_PAIRED: tl.constexpr = v_ptr.dtype.element_ty == tl.int16
     offs_g = tl.arange(0, G_PAD)
     offs_h = tl.arange(0, H_PAD)
     is_head = (offs_g[:, None] < G) & (offs_h[None, :] < H)
@@ -65,11 +65,11 @@ def decode_kernel(
         context_len = tl.load(item + 5)
         q_offs = (row * N + head * G + offs_g[:, None]) * H + offs_h[None, :]
         q = tl.load(q_ptr + q_offs, mask=is_head, other=0.0)
-        if IS_FP8:
+        if k_ptr.dtype.element_ty == tl.float8e4nv:
             q = q.to(tl.float16)
         position = tl.zeros([G_PAD], tl.int32) + (context_len - 1)
         row_table = table_ptr + slot.to(tl.int64) * table_stride
-        top, total, acc, acc_odd = empty(G_PAD, H_PAD, IS_FP8)
+        top, total, acc, acc_odd = empty(G_PAD, H_PAD, IS_PAIRED)
         if WINDOW > 0:
             first = tl.maximum(context_len - WINDOW, 0)
             middle = tl.maximum(start, (first // TILE) * TILE)
@@ -123,7 +123,7 @@ def decode_kernel(
             STAGES if WINDOW > 0 else 1,
             HAS_PTX,
         )
-        result, lse = finish(top, total, acc, acc_odd, G_PAD, H_PAD, IS_FP8)
+        result, lse = finish(top, total, acc, acc_odd, G_PAD, H_PAD, IS_PAIRED)
         if part < 0:
             tl.store(out_ptr + q_offs, result.to(out_ptr.dtype.element_ty), mask=is_head)
         else:

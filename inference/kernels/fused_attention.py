@@ -20,18 +20,19 @@ from inference.kernels.tile_attention import tile_kernel
 TILE_ROWS = 64
 """Least rows of a prefill or cascade tile: query tokens times the query heads of one KV head."""
 
-DECODE_KEYS = 32
-DECODE_OPTIONS = {"num_warps": 2, "STAGES": 5}
-DECODE_OPTIONS_FP8 = {"num_warps": 1, "STAGES": 5}
+DECODE_OPTIONS = {"TILE": 32, "num_warps": 2, "STAGES": 5}
+DECODE_OPTIONS_FP8 = {"TILE": 64, "num_warps": 2, "STAGES": 3}
+DECODE_OPTIONS_PAIRED = {"TILE": 32, "num_warps": 1, "STAGES": 5}
 """Some stages go to the block table's entry, whose load an address waits for: 2 to 4 compile to one buffer of keys and
-values, 5 to two."""
+values, 5 to two. Values in pairs, see `attend`, take so few registers that twice as many programs find room."""
 
-TILE_KEYS = 64
+PAIRED_HEAD_DIM = 128
+"""The one width at which e4m3 values in pairs are measured and checked on a card."""
+
 TILE_PROGRAMS_PER_SM = 2
-TILE_OPTIONS = {"num_warps": 4, "STAGES": 5}
-TILE_OPTIONS_WIDE = {"num_warps": 4, "STAGES": 2}
-"""For heads wider than 128: two buffers of their keys take all of a multiprocessor's shared memory, or more."""
-
+TILE_OPTIONS = {"TILE": 64, "num_warps": 4, "STAGES": 5}
+TILE_OPTIONS_ONE_BUFFER = {"TILE": 64, "num_warps": 4, "STAGES": 2}
+"""For e4m3, and for heads wider than 128: two buffers of those take all of a multiprocessor's shared memory, or more."""
 
 HAS_PTX = isinstance(decode_kernel, triton.JITFunction) and torch.version.hip is None
 """Kernels are compiled for NVIDIA's devices: neither interpreted nor for another's."""
@@ -87,15 +88,19 @@ def make_scratch(
         torch.empty(num_parts, num_heads, dtype=torch.float32, device=device),
         torch.zeros(2, 32, dtype=torch.int32, device=device),
         torch.zeros(limits.max_num_seqs, num_kv_heads, dtype=torch.int32, device=device),
-        decode_programs=decode_programs(device, kv_dtype),
+        decode_programs=decode_programs(device, kv_dtype, head_dim),
         tile_programs=num_multiprocessors(device) * TILE_PROGRAMS_PER_SM,
         side_stream=_priority_stream(device),
     )
 
 
-def decode_programs(device: torch.device, kv_dtype: torch.dtype) -> int:
+def decode_programs(device: torch.device, kv_dtype: torch.dtype, head_dim: int) -> int:
     """Return how many programs decode attention runs as."""
-    return num_multiprocessors(device) * (8 if kv_dtype == torch.float8_e4m3fn else 4)
+    return num_multiprocessors(device) * (8 if _is_paired(kv_dtype, head_dim) else 4)
+
+
+def _is_paired(kv_dtype: torch.dtype, head_dim: int) -> bool:
+    return kv_dtype == torch.float8_e4m3fn and head_dim == PAIRED_HEAD_DIM
 
 
 def _priority_stream(device: torch.device) -> Any:
@@ -134,10 +139,8 @@ def attention(
         "HAS_PTX": HAS_PTX,
     }
     is_fp8 = k_cache.dtype == torch.float8_e4m3fn
-    if is_fp8:
-        v_cache = v_cache.view(torch.int16)
-
     if batch.is_mixed:
+        options = TILE_OPTIONS_ONE_BUFFER if is_fp8 or h_pad > 128 else TILE_OPTIONS
         with _beside(scratch.side_stream):
             tile_kernel[(scratch.tile_programs,)](
                 q_TNH,
@@ -158,10 +161,12 @@ def attention(
                 scale_log2,
                 table_stride,
                 M=tile_rows(group),
-                TILE=min(block_size, TILE_KEYS),
                 **common,
-                **(TILE_OPTIONS if h_pad <= 128 else TILE_OPTIONS_WIDE),
+                **_within(block_size, options),
             )
+    options = DECODE_OPTIONS_FP8 if is_fp8 else DECODE_OPTIONS
+    if _is_paired(k_cache.dtype, head_dim):
+        options, v_cache = DECODE_OPTIONS_PAIRED, v_cache.view(torch.int16)
     decode_kernel[(scratch.decode_programs,)](
         q_TNH,
         k_cache,
@@ -176,13 +181,17 @@ def attention(
         scratch.arrivals,
         scale_log2,
         table_stride,
-        TILE=min(block_size, DECODE_KEYS),
         **common,
-        **(DECODE_OPTIONS_FP8 if is_fp8 else DECODE_OPTIONS),
+        **_within(block_size, options),
     )
     if batch.is_mixed and scratch.side_stream is not None:
         torch.cuda.current_stream().wait_stream(scratch.side_stream)
     return out
+
+
+def _within(block_size: int, options: dict[str, int]) -> dict[str, int]:
+    """Return options whose tile of keys lies within one block."""
+    return {**options, "TILE": min(options["TILE"], block_size)}
 
 
 @contextmanager

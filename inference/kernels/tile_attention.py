@@ -56,7 +56,6 @@ def tile_kernel(
     num_working = tl.num_programs(0) * tl.load(quarters_ptr) // 4
     if tl.program_id(0) >= num_working:
         return
-    IS_FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
     offs_m = tl.arange(0, M)
     offs_h = tl.arange(0, H_PAD)
     N: tl.constexpr = K * G
@@ -79,11 +78,11 @@ def tile_kernel(
         mask = is_query[:, None] & (offs_h[None, :] < H)
         q_offs = (token * N + heads)[:, None] * H + offs_h[None, :]
         q = tl.load(q_ptr + q_offs, mask=mask, other=0.0)
-        if IS_FP8:
+        if k_ptr.dtype.element_ty == tl.float8e4nv:
             q = q.to(tl.float16)
         position = first_position + offs_m // G
         row_table = table_ptr + slot.to(tl.int64) * table_stride
-        top, total, acc, acc_odd = empty(M, H_PAD, IS_FP8)
+        top, total, acc, acc_odd = empty(M, H_PAD, False)
         if WINDOW > 0:
             first = tl.maximum(first_position - WINDOW + 1, 0)
             middle = tl.maximum(start, (first // TILE) * TILE)
@@ -139,7 +138,7 @@ def tile_kernel(
             STAGES,
             HAS_PTX,
         )
-        result, lse = finish(top, total, acc, acc_odd, M, H_PAD, IS_FP8)
+        result, lse = finish(top, total, acc, acc_odd, M, H_PAD, False)
         if is_cascade:
             part = tl.load(row_part_ptr + token, mask=is_query, other=0) + part_offset
             place = part * N + heads

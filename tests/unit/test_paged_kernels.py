@@ -265,23 +265,21 @@ def test_a_long_shared_prefix_is_read_in_pieces():
     case.check()
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="e4m3 in the interpreter is too slow")
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 128])
 def test_fp8_keys_and_values_are_read_as_they_are_stored(head_dim):
-    case = Case([70, 300, 64], [(0, 33), (64, 70)], head_dim=head_dim, block_size=64)
+    case = Case([70, 130, 64], [(0, 33), (64, 70)], head_dim=head_dim, block_size=64)
     case.store_in_fp8()
-    case.check()
+    case.check(tolerance=max(TOLERANCE, 1e-3))  # products in fp16
 
 
 @pytest.mark.parametrize("window", [0, 20])
-@pytest.mark.parametrize("head_dim", [16, 24])
-def test_fp8_values_keep_their_places_in_a_head(head_dim, window):
-    case = Case([20, 37, 16], [(0, 9)], head_dim=head_dim)
+def test_fp8_values_in_pairs_keep_their_places_in_a_head(window):
+    case = Case([20, 37, 16], heads=(2, 1), head_dim=fused_attention.PAIRED_HEAD_DIM)
     case.store_in_fp8()
-    case.check(window, tolerance=max(TOLERANCE, 1e-3))  # products in fp16
+    case.check(window, tolerance=max(TOLERANCE, 1e-3))
 
 
-def test_two_heads_of_256_in_a_block_of_64_are_attended_to():
+def test_heads_of_256_in_blocks_of_64_are_attended_to():
     Case([70, 300], [(0, 33)], head_dim=256, block_size=64).check()
 
 
