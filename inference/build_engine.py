@@ -84,6 +84,7 @@ def build_engine(
     if is_cuda:
         _prefer_products_without_workspace()
     limits = _limits(model, settings)
+    model.ranks.open_peer_sum(limits.max_num_tokens * model.hidden_size, model.dtype, model.device)
     scratch = _scratch(model, settings, limits) if model.uses_kernels else None
     plan = _plan_memory(model, settings, limits, scratch)
     cache = allocate(
@@ -198,7 +199,9 @@ def _limits(model: PagedModel, settings: PagedSettings) -> BatchLimits:
 
         group = model.num_heads // shape.num_kv_heads
         tile_queries = fused_attention.tile_rows(group) // group
-        num_decode_programs = fused_attention.decode_programs(model.device, settings.kv_dtype)
+        num_decode_programs = fused_attention.decode_programs(
+            model.device, settings.kv_dtype, shape.head_dim
+        )
         num_programs = max(1, num_decode_programs // shape.num_kv_heads)
     return BatchLimits(
         max_num_tokens=settings.max_num_batched_tokens,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inference.peer_sum import PeerSum
+
 
 class TensorParallel:
     """One rank's view of its group. `alone` is a group of one, which exchanges nothing."""
@@ -21,6 +23,8 @@ class TensorParallel:
         self.size = size
         self.group = group
         """A torch process group with gloo for host tensors and, on CUDA, NCCL for device tensors."""
+
+        self._peer_sum: PeerSum | None = None
 
     @classmethod
     def alone(cls) -> "TensorParallel":
@@ -34,12 +38,31 @@ class TensorParallel:
 
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Replace the tensor by the sum over ranks, in place: the same bits on every rank."""
-        if self.size > 1:
-            import torch.distributed as dist
+    def open_peer_sum(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Sum tensors of up to so many elements through peers' memory from here on, where that is faster.
 
-            dist.all_reduce(tensor, group=self.group)
+        All ranks must call it, before any graph is captured. Returns whether they do.
+        """
+        if self.size > 1:
+            self._peer_sum = PeerSum.open(self, num_elements, dtype, device)
+        return self._peer_sum is not None
+
+    def room(self, like: Tensor, width: int) -> Tensor | None:
+        """Return where a product [T, width] of `like`'s rows is best written to be summed; None: anywhere."""
+        return None if self._peer_sum is None else self._peer_sum.room(len(like), width, like.dtype)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Return the sum over ranks, the same bits on every rank.
+
+        The tensor is overwritten, or the sum lies where the next one will: it is to be used before that.
+        """
+        if self.size == 1:
+            return tensor
+        if self._peer_sum is not None and self._peer_sum.takes(tensor.numel(), tensor.dtype):
+            return self._peer_sum.of(tensor)
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Tensor parallel on two devices: NCCL, captured graphs and the device sampler give one device's tokens."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,17 @@ def test_experts_on_two_devices_begin_like_those_of_one(tmp_path):
     # grouped products need bf16, in which another order of sums may turn a near tie
     greedy = [i for i in expected if i % 3 == 0]
     assert sum(found[i][:2] == expected[i][:2] for i in greedy) >= 0.7 * len(greedy)
+
+
+def test_sums_through_peers_are_those_of_nccl():
+    script = str(Path(__file__).parents[1] / "rank_peer_sum.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    found = subprocess.run(
+        [*torchrun, "--standalone", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("the same bits") == 2, found.stdout
