@@ -48,21 +48,13 @@ def choose_hardware(
         EngineConfigError: nothing fits; with the arithmetic.
         ModelError: the model's config.json says too little to size it.
     """
-    price = job.hardware.price_per_hour
     if job.engine.backend == "dummy":
         return _without_gpu(job, "dummy", "the dummy backend needs no model and no GPU")
-    known, num_gpus = load_hardware(hardware), None
-    if job.hardware.provider == "local":
-        found = local_gpu(known)
-        if found is None:
-            backend = "transformers" if job.engine.backend == "auto" else job.engine.backend
-            why = f"this machine has no GPU that the hardware file knows: the {backend} backend runs on the CPU"
-            return _without_gpu(job, backend, why)
-        known = [found]
-    else:
-        known, num_gpus = named_gpus(job.hardware.tier, known)
-    if price is not None:
-        known = [dataclasses.replace(gpu, price_per_hour=price) for gpu in known]
+    known, num_gpus = _candidates(job, hardware)
+    if not known:
+        backend = "transformers" if job.engine.backend == "auto" else job.engine.backend
+        why = f"this machine has no GPU that the hardware file knows: the {backend} backend runs on the CPU"
+        return _without_gpu(job, backend, why)
     shape, options = read_model_shape(model_dir), sizing_options(job, num_gpus)
     objective: Objective = "fastest" if job.hardware.provider == "local" else "cheapest"
     # What is over the budget is shown all the same: the forecast says so, with the numbers.
@@ -85,6 +77,20 @@ def choose_hardware(
         price_per_hour=gpu.price_per_hour,
         tier=tier,
     )
+
+
+def _candidates(job: RunConfig, hardware: str | None) -> tuple[list[GpuType], int | None]:
+    """Return the GPU types a job may run on, at its price, and how many a replica has where the job names it."""
+    known, num_gpus = load_hardware(hardware), None
+    if job.hardware.provider == "local":
+        found = local_gpu(known)
+        known = [] if found is None else [found]
+    else:
+        known, num_gpus = named_gpus(job.hardware.tier, known)
+    price = job.hardware.price_per_hour
+    if price is not None:
+        known = [dataclasses.replace(gpu, price_per_hour=price) for gpu in known]
+    return known, num_gpus
 
 
 def local_gpu(known: list[GpuType]) -> GpuType | None:
