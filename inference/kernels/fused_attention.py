@@ -32,7 +32,8 @@ PAIRED_HEAD_DIM = 128
 TILE_PROGRAMS_PER_SM = 2
 TILE_OPTIONS = {"TILE": 64, "num_warps": 4, "STAGES": 5}
 TILE_OPTIONS_ONE_BUFFER = {"TILE": 64, "num_warps": 4, "STAGES": 2}
-"""For e4m3, and for heads wider than 128: two buffers of those take all of a multiprocessor's shared memory, or more."""
+"""For all but 16-bit keys of at most 128 dims: two buffers of longer ones do not fit every multiprocessor, and for e4m3 they
+are not measured."""
 
 HAS_PTX = isinstance(decode_kernel, triton.JITFunction) and torch.version.hip is None
 """Kernels are compiled for NVIDIA's devices: neither interpreted nor for another's."""
@@ -140,7 +141,8 @@ def attention(
     }
     is_fp8 = k_cache.dtype == torch.float8_e4m3fn
     if batch.is_mixed:
-        options = TILE_OPTIONS_ONE_BUFFER if is_fp8 or h_pad > 128 else TILE_OPTIONS
+        is_short = k_cache.element_size() == 2 and h_pad <= 128
+        options = TILE_OPTIONS if is_short else TILE_OPTIONS_ONE_BUFFER
         with _beside(scratch.side_stream):
             tile_kernel[(scratch.tile_programs,)](
                 q_TNH,
