@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def attend(
+def _pass(
     q,
     top,
     total,
@@ -37,10 +37,7 @@ def attend(
     STAGES: tl.constexpr,
     HAS_PTX: tl.constexpr,
 ):
-    """Attend to the tokens from `begin` to `end`; without a mask, all of them count for all queries.
-
-    k [blocks,K,S,H]; v the same, or [blocks,K,S,H/2] int16, pairs of e4m3.
-    """
+    """Attend to the tokens from `begin` to `end`; without a mask, all of them count for all queries."""
     IS_PAIRED: tl.constexpr = v_ptr.dtype.element_ty == tl.int16
     WIDTH: tl.constexpr = H // 2 if IS_PAIRED else H
     ZERO: tl.constexpr = 0 if IS_PAIRED else 0.0
@@ -84,30 +81,6 @@ def attend(
 
 
 @triton.jit
-def empty(M: tl.constexpr, H_PAD: tl.constexpr, IS_PAIRED: tl.constexpr):
-    """Return what `attend` starts from: maximum [M], sum [M], and the accumulator [M,H], or its even and odd dims."""
-    top = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    if IS_PAIRED:
-        acc = tl.zeros([M, H_PAD // 2], tl.float32)
-        acc_odd = tl.zeros([M, H_PAD // 2], tl.float32)
-    else:
-        acc = tl.zeros([M, H_PAD], tl.float32)
-        acc_odd = total  # not used
-    return top, total, acc, acc_odd
-
-
-@triton.jit
-def finish(top, total, acc, acc_odd, M: tl.constexpr, H_PAD: tl.constexpr, IS_PAIRED: tl.constexpr):
-    """Return the attention [M,H] and its log-sum-exp [M] in base 2; 0 and -inf where no token counted."""
-    if IS_PAIRED:
-        acc = tl.reshape(tl.join(acc, acc_odd), [M, H_PAD])
-    is_empty = total == 0.0
-    safe_total = tl.where(is_empty, 1.0, total)
-    return acc / safe_total[:, None], tl.where(is_empty, float("-inf"), top + tl.log2(safe_total))
-
-
-@triton.jit
 def _parted(pairs, HAS_PTX: tl.constexpr):
     """Return the even and the odd ones of int16 pairs of e4m3, in fp16."""
     if HAS_PTX:
@@ -130,6 +103,107 @@ def _parted(pairs, HAS_PTX: tl.constexpr):
         even = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
         odd = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
     return even, odd
+
+
+@triton.jit
+def attend(
+    q,
+    k_ptr,
+    v_ptr,
+    row_table,
+    head,
+    start,
+    end,
+    first_position,
+    position,
+    scale_log2,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
+    HAS_PTX: tl.constexpr,
+):
+    """Attend queries at `position` [M], the least of them first_position, to the tokens from `start` to `end`.
+
+    k [blocks,K,S,H]; v the same, or [blocks,K,S,H/2] int16, pairs of e4m3. Returns the attention [M,H] and its
+    log-sum-exp [M] in base 2; 0 and -inf where no token counted.
+    """
+    IS_PAIRED: tl.constexpr = v_ptr.dtype.element_ty == tl.int16
+    if k_ptr.dtype.element_ty == tl.float8e4nv:
+        q = q.to(tl.float16)
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    if IS_PAIRED:
+        acc = tl.zeros([M, H_PAD // 2], tl.float32)
+        acc_odd = tl.zeros([M, H_PAD // 2], tl.float32)
+    else:
+        acc = tl.zeros([M, H_PAD], tl.float32)
+        acc_odd = total  # not used
+    if WINDOW > 0:
+        first = tl.maximum(first_position - WINDOW + 1, 0)
+        middle = tl.maximum(start, (first // TILE) * TILE)
+    else:
+        # What every query sees needs no mask.
+        whole = tl.minimum(end, first_position + 1)
+        middle = start + tl.maximum(whole - start, 0) // TILE * TILE
+        top, total, acc, acc_odd = _pass(
+            q,
+            top,
+            total,
+            acc,
+            acc_odd,
+            k_ptr,
+            v_ptr,
+            row_table,
+            head,
+            start,
+            middle,
+            position,
+            scale_log2,
+            K,
+            H,
+            H_PAD,
+            S,
+            TILE,
+            0,
+            False,
+            STAGES,
+            HAS_PTX,
+        )
+    top, total, acc, acc_odd = _pass(
+        q,
+        top,
+        total,
+        acc,
+        acc_odd,
+        k_ptr,
+        v_ptr,
+        row_table,
+        head,
+        middle,
+        end,
+        position,
+        scale_log2,
+        K,
+        H,
+        H_PAD,
+        S,
+        TILE,
+        WINDOW,
+        True,
+        MASKED_STAGES,
+        HAS_PTX,
+    )
+    if IS_PAIRED:
+        acc = tl.reshape(tl.join(acc, acc_odd), [M, H_PAD])
+    is_empty = total == 0.0
+    safe_total = tl.where(is_empty, 1.0, total)
+    return acc / safe_total[:, None], tl.where(is_empty, float("-inf"), top + tl.log2(safe_total))
 
 
 @triton.jit

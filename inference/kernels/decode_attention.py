@@ -14,7 +14,7 @@ them normalised; whoever leaves the last one merges them.
 import triton
 import triton.language as tl
 
-from inference.kernels.attend import attend, empty, finish, merge_parts
+from inference.kernels.attend import attend, merge_parts
 
 
 @triton.jit
@@ -47,7 +47,6 @@ def decode_kernel(
 
     `ticket_ptr` points to a 0 and `arrivals_ptr` to zeros [T,K], and do so again when the launch is over.
     """
-    IS_PAIRED: tl.constexpr = v_ptr.dtype.element_ty == tl.int16
     offs_g = tl.arange(0, G_PAD)
     offs_h = tl.arange(0, H_PAD)
     is_head = (offs_g[:, None] < G) & (offs_h[None, :] < H)
@@ -62,68 +61,33 @@ def decode_kernel(
         start = tl.load(item + 2)
         end = tl.load(item + 3)
         part = tl.load(item + 4)
-        context_len = tl.load(item + 5)
         q_offs = (row * N + head * G + offs_g[:, None]) * H + offs_h[None, :]
         q = tl.load(q_ptr + q_offs, mask=is_head, other=0.0)
-        if k_ptr.dtype.element_ty == tl.float8e4nv:
-            q = q.to(tl.float16)
-        position = tl.zeros([G_PAD], tl.int32) + (context_len - 1)
+        own = tl.load(item + 5) - 1
+        position = tl.zeros([G_PAD], tl.int32) + own
         row_table = table_ptr + slot.to(tl.int64) * table_stride
-        top, total, acc, acc_odd = empty(G_PAD, H_PAD, IS_PAIRED)
-        if WINDOW > 0:
-            first = tl.maximum(context_len - WINDOW, 0)
-            middle = tl.maximum(start, (first // TILE) * TILE)
-        else:
-            middle = start + (end - start) // TILE * TILE
-            top, total, acc, acc_odd = attend(
-                q,
-                top,
-                total,
-                acc,
-                acc_odd,
-                k_ptr,
-                v_ptr,
-                row_table,
-                head,
-                start,
-                middle,
-                position,
-                scale_log2,
-                K,
-                H,
-                H_PAD,
-                S,
-                TILE,
-                0,
-                False,
-                STAGES,
-                HAS_PTX,
-            )
-        top, total, acc, acc_odd = attend(
+        result, lse = attend(
             q,
-            top,
-            total,
-            acc,
-            acc_odd,
             k_ptr,
             v_ptr,
             row_table,
             head,
-            middle,
+            start,
             end,
+            own,
             position,
             scale_log2,
+            G_PAD,
             K,
             H,
             H_PAD,
             S,
             TILE,
             WINDOW,
-            True,
+            STAGES,
             STAGES if WINDOW > 0 else 1,
             HAS_PTX,
         )
-        result, lse = finish(top, total, acc, acc_odd, G_PAD, H_PAD, IS_PAIRED)
         if part < 0:
             tl.store(out_ptr + q_offs, result.to(out_ptr.dtype.element_ty), mask=is_head)
         else:

@@ -14,7 +14,7 @@ One launch does both kinds, so that it gets its place before the decode kernel t
 import triton
 import triton.language as tl
 
-from inference.kernels.attend import attend, empty, finish, merge_parts
+from inference.kernels.attend import attend, merge_parts
 
 
 @triton.jit
@@ -78,67 +78,30 @@ def tile_kernel(
         mask = is_query[:, None] & (offs_h[None, :] < H)
         q_offs = (token * N + heads)[:, None] * H + offs_h[None, :]
         q = tl.load(q_ptr + q_offs, mask=mask, other=0.0)
-        if k_ptr.dtype.element_ty == tl.float8e4nv:
-            q = q.to(tl.float16)
         position = first_position + offs_m // G
         row_table = table_ptr + slot.to(tl.int64) * table_stride
-        top, total, acc, acc_odd = empty(M, H_PAD, False)
-        if WINDOW > 0:
-            first = tl.maximum(first_position - WINDOW + 1, 0)
-            middle = tl.maximum(start, (first // TILE) * TILE)
-        else:
-            # What every query of the tile sees needs no mask.
-            whole = tl.minimum(end, first_position + 1)
-            middle = start + tl.maximum(whole - start, 0) // TILE * TILE
-            top, total, acc, acc_odd = attend(
-                q,
-                top,
-                total,
-                acc,
-                acc_odd,
-                k_ptr,
-                v_ptr,
-                row_table,
-                head,
-                start,
-                middle,
-                position,
-                scale_log2,
-                K,
-                H,
-                H_PAD,
-                S,
-                TILE,
-                0,
-                False,
-                STAGES,
-                HAS_PTX,
-            )
-        top, total, acc, acc_odd = attend(
+        result, lse = attend(
             q,
-            top,
-            total,
-            acc,
-            acc_odd,
             k_ptr,
             v_ptr,
             row_table,
             head,
-            middle,
+            start,
             end,
+            first_position,
             position,
             scale_log2,
+            M,
             K,
             H,
             H_PAD,
             S,
             TILE,
             WINDOW,
-            True,
+            STAGES,
             STAGES,
             HAS_PTX,
         )
-        result, lse = finish(top, total, acc, acc_odd, M, H_PAD, False)
         if is_cascade:
             part = tl.load(row_part_ptr + token, mask=is_query, other=0) + part_offset
             place = part * N + heads
