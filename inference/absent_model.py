@@ -163,7 +163,7 @@ class _Router(_Linear):
 
 
 class _Experts(nn.Module):
-    """A block of the Qwen3-MoE kind; in full precision it stands for the model's own module, which is not ours."""
+    """A block of the Qwen3-MoE kind."""
 
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, of: dict[str, Any]) -> None:
         super().__init__()
@@ -174,10 +174,6 @@ class _Experts(nn.Module):
         self.experts = nn.Module()
         self.experts.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden, **of))
         self.experts.down_proj = nn.Parameter(torch.empty(count, hidden, width, **of))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[1,T,D] -> [1,T,D]"""
-        return torch.empty_like(x)
 
 
 class _Layer(nn.Module):

@@ -13,9 +13,6 @@ from torch import Tensor
 from inference.kernels.plain import FP8_MAX, ExpertWeights
 from inference.tensor_parallel import TensorParallel
 
-FULL_PRECISION_TOO = False
-"""Whether experts in full precision run here and not by the model's own module, which is what has been measured."""
-
 
 class Experts:
     """Takes the weights of a transformers block of the Qwen3-MoE kind; what was cut over ranks is summed here."""

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inference import experts
 from inference.batch import Batch
 from inference.errors import EngineConfigError
 from inference.experts import Experts
@@ -149,10 +148,8 @@ class FusedLayer:
         if hasattr(mlp, "gate_proj"):
             self._gate_up = _fuse([mlp.gate_proj, mlp.up_proj], is_fp8)
             self._down = _reduced(mlp.down_proj, is_fp8, ranks)
-        elif is_fp8 or experts.FULL_PRECISION_TOO:
-            self._mlp = Experts(mlp, ops, is_fp8, ranks)
         else:
-            self._mlp = lambda x_TD: mlp(x_TD[None])[0]  # sums over ranks itself
+            self._mlp = Experts(mlp, ops, is_fp8, ranks)
 
     def first_norm(self, residual_TD: Tensor) -> Rows:
         """Return this layer's input when it is the first layer."""

@@ -4,9 +4,8 @@ No rank ever reads or holds more than its own part. What is partitioned:
 
     attention and MLP linears   as DeepSpeed's AutoTP cuts them (`inference.autotp`)
     shared experts              as an MLP, by AutoTP; the gate in front of them is whole
-    experts                     every rank has all of them, each cut along its intermediate size; transformers'
-                                own module runs them (grouped GEMMs where torch has them) and one
-                                all-reduce follows
+    experts                     every rank has all of them, each cut along its intermediate size; one all-reduce
+                                follows
     output head                 rows of the vocabulary, unless it is tied to the embedding
     all else                    whole on every rank
 

@@ -26,9 +26,6 @@ ELEMENTWISE_SHARE = 0.6
 PREFILL_ATTENTION_SHARE = 0.5
 KV_BANDWIDTH_SHARE = 0.93
 KV_BANDWIDTH_SHARE_FP8 = 0.83  # converting them costs time
-EXPERT_BANDWIDTH_SHARE = (
-    0.48  # grouped products of a few rows each, and what is around them: Qwen3-30B-A3B, one run
-)
 ALL_REDUCE_LATENCY_S = {"nvlink": 12e-6, "xgmi": 15e-6, "pcie": 30e-6, "network": 60e-6}
 MAX_NUM_SEQS = 1024
 PREFILL_CHUNK_TOKENS = 8192
@@ -247,10 +244,9 @@ class Replica:
             # bitsandbytes writes the weight out in 16 bits and reads it back on every call.
             linear += 2 * element
         expert = shape.expert_bytes_per_param(self.dtype, self.quantization)
-        expert_share = 1.0 if self._layer_dtype() == "fp8" else EXPERT_BANDWIDTH_SHARE
         read = (
             (shape.num_attention_params + shape.num_mlp_params) * linear
-            + shape.num_expert_params * expert * self._expert_coverage(tokens) / expert_share
+            + shape.num_expert_params * expert * self._expert_coverage(tokens)
             + shape.num_embedding_params * element
         )
         return read / self.tensor_parallel_size / self.gpu.achieved_bandwidth

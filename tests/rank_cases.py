@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from inference import experts
 from inference.arriving import Arriving
 from inference.build_engine import build_engine
 from inference.config import DistributedConfig, EngineConfig
@@ -80,15 +79,6 @@ def compare(folder: str, ranks: TensorParallel, *, seed: int, is_fused: bool = T
                 if not torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5):
                     return f"logprobs {here} instead of {there}"
     return ""
-
-
-def compare_own_experts(folder: str, ranks: TensorParallel, *, seed: int) -> str:
-    """As `compare`, with experts on the engine's own operations over ranks, and the model's module on one."""
-    experts.FULL_PRECISION_TOO = True
-    found = tokens(generate(folder, ranks, seed=seed))
-    experts.FULL_PRECISION_TOO = False
-    expected = tokens(generate(folder, TensorParallel.alone(), seed=seed))
-    return "" if found == expected else f"tokens {found} instead of {expected}"
 
 
 def compare_stored(folders: str, ranks: TensorParallel, *, seed: int) -> str:
@@ -188,7 +178,9 @@ def main(document: dict[str, Any]) -> None:
         "pair-dense": lambda: compare(folders["dense"], pair, seed=seed),
         "pair-tied-with-biases": lambda: compare(folders["tied"], pair, seed=seed),
         "pair-moe": lambda: compare(folders["moe"], pair, seed=seed),
-        "pair-own-experts": lambda: compare_own_experts(folders["moe"], pair, seed=seed),
+        "pair-experts-of-the-class": lambda: compare(
+            folders["moe"], pair, seed=seed, is_fused=False
+        ),
         "pair-shared-experts": lambda: compare(folders["shared"], pair, seed=seed),
         "pair-unmodified-class": lambda: compare(folders["dense"], pair, seed=seed, is_fused=False),
         "pair-fp8-blocks": lambda: compare_stored(folders["blocks"], pair, seed=seed),

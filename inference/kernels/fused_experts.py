@@ -26,6 +26,8 @@ class Tiles(NamedTuple):
     block_m: int
     block_n: int
     block_k: int
+    """Of 16-bit numbers: as many bytes of others."""
+
     num_warps: int
     num_stages: int
 
@@ -33,10 +35,16 @@ class Tiles(NamedTuple):
 _TILES = (
     (8, Tiles(16, 128, 128, 4, 3)),
     (20, Tiles(32, 128, 128, 4, 3)),
-    (48, Tiles(64, 128, 64, 4, 4)),
+    (64, Tiles(64, 128, 64, 4, 4)),
 )
-_LARGEST_TILES = Tiles(128, 256, 64, 8, 3)
+_LARGEST_TILES = Tiles(128, 256, 64, 8, 4)
 _SCAN = 1024
+
+_SHARED_KIB = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
+"""Shared memory a program may have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+
+_LEAST_SHARED_KIB = 99
+"""As 8.6, 8.9 and 12.x have."""
 
 
 def experts(
@@ -90,7 +98,7 @@ def experts(
     is_fp8 = gate_up.scale is not None
     x, x_scale = quantise_rows(x_TD) if is_fp8 else (x_TD, x_TD)
     inner = x_TD.new_empty(max_blocks * tiles.block_m, width)
-    block_n, options = _options(tiles, tiles.block_n // 2, width, hidden, is_fp8)
+    block_n, options = _options(tiles, tiles.block_n // 2, 2, width, hidden, gate_up.weight.dtype)
     gate_up_kernel[(max_blocks * triton.cdiv(width, block_n),)](
         x,
         x_scale,
@@ -108,7 +116,7 @@ def experts(
     )
     inner, inner_scale = quantise_rows(inner) if is_fp8 else (inner, inner)
     parts = x_TD.new_empty(num_rows, hidden)
-    block_n, options = _options(tiles, tiles.block_n, hidden, width, is_fp8)
+    block_n, options = _options(tiles, tiles.block_n, 1, hidden, width, down.weight.dtype)
     down_kernel[(max_blocks * triton.cdiv(hidden, block_n),)](
         inner,
         inner_scale,
@@ -140,17 +148,40 @@ def tiles_for(rows_per_expert: float) -> Tiles:
 
 
 def _options(
-    tiles: Tiles, block_n: int, outputs: int, inputs: int, is_fp8: bool
+    tiles: Tiles, block_n: int, num_products: int, outputs: int, inputs: int, dtype: torch.dtype
 ) -> tuple[int, dict[str, int | bool]]:
-    """Return BN and the other constants of a product; no tile is much larger than what it cuts."""
+    """Return BN and the other constants of a kernel that makes so many products of BN outputs.
+
+    No tile is much larger than what it cuts, and the buffers of all stages fit a program's shared memory.
+    """
+    is_fp8 = dtype == torch.float8_e4m3fn
     block_n = min(block_n, max(16, triton.next_power_of_2(outputs)))
-    least, most = (32, 2 * tiles.block_k) if is_fp8 else (16, tiles.block_k)
+    least, most = (32 if is_fp8 else 16), 2 * tiles.block_k // dtype.itemsize
     block_k = min(most, max(least, triton.next_power_of_2(inputs)))
+    stage_bytes = (tiles.block_m + num_products * block_n) * block_k * dtype.itemsize
     return block_n, {
         "BM": tiles.block_m,
         "BN": block_n,
         "BK": block_k,
-        "STAGES": tiles.num_stages,
+        "STAGES": min(tiles.num_stages, most_stages(stage_bytes, _arch())),
         "IS_FP8": is_fp8,
         "num_warps": tiles.num_warps,
     }
+
+
+def _arch() -> int | str:
+    if not isinstance(gate_up_kernel, triton.JITFunction):
+        return 90  # interpreted
+    arch: int | str = triton.runtime.driver.active.get_current_target().arch
+    return arch
+
+
+def most_stages(stage_bytes: int, arch: int | str) -> int:
+    """Return how many stages fit the shared memory of an architecture, as Triton names it: 90, or gfx942.
+
+    Before Hopper, of N stages N - 1 are held at a time.
+    """
+    if isinstance(arch, str):  # AMD's: 64 KiB
+        return max(1, (64 << 10) // stage_bytes)
+    room = _SHARED_KIB.get(arch, _LEAST_SHARED_KIB) << 10
+    return max(1, room // stage_bytes + (arch < 90))

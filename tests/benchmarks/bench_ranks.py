@@ -187,9 +187,6 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--min-step-tokens", help="least target of a step, for ranks on a device")
-    parser.add_argument(
-        "--own-experts", action="store_true", help="experts on the engine's kernels"
-    )
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -199,8 +196,6 @@ def main() -> None:
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         if value := getattr(args, name):
             options += [f"--{name.replace('_', '-')}", str(value)]
-    if args.own_experts:
-        os.environ["NIGHTJAR_BENCH_OWN_EXPERTS"] = "1"
     if args.min_step_tokens:
         os.environ["NIGHTJAR_BENCH_MIN_STEP_TOKENS"] = args.min_step_tokens
     for case in args.cases:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 import inference.__main__ as rank_process
-from inference import experts
 from inference.arriving import Arriving
 from inference.backends import paged
 from inference.build_engine import PagedSettings, build_engine
@@ -75,7 +74,6 @@ def main(arguments: list[str]) -> ExitCode:
     faulthandler.enable()
     faulthandler.dump_traceback_later(60, repeat=True)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    experts.FULL_PRECISION_TOO = "NIGHTJAR_BENCH_OWN_EXPERTS" in os.environ
     paged._load = random_part
     paged.build_engine = reported_build
     return rank_process.main(arguments)

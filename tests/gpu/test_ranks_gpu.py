@@ -43,14 +43,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), config)
 
 
-def generate(
-    model: Path, size: int, *, enforce_eager: bool = False, dtype: str = "float32"
-) -> dict[int, tuple[int, ...]]:
+def generate(model: Path, size: int, *, enforce_eager: bool = False) -> dict[int, tuple[int, ...]]:
     backend = create_backend(
         EngineConfig(
             model=str(model),
             backend="paged",
-            dtype=dtype,
+            dtype="float32",
             max_num_seqs=64,
             max_model_len=256,
             tensor_parallel_size=size,
@@ -77,7 +75,7 @@ def test_two_devices_give_the_tokens_of_one(model, enforce_eager):
     assert sum(found[i] == expected[i] for i in expected) >= 46
 
 
-def test_experts_on_two_devices_begin_like_those_of_one(tmp_path):
+def test_experts_on_two_devices_give_the_tokens_of_one(tmp_path):
     config = transformers.Qwen3MoeConfig(
         vocab_size=4096,
         hidden_size=256,
@@ -93,11 +91,8 @@ def test_experts_on_two_devices_begin_like_those_of_one(tmp_path):
         tie_word_embeddings=False,
     )
     model = make_model(tmp_path / "model", config)
-    expected = generate(model, 1, dtype="bfloat16")
-    found = generate(model, 2, dtype="bfloat16")
-    # grouped products need bf16, in which another order of sums may turn a near tie
-    greedy = [i for i in expected if i % 3 == 0]
-    assert sum(found[i][:2] == expected[i][:2] for i in greedy) >= 0.7 * len(greedy)
+    expected, found = generate(model, 1), generate(model, 2)
+    assert sum(found[i] == expected[i] for i in expected) >= 46
 
 
 def test_sums_through_peers_are_those_of_nccl():

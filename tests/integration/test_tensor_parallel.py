@@ -46,7 +46,7 @@ PAIRS = [
     "pair-dense",
     "pair-tied-with-biases",
     "pair-moe",
-    "pair-own-experts",
+    "pair-experts-of-the-class",
     "pair-shared-experts",
     "pair-unmodified-class",
     "pair-fp8-blocks",

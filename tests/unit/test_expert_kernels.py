@@ -85,6 +85,21 @@ def test_every_tile_size_gives_the_same_sums(monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize(
+    ("arch", "kib", "num_held"),
+    [(75, 64, -1), (80, 163, -1), (89, 99, -1), (90, 227, 0), (120, 99, 0), ("gfx942", 64, 0)],
+)
+def test_buffers_fit_the_shared_memory_of_every_card(arch, kib, num_held):
+    pytest.importorskip("triton", reason="Triton is not installed: kernels are not tested here")
+    from inference.kernels.fused_experts import most_stages
+
+    for stage_bytes in (10 << 10, 24 << 10, 48 << 10):
+        stages = most_stages(stage_bytes, arch)
+        assert stages >= 1
+        assert (stages + num_held) * stage_bytes <= kib << 10
+        assert (stages + num_held + 1) * stage_bytes > kib << 10
+
+
 def test_e4m3_keeps_three_bits_of_every_expert():
     weight = torch.randn(3, 8, 64)
     weight[1] *= 1000

@@ -1,4 +1,5 @@
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,6 +146,24 @@ def test_reads_past_the_page_cache_are_the_same_bytes(paths: list[Path]) -> None
         begin = reader.read_aligned(offset, count, view)
         assert bytes(view[begin : begin + count]) == data[offset : offset + count]
     reader.close()
+
+
+def test_bytes_copied_from_memory_are_the_files_and_a_cut_file_is_an_error() -> None:
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no /dev/shm here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "a.safetensors"
+        save_file({"w": torch.arange(10_000, dtype=torch.float32)}, path)
+        data = path.read_bytes()
+        reader = WeightFileReader(path, direct=True)
+        view = memoryview(bytearray(len(data) + 4 * 4096))
+        for offset, count in ((0, 1), (5, 4096), (4095, 2), (len(data) - 3, 3), (0, len(data))):
+            begin = reader.read_aligned(offset, count, view)
+            assert bytes(view[begin : begin + count]) == data[offset : offset + count]
+        os.truncate(path, 5000)
+        with pytest.raises(ModelError, match=r"a\.safetensors: ends at byte 5000"):
+            reader.read_aligned(4000, 2000, view)
+        reader.close()
 
 
 @pytest.mark.gpu

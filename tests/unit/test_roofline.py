@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import pytest
 
-from inference import roofline
 from inference.model_config import model_shape
 from inference.prediction import predict, predict_offloaded
 from inference.request_mixes import requests
@@ -121,8 +120,7 @@ def test_a_decode_step_of_twelve_8b_layers_lies_within_8_percent_of_the_measured
     assert replica.step_s(running, 0, context, 100) * 1e3 == pytest.approx(measured_ms, rel=0.08)
 
 
-# Completion tokens/s (thousands) the simulation gives for 1,000 rows of 1024 in and 256 out; it lets experts run at the
-# memory's speed.
+# Completion tokens/s (thousands) the simulation gives for 1,000 rows of 1024 in and 256 out.
 @pytest.mark.parametrize(
     ("model", "quantization", "thousands"),
     [
@@ -131,9 +129,8 @@ def test_a_decode_step_of_twelve_8b_layers_lies_within_8_percent_of_the_measured
     ],
 )  # fmt: skip
 def test_long_prompts_are_predicted_within_15_percent_of_the_simulation(
-    monkeypatch, model, quantization, thousands
+    model, quantization, thousands
 ):
-    monkeypatch.setattr(roofline, "EXPERT_BANDWIDTH_SHARE", 1.0)
     workload = Workload.of([(1024, 256)] * 1000)
     replica = Replica(shape=MODELS[model], gpu=H100, quantization=quantization, max_num_seqs=4096)
     per_s = workload.num_completion_tokens / predict(replica, workload).seconds
@@ -149,7 +146,7 @@ MEASURED = [
     ("H100", "0.6B", "none", 1, "chat", 1024, 5.21), ("H100", "0.6B", "none", 1, "template", 1024, 2.94),
     ("H200", "8B", "none", 1, "chat", 512, 9.42), ("H200", "32B", "none", 1, "chat", 512, 32.79),
     ("H200", "8B", "none", 2, "chat", 1024, 10.68), ("H200", "32B", "none", 2, "chat", 1024, 30.90),
-    ("H200", "30B-A3B", "none", 1, "chat", 1024, 35.72),
+    ("H100", "30B-A3B", "none", 1, "chat", 1024, 27.35),
 ]  # fmt: skip
 
 
