@@ -12,6 +12,7 @@ from inference.errors import ModelError
 from inference.load_weights import default_threads, load_weights
 from inference.weight_movers import BUFFER_BYTES
 from inference.weight_reader import Slice, WeightFileReader
+from tests.processes import wait_for
 
 METHODS = ["safetensors", "parallel"]
 
@@ -163,7 +164,13 @@ def test_bytes_copied_from_memory_are_the_files_and_a_cut_file_is_an_error() -> 
         os.truncate(path, 5000)
         with pytest.raises(ModelError, match=r"a\.safetensors: ends at byte 5000"):
             reader.read_aligned(4000, 2000, view)
+        assert str(path) in Path("/proc/self/maps").read_text()
         reader.close()
+        wait_for(
+            lambda: str(path) not in Path("/proc/self/maps").read_text(),
+            timeout_s=20,
+            what="the mapping to be gone",
+        )
 
 
 @pytest.mark.gpu
