@@ -170,6 +170,15 @@ def test_what_was_measured_is_predicted_within_20_percent(
     assert predict(replica, workload).seconds == pytest.approx(measured_s, rel=0.2)
 
 
+@pytest.mark.parametrize(("model", "is_two_ranks_faster"), [("8B", False), ("32B", True)])
+def test_two_ranks_or_two_replicas_are_predicted_as_they_were_measured(model, is_two_ranks_faster):
+    whole = Workload.of([(len(prompt), length) for prompt, length in requests("chat", 1024)])
+    half = Workload.of([(len(prompt), length) for prompt, length in requests("chat", 512)])
+    one = Replica(shape=MODELS[model], gpu=GPUS["H200"])
+    two_ranks_s = predict(replace(one, tensor_parallel_size=2), whole).seconds
+    assert (two_ranks_s < predict(one, half).seconds) == is_two_ranks_faster
+
+
 @pytest.mark.parametrize(
     ("model", "quantization", "tokens"),
     [("0.6B", "none", 692e3), ("8B", "none", 435e3), ("8B", "fp8", 482e3), ("32B", "none", 57e3),
