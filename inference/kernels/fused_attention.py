@@ -32,8 +32,10 @@ PAIRED_HEAD_DIM = 128
 TILE_PROGRAMS_PER_SM = 2
 TILE_OPTIONS = {"TILE": 64, "num_warps": 4, "STAGES": 5}
 TILE_OPTIONS_ONE_BUFFER = {"TILE": 64, "num_warps": 4, "STAGES": 2}
-"""For all but 16-bit keys of at most 128 dims: two buffers of longer ones do not fit every multiprocessor, and for e4m3 they
-are not measured."""
+"""For e4m3, where two buffers are not measured, and 16-bit keys of more dims, where they do not fit every multiprocessor."""
+
+TILE_OPTIONS_FP32 = {"TILE": 32, "num_warps": 4, "STAGES": 2}
+"""With 64 keys of 128 dims, a program would need more shared memory than most cards have: 115 KB, and 99 are common."""
 
 HAS_PTX = isinstance(decode_kernel, triton.JITFunction) and torch.version.hip is None
 """Kernels are compiled for NVIDIA's devices: neither interpreted nor for another's."""
@@ -141,8 +143,7 @@ def attention(
     }
     is_fp8 = k_cache.dtype == torch.float8_e4m3fn
     if batch.is_mixed:
-        is_short = k_cache.element_size() == 2 and h_pad <= 128
-        options = TILE_OPTIONS if is_short else TILE_OPTIONS_ONE_BUFFER
+        options = _tile_options(k_cache.element_size(), h_pad)
         with _beside(scratch.side_stream):
             tile_kernel[(scratch.tile_programs,)](
                 q_TNH,
@@ -189,6 +190,12 @@ def attention(
     if batch.is_mixed and scratch.side_stream is not None:
         torch.cuda.current_stream().wait_stream(scratch.side_stream)
     return out
+
+
+def _tile_options(element_size: int, h_pad: int) -> dict[str, int]:
+    if element_size == 4:
+        return TILE_OPTIONS_FP32
+    return TILE_OPTIONS if element_size == 2 and h_pad <= 128 else TILE_OPTIONS_ONE_BUFFER
 
 
 def _within(block_size: int, options: dict[str, int]) -> dict[str, int]:
