@@ -136,18 +136,16 @@ class WeightFileReader:
             os.close(self._direct_fd)
 
     def _copy(self, offset: int, count: int, buffer: memoryview) -> None:
-        size = os.fstat(
-            self._fd
-        ).st_size  # touching a page past the end would be the end of the process
-        if size < offset + count:
+        # Touching a page past the end would be the end of the process.
+        if (size := os.fstat(self._fd).st_size) < offset + count:
             raise ModelError(f"{self.path}: ends at byte {size}; stage it again")
         with self._lock:
-            self._memory = self._memory or _MappedFile(self._fd)
-        ctypes.memmove(
-            ctypes.addressof(ctypes.c_char.from_buffer(buffer)),
-            self._memory.address + offset,
-            count,
-        )
+            try:
+                self._memory = self._memory or _MappedFile(self._fd)
+            except OSError as error:
+                raise ModelError(f"{self.path}: cannot be mapped: {error.strerror}") from error
+        target = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        ctypes.memmove(target, self._memory.address + offset, count)
 
     def _fill(self, fd: int, offset: int, view: memoryview, needed: int) -> None:
         """Read at least `needed` bytes into `view`; O_DIRECT asks for whole pages, past the end too."""
@@ -193,11 +191,10 @@ class _MappedFile:
         threading.Thread(target=self._release, name="unmap", daemon=True).start()
 
     def _release(self) -> None:
+        # Its pages first, by a call that does not hold the interpreter's lock; what is left is quick.
         for start in range(0, len(self._map), _RELEASED_BYTES):
             size = min(_RELEASED_BYTES, len(self._map) - start)
-            _libc.madvise(
-                self.address + start, size, mmap.MADV_DONTNEED
-            )  # without the interpreter's lock
+            _libc.madvise(self.address + start, size, mmap.MADV_DONTNEED)
         self._map.close()
 
 
