@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from inference import memory
 from inference.backends.row import Row
 from inference.batch import BatchLimits
 from inference.block_manager import BlockManager
@@ -23,7 +24,7 @@ from inference.errors import EngineConfigError
 from inference.graphs import around, sizes
 from inference.kv_cache import KVCache
 from inference.memory import MemoryPlan, allocate, measure_step, plan_cpu, plan_cuda
-from inference.model import PagedModel
+from inference.model import FusedModel, PagedModel
 from inference.model_runner import ModelRunner
 from inference.scheduler import Scheduler
 from inference.sequence import Sequence
@@ -164,6 +165,16 @@ def _expert_share(model: PagedModel) -> int:
     return max(1, num_experts // per_token) if num_experts and per_token else 1
 
 
+def _expert_layer_bytes(model: PagedModel) -> int:
+    if _expert_share(model) == 1:
+        return 0
+    return (
+        memory.EXPERT_LAYER_BYTES
+        if isinstance(model, FusedModel)
+        else memory.CLASS_EXPERT_LAYER_BYTES
+    )
+
+
 def _max_len_in(num_blocks: int, settings: PagedSettings) -> int:
     """Return max_model_len, lowered to what the cache holds where that is allowed."""
     num_tokens = (num_blocks - 1) * settings.block_size
@@ -248,7 +259,7 @@ def _plan_memory(
         max_blocks=most,
         device=model.device,
         has_peers=model.ranks.size > 1,
-        has_experts=_expert_share(model) > 1,
+        expert_layer_bytes=_expert_layer_bytes(model),
         tally_bytes=tally_bytes,
         spare_bytes=settings.spare_bytes,
     )

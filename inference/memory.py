@@ -15,10 +15,11 @@ MIB = 2**20
 GRAPH_BYTES = 256 * MIB
 GRAPH_LAYER_BYTES = 16 * MIB
 GRAPH_LAYER_BYTES_OF_RANKS = 48 * MIB
-GRAPH_LAYER_BYTES_OF_EXPERTS = 16 * MIB
+EXPERT_LAYER_BYTES = 16 * MIB
+CLASS_EXPERT_LAYER_BYTES = 64 * MIB
 """Kept for library workspaces and fragmentation, and for a layer's nodes in all captured graphs: measured 33 to
-42 MB a layer with collectives among them (66 graphs, NCCL 2.28), 20 MB without. Experts: 49 graphs of 48 layers took
-1.0 GB with the engine's kernels and 1.6 GB with transformers' module, steps included."""
+42 MB a layer with collectives among them (66 graphs, NCCL 2.28), 20 MB without. Experts: 49 graphs of 48 fused layers took
+1.0 GB, steps included; a model class that is run unmodified has five times as many launches."""
 
 CPU_CACHE_BYTES = 512 * MIB
 
@@ -74,11 +75,13 @@ def plan_cuda(
     max_blocks: int,
     device: torch.device,
     has_peers: bool,
-    has_experts: bool,
+    expert_layer_bytes: int,
     tally_bytes: int = 0,
     spare_bytes: int = 0,
 ) -> MemoryPlan:
     """Give the cache all that weights, steps, graphs and tally leave of the device.
+
+    `expert_layer_bytes` are kept for a layer's graphs beside those of a dense one.
 
     Raises:
         EngineConfigError: not even a few blocks fit.
@@ -87,8 +90,7 @@ def plan_cuda(
     free = free_device_bytes(device)
     weights = torch.cuda.memory_allocated(device)
     layer_bytes = GRAPH_LAYER_BYTES_OF_RANKS if has_peers else GRAPH_LAYER_BYTES
-    layer_bytes += GRAPH_LAYER_BYTES_OF_EXPERTS if has_experts else 0
-    graphs = GRAPH_BYTES + shape.num_layers * layer_bytes
+    graphs = GRAPH_BYTES + shape.num_layers * (layer_bytes + expert_layer_bytes)
     left = free - 2 * step_bytes - graphs - tally_bytes - spare_bytes
     num_blocks = min(max_blocks, left // shape.block_bytes)
     if num_blocks < 8:

@@ -22,7 +22,7 @@ def device(monkeypatch) -> torch.device:
 
 def plan(device: torch.device, **changes: int | bool) -> MemoryPlan:
     values = {"step_bytes": 100 * MIB, "max_blocks": 2**30}
-    is_plain = {"has_peers": False, "has_experts": False}
+    is_plain = {"has_peers": False, "expert_layer_bytes": 0}
     return plan_cuda(SHAPE, device=device, **{**values, **is_plain, **changes})
 
 
@@ -39,6 +39,7 @@ def test_the_cache_gets_what_is_left(device):
         ({"spare_bytes": 320 * MIB}, 320),
         ({"step_bytes": 260 * MIB}, 320),
         ({"has_peers": True}, 4 * 32),
+        ({"expert_layer_bytes": 16 * MIB}, 4 * 16),
         ({"tally_bytes": 320 * MIB}, 320),
     ],
 )
