@@ -224,7 +224,7 @@ def _one_each(sampling: Sampling, count: int) -> Seq[SamplingParams]:
 
 def _load_tokenizer(config: EngineConfig) -> tuple[Any, int | None]:
     """Return the tokenizer, and how many tokens the model has, if it says so."""
-    if resolve_backend(config.backend) == "dummy":
+    if resolve_backend(config.backend, config.tensor_parallel_size) == "dummy":
         from inference.backends.dummy_tokenizer import DummyTokenizer
 
         return DummyTokenizer(), DummyTokenizer.vocab_size

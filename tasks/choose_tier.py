@@ -52,7 +52,8 @@ def choose_hardware(
         return _without_gpu(job, "dummy", "the dummy backend needs no model and no GPU")
     known, num_gpus = _candidates(job, hardware)
     if not known:
-        backend = "transformers" if job.engine.backend == "auto" else job.engine.backend
+        on_cpu = "paged" if job.engine.num_ranks > 1 else "transformers"
+        backend = on_cpu if job.engine.backend == "auto" else job.engine.backend
         why = f"this machine has no GPU that the hardware file knows: the {backend} backend runs on the CPU"
         return _without_gpu(job, backend, why)
     shape, options = read_model_shape(model_dir), sizing_options(job, num_gpus)

@@ -172,7 +172,7 @@ def _record(job: RunConfig, model: RunModel) -> RunRecord:
     fields = fingerprint_fields(
         job,
         model_content_id=model.content_id,
-        backend=resolve_backend(job.engine.backend),
+        backend=resolve_backend(job.engine.backend, job.engine.num_ranks),
         max_model_len=model.max_model_len,
     )
     return RunRecord(

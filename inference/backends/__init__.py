@@ -15,10 +15,12 @@ __all__ = [
 ]
 
 
-def resolve_backend(name: str) -> str:
-    """Return the backend that `auto` means on this machine; any other name is returned as it is."""
+def resolve_backend(name: str, num_ranks: int) -> str:
+    """Return the backend that `auto` means on this machine for so many ranks a replica; other names as they are."""
     if name != "auto":
         return name
+    if num_ranks > 1:
+        return "paged"
     import torch  # heavy; only to ask for a device
 
     return "paged" if torch.cuda.is_available() else "transformers"
@@ -32,7 +34,7 @@ def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = Tr
     Raises:
         EngineConfigError: with the remedy.
     """
-    name = resolve_backend(config.backend)
+    name = resolve_backend(config.backend, config.tensor_parallel_size)
     if name == "zero":
         from inference.zero import check_zero
 
@@ -56,7 +58,7 @@ def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) ->
         ModelError: the model folder is unusable; or the error of who fills it.
         EngineConfigError: the settings cannot work on this model or machine.
     """
-    name = resolve_backend(config.backend)
+    name = resolve_backend(config.backend, config.tensor_parallel_size)
     if name == "dummy":
         from inference.backends.dummy import DummyBackend
 

@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
+from inference.backends import resolve_backend
 from inference.config import DistributedConfig
 from inference.errors import EngineConfigError
 from tasks.job import InputConfig, ModelConfig, OutputConfig, RunConfig
@@ -46,11 +48,18 @@ def test_one_pod_stays_alone(monkeypatch):
     assert distributed_of(job()) == DistributedConfig()
 
 
+def test_a_replica_of_several_ranks_runs_on_the_backend_that_has_ranks():
+    assert resolve_backend("auto", 2) == "paged"
+    assert resolve_backend("auto", 1) == ("paged" if torch.cuda.is_available() else "transformers")
+    assert resolve_backend("zero", 2) == "zero"
+
+
 @pytest.mark.parametrize(
     ("engine", "quantization", "message"),
     [
         ({"tensor_parallel_size": 2, "backend": "transformers"}, "none", "runs in one process"),
         ({"tensor_parallel_size": 4, "backend": "paged"}, "none", "does not divide 2 KV heads"),
+        ({"tensor_parallel_size": 4}, "none", "does not divide 2 KV heads"),
         ({"tensor_parallel_size": 2, "backend": "paged"}, "int8", "ranks cannot share weights"),
     ],
 )
