@@ -188,7 +188,10 @@ def _add_models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     tiers.add_argument("model", help="model folder; only its config.json is read")
     tiers.add_argument(
-        "--for", dest="job", metavar="RUN", help="planned run whose token counts to use"
+        "--for",
+        dest="job",
+        metavar="JOB",
+        help="job file, or planned run, whose token counts to use",
     )
     tiers.add_argument("--hardware", help=_HARDWARE_HELP)
     tiers.add_argument("--all", action="store_true", help="every GPU count, not only the smallest")

@@ -7,11 +7,16 @@ from typing import Any
 
 from flows import console
 from flows.cli import EXIT_OK, EXIT_REFUSED
-from flows.config import JobError
+from flows.config import JobError, load_job
 from flows.night_commands import print_document, storage_of
+from flows.signals import signals
 from inference.backends.base import BackendInfo
+from inference.roofline import Workload
 from tasks.bench import MixResult
+from tasks.progress import Progress
+from tasks.scratch import scratch_folder
 
+_JOB_SUFFIXES = (".yaml", ".yml", ".json")
 _ENGINE_FIELDS = (
     "backend",
     "device",
@@ -57,19 +62,29 @@ def stage(args: argparse.Namespace) -> int:
 def tiers(args: argparse.Namespace) -> int:
     """Size a model from its config alone, on every GPU type known."""
     from inference.tiers import tiers_table
-    from tasks.run_folder import open_run as open_recorded
     from tasks.sizing import size
 
-    store = None
-    if args.job is not None:
-        store, _ = open_recorded(args.job, storage_of(args))
-    sizing = size(args.model, hardware=args.hardware, run=store)
+    expected = {} if args.job is None else {"workload": _workload(args)}
+    sizing = size(args.model, hardware=args.hardware, **expected)
     rows = tiers_table(sizing, detail="all" if args.all else "smallest")
     if args.json:
         print(json.dumps(rows))
     else:
         console.print_tiers(rows)
     return EXIT_OK if sizing.best is not None else EXIT_REFUSED
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    """What the job or planned run of `--for` asks of an engine; nothing is written for either."""
+    from tasks.preflight import job_workload
+    from tasks.run_folder import open_run as open_recorded
+    from tasks.sizing import planned_workload
+
+    if not args.job.endswith(_JOB_SUFFIXES):
+        return planned_workload(open_recorded(args.job, storage_of(args))[0])
+    progress = Progress()
+    with signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
+        return job_workload(load_job(args.job), work_dir=work_dir, progress=progress)
 
 
 def bench(args: argparse.Namespace) -> int:

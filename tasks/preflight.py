@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.backends import resolve_backend
+from inference.roofline import Workload
 from storage.inputs import InputFiles
 from storage.manifest import PlanManifest, RunRecord
 from storage.object_store import open_store
@@ -142,6 +143,21 @@ def preflight(
             job, plan, choice, history, lengths, starts_at=starts_at, plan_s=plan_s
         )
         return _document(job, plan, shown, choice, expected, plan_s, model.max_model_len, show_text)
+    finally:
+        model.close()
+
+
+def job_workload(job: RunConfig, *, work_dir: Path, progress: Progress) -> Workload:
+    """Read, render and count the whole input; return what it asks of an engine.
+
+    Raises:
+        StorageError, InferenceError: what would stop the run before its first shard.
+    """
+    model = peek_model(job, work_dir=work_dir, progress=progress)
+    try:
+        progress.phase = "planning"
+        plan, _ = _planned(job, model, work_dir, progress)
+        return expected_workload(job, plan)
     finally:
         model.close()
 

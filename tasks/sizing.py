@@ -24,15 +24,15 @@ class Choice(NamedTuple):
     gpu: GpuType
 
 
-def size(model: str, *, hardware: str | None = None, run: ObjectStore | None = None) -> Sizing:
-    """Size a model folder on every GPU type of a hardware file, for a planned run's tokens if given.
+def size(
+    model: str, *, hardware: str | None = None, workload: Workload = DEFAULT_WORKLOAD
+) -> Sizing:
+    """Size a model folder on every GPU type of a hardware file, for a workload's tokens.
 
     Raises:
         ModelError: config.json is missing or says too little.
         EngineConfigError: the hardware file is wrong.
-        BadInput: `run` is not a planned run.
     """
-    workload = DEFAULT_WORKLOAD if run is None else planned_workload(run)
     return size_model(read_model_shape(model), load_hardware(hardware), workload)
 
 

@@ -252,6 +252,21 @@ def test_a_model_that_is_elsewhere_is_sized_once_it_is_brought(nightjar):
     assert "`nightjar stage hf://Qwen/Qwen3-8B` brings it" in refused.err
 
 
+def test_a_model_is_sized_for_a_job_as_for_the_run_that_it_becomes(nightjar, prompts):
+    model = str(MODELS / "tiny-a")
+    job = str(nightjar.job(model, prompts))
+    before = nightjar.call("tiers", model, "--for", job, "--json")
+    run = str(nightjar.call("run", job, "--json").run)
+    of_job = nightjar.call("tiers", model, "--for", job, "--json")
+    of_run = nightjar.call("tiers", model, "--for", run, "--json")
+    assert (before.code, of_job.code, of_run.code) == (0, 0, 0)
+    assert json.loads(of_job.out) == json.loads(of_run.out)
+    assert json.loads(of_job.out) != json.loads(before.out)  # how long completions are is known now
+    assert json.loads(before.out) != json.loads(nightjar.call("tiers", model, "--json").out)
+    missing = nightjar.call("tiers", model, "--for", "no-such-job.yaml")
+    assert (missing.code, "no-such-job.yaml" in missing.err) == (2, True)
+
+
 def test_the_same_bytes_in_another_place_are_told_the_place_of_their_run(nightjar, prompts):
     assert nightjar.run("none", prompts, engine__backend="dummy").code == 0
     moved = nightjar.folder / "moved.csv"
