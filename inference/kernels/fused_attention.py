@@ -15,12 +15,14 @@ from torch import Tensor
 
 from inference.batch import NUM_ITEMS, NUM_TILES, TILE_QUARTERS, Batch, BatchLimits
 from inference.kernels.decode_attention import decode_kernel
+from inference.kernels.shared_memory import architecture, shared_bytes
 from inference.kernels.tile_attention import tile_kernel
 
 TILE_ROWS = 64
 """Least rows of a prefill or cascade tile: query tokens times the query heads of one KV head."""
 
 DECODE_OPTIONS = {"TILE": 32, "num_warps": 2, "STAGES": 5}
+DECODE_OPTIONS_ONE_BUFFER = {**DECODE_OPTIONS, "STAGES": 2}
 DECODE_OPTIONS_FP8 = {"TILE": 64, "num_warps": 2, "STAGES": 3}
 DECODE_OPTIONS_PAIRED = {"TILE": 32, "num_warps": 1, "STAGES": 5}
 """Some stages go to the block table's entry, whose load an address waits for: 2 to 4 compile to one buffer of keys and
@@ -31,11 +33,11 @@ PAIRED_HEAD_DIM = 128
 
 TILE_PROGRAMS_PER_SM = 2
 TILE_OPTIONS = {"TILE": 64, "num_warps": 4, "STAGES": 5}
-TILE_OPTIONS_ONE_BUFFER = {"TILE": 64, "num_warps": 4, "STAGES": 2}
-"""For e4m3, where two buffers are not measured, and 16-bit keys of more dims, where they do not fit every multiprocessor."""
+"""Two buffers of keys and values, for 16-bit ones of at most 128 dims: e4m3 and wider heads are not measured so."""
 
-TILE_OPTIONS_FP32 = {"TILE": 32, "num_warps": 4, "STAGES": 2}
-"""With 64 keys of 128 dims, a program would need more shared memory than most cards have: 115 KB, and 99 are common."""
+TILE_OPTIONS_ONE_BUFFER = {"TILE": 64, "num_warps": 4, "STAGES": 2}
+TILE_OPTIONS_SHORT = {"TILE": 32, "num_warps": 4, "STAGES": 2}
+"""Where a program has less shared memory than the others need."""
 
 HAS_PTX = isinstance(decode_kernel, triton.JITFunction) and torch.version.hip is None
 """Kernels are compiled for NVIDIA's devices: neither interpreted nor for another's."""
@@ -141,9 +143,8 @@ def attention(
         "WINDOW": window,
         "HAS_PTX": HAS_PTX,
     }
-    is_fp8 = k_cache.dtype == torch.float8_e4m3fn
     if batch.is_mixed:
-        options = _tile_options(k_cache.element_size(), h_pad)
+        options = tile_options(k_cache.element_size(), h_pad, tile_rows(group), architecture())
         with _beside(scratch.side_stream):
             tile_kernel[(scratch.tile_programs,)](
                 q_TNH,
@@ -167,7 +168,7 @@ def attention(
                 **common,
                 **_within(block_size, options),
             )
-    options = DECODE_OPTIONS_FP8 if is_fp8 else DECODE_OPTIONS
+    options = decode_options(k_cache.element_size(), h_pad, common["G_PAD"], architecture())
     if _is_paired(k_cache.dtype, head_dim):
         options, v_cache = DECODE_OPTIONS_PAIRED, v_cache.view(torch.int16)
     decode_kernel[(scratch.decode_programs,)](
@@ -192,10 +193,30 @@ def attention(
     return out
 
 
-def _tile_options(element_size: int, h_pad: int) -> dict[str, int]:
-    if element_size == 4:
-        return TILE_OPTIONS_FP32
-    return TILE_OPTIONS if element_size == 2 and h_pad <= 128 else TILE_OPTIONS_ONE_BUFFER
+def tile_options(element_size: int, h_pad: int, num_rows: int, arch: int | str) -> dict[str, int]:
+    """Return the tile kernel's options for keys of so many bytes and dims, and tiles of so many rows of queries."""
+    if element_size == 2 and h_pad <= 128 and _fits(64, 2, element_size, h_pad, num_rows, arch):
+        return TILE_OPTIONS
+    if _fits(64, 1, element_size, h_pad, num_rows, arch):
+        return TILE_OPTIONS_ONE_BUFFER
+    return TILE_OPTIONS_SHORT
+
+
+def decode_options(element_size: int, h_pad: int, num_rows: int, arch: int | str) -> dict[str, int]:
+    """Return the decode kernel's options, as `tile_options` does, but for e4m3 values in pairs."""
+    if element_size == 1:
+        return DECODE_OPTIONS_FP8
+    has_room = _fits(DECODE_OPTIONS["TILE"], 2, element_size, h_pad, num_rows, arch)
+    return DECODE_OPTIONS if has_room else DECODE_OPTIONS_ONE_BUFFER
+
+
+def _fits(
+    num_keys: int, num_buffers: int, element_size: int, h_pad: int, num_rows: int, arch: int | str
+) -> bool:
+    """Whether queries, buffers of keys and values, and weights of them are within a program's shared memory."""
+    of_queries = max(2, element_size) * num_rows * (h_pad + num_keys)
+    of_buffers = element_size * 2 * num_keys * num_buffers * h_pad
+    return of_queries + of_buffers + 1024 <= shared_bytes(arch)
 
 
 def _within(block_size: int, options: dict[str, int]) -> dict[str, int]:

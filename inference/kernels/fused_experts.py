@@ -18,6 +18,7 @@ from inference.kernels.experts import (
     sum_kernel,
 )
 from inference.kernels.plain import ExpertWeights
+from inference.kernels.shared_memory import architecture, shared_bytes
 
 
 class Tiles(NamedTuple):
@@ -39,12 +40,6 @@ _TILES = (
 )
 _LARGEST_TILES = Tiles(128, 256, 64, 8, 4)
 _SCAN = 1024
-
-_SHARED_KIB = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
-"""Shared memory a program may have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
-
-_LEAST_SHARED_KIB = 99
-"""As 8.6, 8.9 and 12.x have."""
 
 
 def experts(
@@ -163,25 +158,13 @@ def _options(
         "BM": tiles.block_m,
         "BN": block_n,
         "BK": block_k,
-        "STAGES": min(tiles.num_stages, most_stages(stage_bytes, _arch())),
+        "STAGES": min(tiles.num_stages, most_stages(stage_bytes, architecture())),
         "IS_FP8": is_fp8,
         "num_warps": tiles.num_warps,
     }
 
 
-def _arch() -> int | str:
-    if not isinstance(gate_up_kernel, triton.JITFunction):
-        return 90  # interpreted
-    arch: int | str = triton.runtime.driver.active.get_current_target().arch
-    return arch
-
-
 def most_stages(stage_bytes: int, arch: int | str) -> int:
-    """Return how many stages fit the shared memory of an architecture, as Triton names it: 90, or gfx942.
-
-    Before Hopper, of N stages N - 1 are held at a time.
-    """
-    if isinstance(arch, str):  # AMD's: 64 KiB
-        return max(1, (64 << 10) // stage_bytes)
-    room = _SHARED_KIB.get(arch, _LEAST_SHARED_KIB) << 10
-    return max(1, room // stage_bytes + (arch < 90))
+    """Return how many stages fit a program's shared memory; before Hopper, of N stages N - 1 are held at a time."""
+    is_early = isinstance(arch, int) and arch < 90
+    return max(1, shared_bytes(arch) // stage_bytes + is_early)
