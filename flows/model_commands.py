@@ -61,11 +61,11 @@ def stage(args: argparse.Namespace) -> int:
 
 def tiers(args: argparse.Namespace) -> int:
     """Size a model from its config alone, on every GPU type known."""
-    from inference.tiers import tiers_table
+    from inference.tiers import DEFAULT_WORKLOAD, tiers_table
     from tasks.sizing import size
 
-    expected = {} if args.job is None else {"workload": _workload(args)}
-    sizing = size(args.model, hardware=args.hardware, **expected)
+    workload = DEFAULT_WORKLOAD if args.job is None else _workload(args)
+    sizing = size(args.model, workload, hardware=args.hardware)
     rows = tiers_table(sizing, detail="all" if args.all else "smallest")
     if args.json:
         print(json.dumps(rows))

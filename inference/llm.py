@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from inference.backends import Backend, create_backend, resolve_backend
+from inference.backends import Backend, create_backend
 from inference.chat import to_messages
 from inference.config import EngineConfig
 from inference.errors import PromptError
@@ -224,7 +224,7 @@ def _one_each(sampling: Sampling, count: int) -> Seq[SamplingParams]:
 
 def _load_tokenizer(config: EngineConfig) -> tuple[Any, int | None]:
     """Return the tokenizer, and how many tokens the model has, if it says so."""
-    if resolve_backend(config.backend, config.tensor_parallel_size) == "dummy":
+    if config.backend == "dummy":
         from inference.backends.dummy_tokenizer import DummyTokenizer
 
         return DummyTokenizer(), DummyTokenizer.vocab_size

@@ -191,7 +191,7 @@ def begin_model(job: RunConfig, *, progress: Progress) -> RunModel:
 
 
 def _is_dummy(job: RunConfig) -> bool:
-    return resolve_backend(job.engine.backend, job.engine.num_ranks) == "dummy"
+    return job.engine.backend == "dummy"
 
 
 def _dummy(job: RunConfig) -> RunModel:
@@ -228,7 +228,7 @@ def _check_ranks(job: RunConfig, folder: Path) -> None:
     size = job.engine.num_ranks
     if size == 1:
         return
-    backend = resolve_backend(job.engine.backend, job.engine.num_ranks)
+    backend = resolve_backend(job.engine.backend, size)
     if backend == "zero":
         return  # its ranks share the weights, and each runs whole heads
     if backend == "transformers":

@@ -6,7 +6,8 @@ the letter of the inbox show this one document.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -122,9 +123,7 @@ def preflight(
     progress = progress or Progress()
     starts_at = now()
     deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
-    model = peek_model(job, work_dir=work_dir, progress=progress)
-    try:
-        progress.phase = "planning"
+    with _peeked(job, work_dir, progress) as model:
         started = time.monotonic()
         plan, shown = _planned(job, model, work_dir, progress)
         plan_s = time.monotonic() - started
@@ -143,8 +142,6 @@ def preflight(
             job, plan, choice, history, lengths, starts_at=starts_at, plan_s=plan_s
         )
         return _document(job, plan, shown, choice, expected, plan_s, model.max_model_len, show_text)
-    finally:
-        model.close()
 
 
 def job_workload(job: RunConfig, *, work_dir: Path, progress: Progress) -> Workload:
@@ -153,11 +150,18 @@ def job_workload(job: RunConfig, *, work_dir: Path, progress: Progress) -> Workl
     Raises:
         StorageError, InferenceError: what would stop the run before its first shard.
     """
+    with _peeked(job, work_dir, progress) as model:
+        plan, _ = _planned(job, model, work_dir, progress)
+        return expected_workload(job, plan)
+
+
+@contextmanager
+def _peeked(job: RunConfig, work_dir: Path, progress: Progress) -> Iterator[RunModel]:
+    """What planning needs of the model, while it plans."""
     model = peek_model(job, work_dir=work_dir, progress=progress)
     try:
         progress.phase = "planning"
-        plan, _ = _planned(job, model, work_dir, progress)
-        return expected_workload(job, plan)
+        yield model
     finally:
         model.close()
 

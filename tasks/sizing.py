@@ -6,7 +6,7 @@ from inference.hardware import GpuType
 from inference.model_config import read_model_shape
 from inference.roofline import Workload
 from inference.tier import Tier
-from inference.tiers import DEFAULT_WORKLOAD, Sizing, choose_tier, size_model
+from inference.tiers import Sizing, choose_tier, size_model
 from storage.errors import BadInput
 from storage.object_store import ObjectStore
 from tasks.choose_tier import named_gpus, sizing_options
@@ -24,9 +24,7 @@ class Choice(NamedTuple):
     gpu: GpuType
 
 
-def size(
-    model: str, *, hardware: str | None = None, workload: Workload = DEFAULT_WORKLOAD
-) -> Sizing:
+def size(model: str, workload: Workload, *, hardware: str | None = None) -> Sizing:
     """Size a model folder on every GPU type of a hardware file, for a workload's tokens.
 
     Raises:

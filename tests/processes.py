@@ -124,6 +124,21 @@ def wait_for(condition: Callable[[], Any], *, timeout_s: float = 120.0, what: st
     return found
 
 
+def json_lines(module: str, *, triton_cache: Path, **env: str) -> list[Any]:
+    """What a module of the tests prints, run in a process of its own, where Triton compiles and does not interpret."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        cwd=REPOSITORY,
+        env={**inherited, **env, "TRITON_CACHE_DIR": str(triton_cache)},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def kill(process: "subprocess.Popen[str]") -> bool:
     """SIGKILL a process; False if it had ended by itself."""
     was_alive = process.poll() is None

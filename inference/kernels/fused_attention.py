@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inference.batch import NUM_ITEMS, NUM_TILES, TILE_QUARTERS, Batch, BatchLimits
 from inference.kernels.decode_attention import decode_kernel
-from inference.kernels.shared_memory import architecture, shared_bytes
+from inference.kernels.shared_memory import IS_COMPILED, architecture, shared_bytes
 from inference.kernels.tile_attention import tile_kernel
 
 TILE_ROWS = 64
@@ -39,7 +39,7 @@ TILE_OPTIONS_ONE_BUFFER = {"TILE": 64, "num_warps": 4, "STAGES": 2}
 TILE_OPTIONS_SHORT = {"TILE": 32, "num_warps": 4, "STAGES": 2}
 """Where a program has less shared memory than the others need."""
 
-HAS_PTX = isinstance(decode_kernel, triton.JITFunction) and torch.version.hip is None
+HAS_PTX = IS_COMPILED and torch.version.hip is None
 """Kernels are compiled for NVIDIA's devices: neither interpreted nor for another's."""
 
 

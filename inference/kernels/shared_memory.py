@@ -12,10 +12,13 @@ _LEAST_KIB = 99
 
 _AMD_KIB = 64
 
+IS_COMPILED = isinstance(gate_up_kernel, triton.JITFunction)
+"""Kernels are compiled, not interpreted."""
+
 
 def architecture() -> int | str:
     """Return the device's as Triton names it: 90, or gfx942; 90 for Triton's interpreter."""
-    if not isinstance(gate_up_kernel, triton.JITFunction):
+    if not IS_COMPILED:
         return 90
     arch: int | str = triton.runtime.driver.active.get_current_target().arch
     return arch

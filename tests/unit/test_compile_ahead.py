@@ -1,7 +1,5 @@
 """Kernels compiled ahead are those that the engine's first launches ask for: nothing is compiled twice or later."""
 
-import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,8 +17,8 @@ pytest.importorskip("triton", reason="Triton is not installed: kernels are not t
 
 from inference.config import EngineConfig
 from inference.precompile import CardFacts, Precompile, task_for
+from tests.processes import json_lines
 
-ROOT = Path(__file__).parents[2]
 FACTS = CardFacts(capability=90, num_multiprocessors=132)
 LLAMA: dict[str, Any] = {"model_type": "llama"}
 
@@ -29,18 +27,8 @@ LLAMA: dict[str, Any] = {"model_type": "llama"}
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What `tests.warm_up_kernels` prints, on an empty cache."""
     cache = tmp_path_factory.mktemp("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= driver_library(tmp_path_factory.mktemp("driver"))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.warm_up_kernels"],
-        cwd=ROOT,
-        env={**env, "TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    library = driver_library(tmp_path_factory.mktemp("driver"))
+    return json_lines("tests.warm_up_kernels", triton_cache=cache, **library)
 
 
 def driver_library_is_possible() -> bool:

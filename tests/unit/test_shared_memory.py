@@ -1,10 +1,5 @@
 """Attention kernels fit the shared memory of cards that have less than an H100, and use what there is."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels are not tested here")
@@ -18,21 +13,11 @@ from inference.kernels.fused_attention import (
     tile_options,
 )
 from inference.kernels.shared_memory import shared_bytes
-from tests.processes import REPOSITORY
+from tests.processes import json_lines
 
 
 def test_what_is_compiled_for_a_card_fits_it(tmp_path):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compiled_attention"],
-        cwd=REPOSITORY,
-        env={**env, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = json_lines("tests.compiled_attention", triton_cache=tmp_path)
     assert len(lines) == 5
     for *case, found in lines:
         assert found <= shared_bytes(case[1]), case
