@@ -3,12 +3,14 @@
     python tests/benchmarks/bench_zero.py --shape 32b --limit-gb 40 --folder /tmp/zero
 
 Caps what the device may hold, and runs the zero backend over one full batch. The weights are zeros, from a file that
-is a hole: what is measured is moving them. A decode pass moves every weight once, so its time is held against the
+is a hole: what is measured is moving them. With `--random` they are random, and the completions are compared with those
+of the transformers backend, before any cap, on the whole model, which must fit. A decode pass moves every weight once, so its time is held against the
 weights' bytes at the measured bandwidth of pinned copies. The folder should be on a disk: pages of a hole that are
 read in /dev/shm take memory. Prints what happens when, a table, then one line of JSON.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -22,6 +24,7 @@ import torch
 from random_model import SHAPES, config_of, write_folder
 
 from inference import zero
+from inference.backends.transformers import TransformersBackend
 from inference.backends.zero import ZeroBackend
 from inference.config import EngineConfig
 from inference.sampling import SamplingParams
@@ -50,6 +53,39 @@ def copy_bandwidth(num_bytes: int = 1 << 30) -> float:
     return num_bytes / min(times)
 
 
+def sequences_of(args: argparse.Namespace) -> list[Sequence]:
+    """Return rows of one length, each with a prompt of its own."""
+    sampling = SamplingParams(max_tokens=args.tokens, ignore_eos=True)
+    return [
+        Sequence(i, [3 + (7 * i + 11 * k) % 250 for k in range(args.prompt)], sampling)
+        for i in range(args.rows)
+    ]
+
+
+def reference(args: argparse.Namespace) -> dict[int, tuple[int, ...]]:
+    """Return the completions of the whole model on the device, in one batch as `zero` runs them."""
+    backend = TransformersBackend(
+        EngineConfig(
+            model=str(args.folder),
+            backend="transformers",
+            offload="none",
+            max_num_seqs=args.rows,
+            max_num_batched_tokens=args.rows * (args.prompt + args.tokens),
+        )
+    )
+    say(f"loaded: {backend.info}")
+    backend.submit(sequences_of(args))
+    tokens: dict[int, tuple[int, ...]] = {}
+    while backend.num_unfinished:
+        tokens |= {done.seq_id: done.token_ids for done in backend.step()}
+    backend.close()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    say(f"{len(tokens)} rows by the reference")
+    return tokens
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
@@ -61,9 +97,12 @@ def main() -> None:
     parser.add_argument("--unmended", action="store_true", help="DeepSpeed's own way of fetching")
     parser.add_argument("--offload", default="cpu")
     parser.add_argument("--nvme-path")
+    parser.add_argument("--random", action="store_true", help="weights, and compare the tokens")
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
-    write_folder(args.folder, config_of(args.shape, layers=args.layers))
+    config = config_of(args.shape, layers=args.layers)
+    write_folder(args.folder, config, is_random=args.random)
+    expected = reference(args) if args.random else {}
     bandwidth = copy_bandwidth()
     say(f"pinned copies reach {bandwidth / 1e9:.1f} GB/s")
     if args.unmended:
@@ -81,16 +120,13 @@ def main() -> None:
         )
     )
     say(f"loaded: {backend.info}")
-    sampling = SamplingParams(max_tokens=args.tokens, ignore_eos=True)
-    backend.submit(
-        Sequence(i, [3 + (7 * i + 11 * k) % 250 for k in range(args.prompt)], sampling)
-        for i in range(args.rows)
-    )
+    backend.submit(sequences_of(args))
+    tokens: dict[int, tuple[int, ...]] = {}
     passes: list[float] = []
     started_at = time.perf_counter()
     while backend.num_unfinished:
         before = backend.stats.decode_s
-        backend.step()
+        tokens |= {done.seq_id: done.token_ids for done in backend.step()}
         if backend.stats.decode_s > before:
             passes.append(backend.stats.decode_s - before)
         if not backend.num_unfinished or len(passes) % 4 == 0:
@@ -111,6 +147,9 @@ def main() -> None:
         "prefill_s": round(backend.stats.prefill_s, 1),
         "peak_device_gb": round(backend.stats.peak_device_bytes / 1e9, 2),
     }
+    if args.random:
+        found["rows_as_reference"] = sum(tokens[i] == expected[i] for i in expected)
+        found["different_tokens"] = len({token for row in expected.values() for token in row})
     backend.close()
     for name, value in found.items():
         print(f"{name:28} {value}")

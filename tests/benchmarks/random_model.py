@@ -1,13 +1,13 @@
 """Models of published shapes without their weights: a folder that looks whole, and random weights on the device.
 
-The weight file of `write_folder` is a hole: as long as its header says, all zeros, taking no room on disk.
+The weight file of `write_folder` is a hole, as long as its header says, all zeros, taking no room on disk; or random.
 """
 
 import json
 import shutil
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import transformers
@@ -83,6 +83,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+_NUM_RANDOM_VALUES = 100_000_007
+"""Prime, so that no two matrices of a model are the same values."""
+
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -97,8 +100,8 @@ def config_of(shape: str, *, layers: int | None = None) -> Any:
     return make(**values)
 
 
-def write_folder(folder: Path, config: Any) -> Path:
-    """Write a folder whose every file is right but that all weights are zero."""
+def write_folder(folder: Path, config: Any, *, is_random: bool = False) -> Path:
+    """Write a folder whose every file is right but that all weights are zero, or random as `fill_randomly` has them."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -121,8 +124,27 @@ def write_folder(folder: Path, config: Any) -> Path:
     text += b" " * (-len(text) % 8)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        if is_random:
+            _write_randomly(file, model)
         file.truncate(8 + len(text) + offset)
     return folder
+
+
+def _write_randomly(file: BinaryIO, model: Any) -> None:
+    """Write all parameters in order: matrices from one run of random values, begun anew elsewhere in each."""
+    values = torch.empty(_NUM_RANDOM_VALUES, dtype=model.dtype)
+    values.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    run, at = values.view(torch.uint8).numpy().data, 0
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            file.write(torch.ones_like(parameter, device="cpu").view(torch.uint8).numpy().data)
+            continue
+        left = parameter.nbytes
+        while left:
+            part = run[at : at + left]
+            file.write(part)
+            left -= len(part)
+            at = (at + len(part)) % len(run)
 
 
 @torch.no_grad()
