@@ -1,4 +1,4 @@
-"""Building a paged engine around a model: settings, a measured memory plan, the KV cache, the graphs.
+"""Building a paged engine around a model: a measured memory plan, the KV cache, the graphs.
 
 The largest step is run once to see what it allocates; the cache gets what memory is left; then the graphs are
 captured. Each part is timed and reported.
@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from inference import memory
 from inference.backends.row import Row
 from inference.batch import BatchLimits
 from inference.block_manager import BlockManager
-from inference.config import EngineConfig
 from inference.engine import PagedEngine
 from inference.errors import EngineConfigError
 from inference.graphs import around, sizes
@@ -26,54 +25,15 @@ from inference.kv_cache import KVCache
 from inference.memory import MemoryPlan, allocate, measure_step, plan_cpu, plan_cuda
 from inference.model import FusedModel, PagedModel
 from inference.model_runner import ModelRunner
+from inference.paged_settings import PagedSettings, expert_share
 from inference.scheduler import Scheduler
 from inference.sequence import Sequence
 from inference.steps import Running
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagedSettings:
-    """Sizes of one paged engine; `auto` of the config resolved."""
-
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    block_size: int
-    min_step_tokens: int | None
-    """See `Scheduler`."""
-
-    kv_dtype: torch.dtype
-    may_shorten: bool = False
-    """Whether max_model_len may be lowered to what the cache holds; else that is an error."""
-
-    max_num_blocks: int | None = None
-    use_graphs: bool = True
-    spare_bytes: int = 0
-
-    @classmethod
-    def of(cls, config: EngineConfig, model: PagedModel) -> "PagedSettings":
-        """Resolve a config for a model on its device.
-
-        Raises:
-            EngineConfigError: max_model_len exceeds what the model handles.
-        """
-        is_cuda = model.device.type != "cpu"  # meta stands for a CUDA device: see `run_all`
-        max_num_seqs = _resolve(config.max_num_seqs, 1024 if is_cuda else 64)
-        return cls(
-            max_model_len=_max_model_len(model, config),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max(
-                _resolve(config.max_num_batched_tokens, 8192 if is_cuda else 2048), max_num_seqs
-            ),
-            block_size=64 if is_cuda else 16,
-            min_step_tokens=_min_step_tokens(model) if is_cuda else None,
-            kv_dtype=_kv_dtype(config, model),
-            may_shorten=config.max_model_len == "auto",
-            use_graphs=not config.enforce_eager and model.can_be_captured,
-            spare_bytes=config.spare_bytes,
-        )
+DEAR_STEP_SHARE = 1 / 8
+"""Of the KV cache: what larger steps may cost it."""
 
 
 def build_engine(
@@ -84,10 +44,9 @@ def build_engine(
     is_cuda = model.device.type == "cuda"
     if is_cuda:
         _prefer_products_without_workspace()
-    limits = _limits(model, settings)
-    model.ranks.open_peer_sum(limits.max_num_tokens * model.hidden_size, model.dtype, model.device)
-    scratch = _scratch(model, settings, limits) if model.uses_kernels else None
-    plan = _plan_memory(model, settings, limits, scratch)
+    most_tokens = settings.max_num_batched_tokens
+    model.ranks.open_peer_sum(most_tokens * model.hidden_size, model.dtype, model.device)
+    settings, limits, scratch, plan = _plan_sizes(model, settings)
     cache = allocate(
         model.kv_shape(settings.block_size, settings.kv_dtype), plan.num_blocks, model.device
     )
@@ -149,24 +108,8 @@ def _captured_sizes(settings: PagedSettings) -> list[int]:
     return sizes(min(2048, settings.max_num_batched_tokens))
 
 
-def _min_step_tokens(model: PagedModel) -> int:
-    """Return the tokens below which a step costs about the same, because it reads all weights in any case.
-
-    256 by measurement for dense models. An expert sees only its share of the tokens: 64 each, by simulation (1,024
-    chat rows on Qwen3-30B-A3B: 26.2 s at 256 tokens, 23.6 at 1,024, 23.8 at 4,096).
-    """
-    return max(256, 64 * _expert_share(model))
-
-
-def _expert_share(model: PagedModel) -> int:
-    """Return the tokens of which an expert sees one on average; 1 without experts."""
-    num_experts = int(getattr(model.config, "num_experts", 0) or 0)
-    per_token = int(getattr(model.config, "num_experts_per_tok", 0) or 0)
-    return max(1, num_experts // per_token) if num_experts and per_token else 1
-
-
 def _expert_layer_bytes(model: PagedModel) -> int:
-    if _expert_share(model) == 1:
+    if expert_share(model) == 1:
         return 0
     return (
         memory.EXPERT_LAYER_BYTES
@@ -239,6 +182,30 @@ def _scratch(model: PagedModel, settings: PagedSettings, limits: BatchLimits) ->
     )
 
 
+def _plan_sizes(
+    model: PagedModel, settings: PagedSettings
+) -> tuple[PagedSettings, BatchLimits, Any, MemoryPlan]:
+    """Plan the memory, with smaller steps where larger ones would take it from few keys and values."""
+    fewer = settings.fewer_batched_tokens
+    limits = _limits(model, settings)
+    scratch = _scratch(model, settings, limits) if model.uses_kernels else None
+    plan: MemoryPlan | None = None
+    try:
+        plan = _plan_memory(model, settings, limits, scratch)
+    except (EngineConfigError, torch.OutOfMemoryError):
+        if fewer is None or fewer >= settings.max_num_batched_tokens:
+            raise
+    if fewer is not None and fewer < settings.max_num_batched_tokens:
+        spared = 1 - fewer / settings.max_num_batched_tokens
+        is_dear = plan is None or plan.step * spared > plan.kv_cache * DEAR_STEP_SHARE
+        if not model.ranks.agree_on_least(int(not is_dear)):  # all ranks take steps alike
+            del scratch
+            settings = replace(settings, max_num_batched_tokens=fewer)
+            return _plan_sizes(model, settings)
+    assert plan is not None
+    return settings, limits, scratch, plan
+
+
 def _plan_memory(
     model: PagedModel, settings: PagedSettings, limits: BatchLimits, scratch: Any
 ) -> MemoryPlan:
@@ -263,35 +230,3 @@ def _plan_memory(
         tally_bytes=tally_bytes,
         spare_bytes=settings.spare_bytes,
     )
-
-
-def _max_model_len(model: PagedModel, config: EngineConfig) -> int:
-    limit = int(getattr(model.config, "max_position_embeddings", 0) or 0)
-    if config.max_model_len == "auto":
-        if not limit:
-            raise EngineConfigError(
-                f"{config.model}: config.json names no longest length; set engine.max_model_len"
-            )
-        return limit
-    if limit and config.max_model_len > limit:
-        raise EngineConfigError(
-            f"engine.max_model_len is {config.max_model_len}, but the model handles {limit} tokens; "
-            f"lower it"
-        )
-    return config.max_model_len
-
-
-def _kv_dtype(config: EngineConfig, model: PagedModel) -> torch.dtype:
-    name = config.kv_cache_dtype
-    if name == "auto":
-        return model.dtype
-    if name == "fp8":
-        if model.device.type == "cpu":
-            raise EngineConfigError("engine.kv_cache_dtype is fp8: needs a CUDA device; use auto")
-        return torch.float8_e4m3fn
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _resolve(value: int | str, default: int) -> int:
-    return default if isinstance(value, str) else value

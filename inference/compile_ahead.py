@@ -51,9 +51,10 @@ def variants(model_config: Mapping[str, Any], config: EngineConfig) -> list[Vari
         InferenceError: the settings cannot work on this model.
     """
     from inference.absent_model import AbsentModel
-    from inference.build_engine import PagedSettings, run_all
+    from inference.build_engine import run_all
     from inference.kernels import fused
     from inference.model import FusedModel
+    from inference.paged_settings import PagedSettings
 
     absent = AbsentModel(model_config, config.dtype)
     model = FusedModel(absent, fused, is_fp8=config.quantization == "fp8")

@@ -237,7 +237,8 @@ class PagedEngine:
         lane = self._lanes.pop(running.sequence.seq_id)
         self._num_watched -= lane.is_watched
         self.scheduler.finish(running, len(row.token_ids))
-        self.scheduler.lengths.observe(len(row.token_ids))
+        has_ended = row.finish_reason != "length"
+        self.scheduler.lengths.observe(len(row.token_ids), has_ended=has_ended)
         self._limbo.append((self._num_launched, running))
         self.stats.num_completion_tokens += len(row.token_ids)
         finished.append(row.completion(num_cached_tokens=running.num_cached_tokens))

@@ -1,10 +1,23 @@
 """Expectations: what the scheduler plans with before it is known. No torch here."""
 
+from typing import Any
+
+import numpy as np
+
 from inference.block_manager import ROOT
 from inference.sequence import Sequence
 
 MAX_PLANNED_BLOCKS = 1_000_000
 """Blocks of submitted prompts that are remembered; then all are forgotten and remembered anew."""
+
+CURVE_TOKENS = 64
+"""Completions are told apart by length in steps of so many tokens."""
+
+GUESS_WEIGHT = 8
+"""The first guess of lengths counts as much as so many completions."""
+
+LEAST_SURVIVAL = 1e-200
+"""Completions that are longer than all that is expected go on, as far as can be told."""
 
 
 class PlannedPrefixes:
@@ -31,17 +44,30 @@ class PlannedPrefixes:
 
 
 class LengthEstimate:
-    """Expected completion length: exact where end tokens are ignored, else learnt from what has finished."""
+    """Completion lengths: exact where end tokens are ignored, else learnt from what has finished.
+
+    Ranks reckon alike on any processor: sums, products and quotients only, in one order.
+    """
 
     def __init__(self, first_guess: int = 512) -> None:
         self._mean = float(first_guess)
         self._num_seen = 0
+        self._guessed_rate = min(0.5, CURVE_TOKENS / first_guess)
+        self._num_ended: Any = np.zeros(1)
+        self._num_reached: Any = np.zeros(1)
+        self._survival: Any = np.ones(2)
 
-    def observe(self, num_tokens: int) -> None:
-        """Take in the length of one finished completion."""
+    def observe(self, num_tokens: int, *, has_ended: bool = True) -> None:
+        """Take in the length of one finished completion; `has_ended`: by itself, not at its limit."""
         self._num_seen += 1
         weight = max(1 / self._num_seen, 0.005)
         self._mean += (num_tokens - self._mean) * weight
+        place = num_tokens // CURVE_TOKENS
+        if place >= len(self._num_ended):
+            self._num_ended = _longer(self._num_ended, 2 * place + 1)
+            self._num_reached = _longer(self._num_reached, 2 * place + 1)
+        self._num_ended[place] += has_ended
+        self._num_reached[: place + 1] += 1
 
     def of(self, sequence: Sequence) -> int:
         """Return the tokens to plan for; a quarter above the mean, never above max_tokens."""
@@ -49,3 +75,30 @@ class LengthEstimate:
         if sequence.sampling.ignore_eos:
             return limit
         return min(limit, int(self._mean * 1.25) + 16)
+
+    def renew(self, ages: Any, num_tokens: int) -> None:
+        """Reckon anew how many completions reach each length up to `num_tokens`.
+
+        Of those that reach a length, the share that ends there (Kaplan and Meier, 1958). Those that run, with
+        `ages` tokens [R], count as far as they have come: of what has finished, the short ones are too many.
+        """
+        size = max(num_tokens // CURVE_TOKENS + 1, len(self._num_ended))
+        running = np.bincount(np.minimum(ages // CURVE_TOKENS, size - 1), minlength=size)
+        reached = _longer(self._num_reached, size) + running[::-1].cumsum()[::-1]
+        ended = _longer(self._num_ended, size) + GUESS_WEIGHT * self._guessed_rate
+        goes_on = 1 - ended / (reached + GUESS_WEIGHT)
+        self._survival = np.maximum(np.append(1.0, goes_on.cumprod()), LEAST_SURVIVAL)
+
+    def survival(self, ages: Any, more: Any) -> Any:
+        """Return the shares [R,M] of completions of so many tokens [R] that go on for so many more [M]."""
+        return self._reaching(ages[:, None] + more) / self._reaching(ages)[:, None]
+
+    def _reaching(self, num_tokens: Any) -> Any:
+        places = np.minimum(num_tokens // CURVE_TOKENS, len(self._survival) - 2)
+        begin, end = self._survival[places], self._survival[places + 1]
+        within = np.minimum(num_tokens / CURVE_TOKENS - places, 1)
+        return begin + (end - begin) * within
+
+
+def _longer(counts: Any, size: int) -> Any:
+    return np.append(counts, np.zeros(max(0, size - len(counts))))

@@ -26,6 +26,9 @@ from inference.slot_params import SlotParams
 from inference.steps import Running, Step
 from inference.tally import TokenTally
 
+MANY_ROWS = 8
+"""Of the block table, from which on it is cheaper to copy all of it at once."""
+
 NUM_BUFFERS = 4
 """Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
 
@@ -114,9 +117,14 @@ class ModelRunner:
         for running in step.admitted:
             self.slots.start(running.slot, running.num_cached_tokens, running.num_sampled)
             self._params.write(running.slot, self._row_of(running))
-        for running in (*step.admitted, *step.grown):
-            slot = running.slot
-            self.slots.write_block_table(slot, running.block_table)
+            self.slots.write_block_table(running.slot, running.block_table)
+        for running in step.grown:
+            self.slots.add_block(running.slot, running.block_table)
+        changed = [running.slot for running in (*step.admitted, *step.grown)]
+        if len(changed) > MANY_ROWS:
+            self._block_table.copy_(self._block_table_host, non_blocking=True)
+            return
+        for slot in changed:
             self._block_table[slot].copy_(self._block_table_host[slot], non_blocking=True)
 
     def _run_body(self, plan: Plan, num_tokens: int) -> None:

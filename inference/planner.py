@@ -55,6 +55,10 @@ class Slots:
         self.block_table[slot, : len(block_table)] = block_table
         self.block_table[slot, len(block_table) :] = TRASH_BLOCK
 
+    def add_block(self, slot: int, block_table: Sequence[int]) -> None:
+        """Take over the last block of a sequence's block table."""
+        self.block_table[slot, len(block_table) - 1] = block_table[-1]
+
     def start(self, slot: int, num_computed: int, num_sampled: int) -> None:
         """Begin a sequence in a slot, with this much of it in the cache."""
         self.context_len[slot] = num_computed

@@ -14,6 +14,7 @@ What happens when is kept in calendars by step number, so a step costs its event
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 
+from inference.block_forecast import BlockForecast
 from inference.block_manager import ROOT, BlockManager
 from inference.even_load import EvenLoad, Waiting
 from inference.expectations import LengthEstimate, PlannedPrefixes
@@ -22,9 +23,6 @@ from inference.steps import Chunk, Running, Step
 
 MIN_SHARING_ROWS = 4
 """A prefix is attended to once for all rows when at least this many rows hold it."""
-
-GROWTH_BLOCKS = 4
-"""Blocks a sequence gets at a time once it has outgrown what was expected of it."""
 
 HOLD_BACK_STEPS = 16
 """Steps without admissions after a preemption, so that what was taken is not asked for again at once."""
@@ -57,6 +55,8 @@ class Scheduler:
         self._completion_of = completion_of
         self._load = EvenLoad(min_step_tokens or max_num_batched_tokens, sizes_around)
         self.lengths = LengthEstimate()
+        self._forecast = BlockForecast(blocks.num_usable_blocks, blocks.block_size, self.lengths)
+        self._num_wanted_blocks = 0  # by all that is unfinished, each at its expected end
         self._waiting = Waiting(blocks.block_size)
         self._planned = PlannedPrefixes(blocks.block_size)
         self._prefilling: deque[Running] = deque()
@@ -92,14 +92,15 @@ class Scheduler:
             running = Running(sequence, prompt, max_tokens)
             running.num_expected_tokens = min(max_tokens, self.lengths.of(sequence))
             running.num_planned_cached = self._planned.add(prompt)
+            running.num_wanted_blocks = self._num_blocks_of(running)
+            self._num_wanted_blocks += running.num_wanted_blocks
             self._waiting.add(running)
             self._load.num_work_tokens += len(prompt) - running.num_planned_cached
             self._load.num_work_tokens += running.num_expected_tokens
 
     def is_short_of_blocks(self) -> bool:
         """Whether the next `schedule` would have to preempt; results in flight may still free blocks."""
-        growing = self._growing(self._step + 1)
-        return sum(self._growth(running) for running in growing) > self.blocks.num_free_blocks
+        return len(self._growing(self._step + 1)) > self.blocks.num_free_blocks
 
     def schedule(self) -> Step | None:
         """Return the next step, or None when nothing can be computed before a slot is given back."""
@@ -122,6 +123,7 @@ class Scheduler:
     def finish(self, running: Running, num_completion_tokens: int) -> None:
         """Take out a sequence that ended before its last allowed token. Safe if it has left already."""
         self._load.num_work_tokens -= max(0, running.num_expected_tokens - num_completion_tokens)
+        self._num_wanted_blocks -= running.num_wanted_blocks
         if not running.is_finished:
             self._leave(running)
 
@@ -174,12 +176,16 @@ class Scheduler:
             return False
         running = self._waiting.next()
         shared = self.blocks.match(running.token_ids)
-        num_expected = max(1, self.lengths.of(running.sequence) - running.num_sampled)
         running.num_expected_tokens = max(running.num_expected_tokens, running.num_sampled + 1)
-        num_tokens = len(running.token_ids) + min(num_expected, running.num_tokens_left) - 1
-        num_blocks = min(self.blocks.num_blocks_for(num_tokens), self.blocks.num_usable_blocks)
+        is_roomy = self._num_wanted_blocks <= self.blocks.num_usable_blocks
+        num_blocks = self.blocks.num_blocks_for(len(running.token_ids))
+        if is_roomy:  # all at once, so that nothing needs to grow
+            num_blocks = self._num_blocks_of(running)
         num_new = num_blocks - len(shared)
-        if num_new + self.blocks.num_taken_by(shared) > self.blocks.num_free_blocks:
+        num_taken = self.blocks.num_taken_by(shared)
+        if num_new + num_taken > self.blocks.num_free_blocks:
+            return False
+        if not is_roomy and not self._is_foreseen(running, len(shared) - num_taken):
             return False
         self._waiting.pop()
         self.blocks.share(shared)
@@ -196,6 +202,20 @@ class Scheduler:
         self._prefilling.append(running)
         admitted.append(running)
         return True
+
+    def _num_blocks_of(self, running: Running) -> int:
+        """Blocks that a sequence without any holds at its expected end."""
+        num_left = max(1, self.lengths.of(running.sequence) - running.num_sampled)
+        num_tokens = len(running.token_ids) + min(num_left, running.num_tokens_left) - 1
+        return min(self.blocks.num_blocks_for(num_tokens), self.blocks.num_usable_blocks)
+
+    def _is_foreseen(self, running: Running, num_shared: int) -> bool:
+        """Whether blocks should suffice to the end with one more, of whose blocks others hold `num_shared`."""
+        is_alone = not self.num_running
+        if is_alone or self._forecast.is_due(self._step, running):
+            num_held = self.blocks.num_usable_blocks - self.blocks.num_free_blocks
+            self._forecast.renew(self._step, self.running, num_held, running)
+        return self._forecast.admits(self._step, running, num_shared, is_alone=is_alone)
 
     def _register(self, running: Running) -> None:
         """Make the prompt's full blocks reusable at once: a step stores all keys before it reads any."""
@@ -239,24 +259,23 @@ class Scheduler:
             self._grow_at[running.joined_at + room].append(running)
 
     def _growing(self, step: int) -> list[Running]:
-        return [r for r in self._grow_at.get(step, ()) if r.row >= 0]
-
-    def _growth(self, running: Running) -> int:
-        num_most = self.blocks.num_blocks_for(len(running.token_ids) + running.num_tokens_left - 1)
-        return min(GROWTH_BLOCKS, num_most - len(running.block_table))
+        size = self.blocks.block_size
+        return [
+            r
+            for r in self._grow_at.get(step, ())
+            # What was noted before a preemption no longer holds.
+            if r.row >= 0 and len(r.token_ids) + step - r.joined_at + 1 > len(r.block_table) * size
+        ]
 
     def _grow(self) -> list[Running]:
         """Extend the sequences that outgrow their blocks in this step, preempting others if need be."""
         grown = self._growing(self._step)
         self._grow_at.pop(self._step, None)
         for running in grown:
-            while running.row >= 0 and self._growth(running) > self.blocks.num_free_blocks:
-                if self.blocks.num_free_blocks > 0:
-                    break
+            while running.row >= 0 and not self.blocks.num_free_blocks:
                 self._preempt(max(self.running, key=lambda r: (r.row < 0, r.joined_at)))
             if running.row >= 0:
-                count = min(self._growth(running), self.blocks.num_free_blocks)
-                running.block_table += self.blocks.allocate(count)
+                running.block_table += self.blocks.allocate(1)
                 self._plan_growth(running)
         return [running for running in grown if running.row >= 0]
 

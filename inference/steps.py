@@ -39,6 +39,9 @@ class Running:
     num_expected_tokens: int = 0
     """Completion tokens planned for, counted from the start."""
 
+    num_wanted_blocks: int = 0
+    """At its expected end, as reckoned when it was submitted."""
+
     num_planned_cached: int = 0
     """Prompt tokens that a sequence submitted before has in common, so that they should be cached."""
 

@@ -8,8 +8,9 @@ import torch
 import transformers
 
 from inference.backends.row import Row
-from inference.build_engine import PagedSettings, build_engine
+from inference.build_engine import build_engine
 from inference.model import PagedModel
+from inference.paged_settings import PagedSettings
 from inference.sampler import SamplerRow, sample
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence

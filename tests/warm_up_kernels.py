@@ -18,12 +18,13 @@ import torch
 import triton
 
 from inference.absent_model import AbsentModel
-from inference.build_engine import PagedSettings, run_all
+from inference.build_engine import run_all
 from inference.compile_ahead import noted_instead_of_compiled, variants
 from inference.config import EngineConfig
 from inference.kernels import fused, fused_attention
 from inference.kernels.absent_card import AbsentCard, Utils
 from inference.model import FusedModel, PagedModel, make_paged_model
+from inference.paged_settings import PagedSettings
 from inference.precompile import CardFacts, Precompile, is_done, task_for
 
 FACTS = CardFacts(

@@ -14,7 +14,7 @@ from inference.backends import check_engine
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequences
 from inference.backends.row import RowMaker
-from inference.build_engine import PagedSettings, build_engine
+from inference.build_engine import build_engine
 from inference.config import EngineConfig
 from inference.end_tokens import end_token_ids
 from inference.engine import PagedEngine
@@ -25,6 +25,7 @@ from inference.memory import MemoryPlan, free_device_bytes
 from inference.model import PagedModel, make_paged_model
 from inference.model_config import read_model_shape
 from inference.offload import HOST_MEMORY_SHARE, free_host_bytes
+from inference.paged_settings import PagedSettings
 from inference.precompile import Precompile
 from inference.sequence import Completion, Sequence
 from inference.tensor_parallel import TensorParallel

@@ -22,9 +22,10 @@ import transformers
 from random_model import SHAPES, config_of
 
 from inference.backends.row import Row
-from inference.build_engine import PagedSettings, build_engine
+from inference.build_engine import build_engine
 from inference.config import EngineConfig
 from inference.model import make_paged_model
+from inference.paged_settings import PagedSettings
 from inference.request_mixes import requests, run_to_ends
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence

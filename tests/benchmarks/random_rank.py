@@ -18,9 +18,10 @@ import torch
 import inference.__main__ as rank_process
 from inference.arriving import Arriving
 from inference.backends import paged
-from inference.build_engine import PagedSettings, build_engine
+from inference.build_engine import build_engine
 from inference.config import EngineConfig
 from inference.model import PagedModel
+from inference.paged_settings import PagedSettings
 from inference.partition import _allocate, _empty_model, cut
 from inference.rank_exit import ExitCode
 from inference.tensor_parallel import TensorParallel

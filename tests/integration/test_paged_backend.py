@@ -178,9 +178,10 @@ def test_the_receipt_says_what_was_built_and_done():
 
 
 def test_a_cache_shorter_than_the_model_shortens_max_model_len_if_it_is_auto(caplog):
-    from inference.build_engine import PagedSettings, build_engine
+    from inference.build_engine import build_engine
     from inference.loading import load_model
     from inference.model import make_paged_model
+    from inference.paged_settings import PagedSettings
     from inference.weights import check_model_folder
 
     def build_small(max_model_len: Any) -> int:

@@ -1,7 +1,9 @@
 """The scheduler finishes everyone, keeps to its limits and spreads the work evenly."""
 
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,6 +142,49 @@ def test_known_lengths_are_reserved_and_never_preempt():
     assert driver.scheduler.num_preemptions == 0
 
 
+def lengths_driver(num_blocks: int, **options: Any) -> Driver:
+    return Driver(max_num_seqs=64, max_num_batched_tokens=64, num_blocks=num_blocks, **options)
+
+
+def test_what_ends_makes_room_for_what_grows():
+    # Alone each holds 8 blocks at its end: whole, 3 would fit 25 blocks at a time.
+    driver = lengths_driver(26)
+    driver.scheduler.add([sequence_of(i, [i] * 4, 4 + 4 * (i % 7)) for i in range(40)])
+    most = 0
+    while driver.step():
+        most = max(most, driver.scheduler.num_running)
+    assert len(driver.finished) == 40
+    assert driver.scheduler.num_preemptions == 0
+    assert most > 5
+
+
+def test_known_ends_never_preempt_however_prompts_are_cut():
+    driver = Driver(max_num_seqs=64, max_num_batched_tokens=9, num_blocks=40)
+    driver.run([sequence_of(i, [i] * (3 + 7 * i % 29), 3 + 11 * i % 27) for i in range(60)])
+    assert driver.scheduler.num_preemptions == 0
+
+
+def test_unknown_ends_are_learnt_so_that_few_are_preempted():
+    ends = {i: 3 + (5 * i * i) % 17 for i in range(300)}
+    driver = lengths_driver(60, ends=dict(ends))
+    driver.run([sequence_of(i, [i % 90] * 4, 40, ignore_eos=False) for i in range(300)])
+    assert driver.scheduler.num_preemptions < 15
+    fullest = max(driver.num_step_tokens[20:200])
+    assert fullest >= 20
+
+
+def test_a_second_life_after_a_preemption_grows_no_more_than_it_needs():
+    driver = lengths_driver(18)
+    driver.scheduler.lengths.observe(1)
+    driver.scheduler.add([sequence_of(i, [i] * 4, 30, ignore_eos=False) for i in range(6)])
+    longest = 0
+    while driver.step():
+        tables = [len(running.block_table) for running in driver.scheduler.running]
+        longest = max(longest, *tables, 0)
+    assert driver.scheduler.num_preemptions > 0
+    assert longest == 8  # the ninth is for its last token, after which it gives all back
+
+
 def test_a_shared_prefix_is_computed_once():
     prefix = list(range(12))
     driver = Driver(max_num_seqs=8, max_num_batched_tokens=64)
@@ -214,6 +259,49 @@ def test_expected_lengths_follow_what_has_finished_and_known_ones_are_exact():
     for _ in range(50):
         lengths.observe(20)
     assert lengths.of(open_ended) == 41
+
+
+def survival(lengths: LengthEstimate, age: int, *more: int) -> list[float]:
+    found = lengths.survival(np.array([age]), np.array(more))[0]
+    return [round(float(share), 3) for share in found]
+
+
+def test_the_share_of_completions_that_go_on_is_learnt():
+    lengths = LengthEstimate(first_guess=512)
+    lengths.renew(np.zeros(0, np.int64), 1000)
+    assert survival(lengths, 0, 0, 64, 128) == [1.0, 0.875, 0.766]
+    for _ in range(1000):
+        lengths.observe(100)
+        lengths.observe(400)
+    lengths.renew(np.zeros(0, np.int64), 1000)
+    assert survival(lengths, 0, 64, 300, 500) == pytest.approx([1.0, 0.5, 0.0], abs=0.02)
+    assert survival(lengths, 200, 100, 300) == pytest.approx([1.0, 0.0], abs=0.02)
+
+
+def test_what_still_runs_counts_as_far_as_it_has_come():
+    lengths = LengthEstimate(first_guess=512)
+    for _ in range(100):
+        lengths.observe(40)  # the short ones, which end first
+    lengths.renew(np.full(900, 300), 1000)
+    assert survival(lengths, 0, 256) == pytest.approx([0.9], abs=0.02)
+    lengths.renew(np.zeros(0, np.int64), 1000)
+    assert survival(lengths, 0, 256)[0] < 0.1
+
+
+def test_completions_that_reach_their_limit_have_not_ended():
+    lengths = LengthEstimate(first_guess=512)
+    for _ in range(1000):
+        lengths.observe(128, has_ended=False)
+    lengths.renew(np.zeros(0, np.int64), 1000)
+    assert survival(lengths, 0, 128) == pytest.approx([1.0], abs=0.01)
+
+
+def test_completions_far_longer_than_any_before_go_on():
+    lengths = LengthEstimate(first_guess=512)
+    for _ in range(5000):
+        lengths.observe(10)
+    lengths.renew(np.array([200_000]), 300_000)
+    assert survival(lengths, 200_000, 64)[0] > 0.8
 
 
 def test_planned_prefixes_count_what_an_earlier_prompt_begins_with():
