@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,22 @@ def test_tokens_are_the_references(kind, offload, tmp_path):
     knobs = {"dtype": kind.split()[-1]} if " in " in kind else {}
     found = run(ZeroBackend(config(model, offload=offload, **knobs)), sequences(10))
     assert found == expected(model, sequences(10), **knobs)
+
+
+def test_rotary_frequencies_are_not_rounded_to_the_weights_dtype(monkeypatch):
+    # As transformers 5.17 loads under ZeRO-3: nothing keeps DeepSpeed from what constructors make.
+    name = "transformers.modeling_utils.prevent_arange_dtype_change"
+    monkeypatch.setattr(name, nullcontext, raising=False)
+    knobs = {"dtype": "bfloat16"}
+    reference = TransformersBackend(config(MODELS / "tiny-a", backend="transformers", **knobs))
+    backend = ZeroBackend(config(MODELS / "tiny-a", offload="cpu", **knobs))
+    whole = dict(reference._model.named_buffers())
+    found = dict(backend._model.named_buffers())
+    backend.close()
+    assert found.keys() == whole.keys() != set()
+    for name, buffer in whole.items():
+        assert found[name].dtype == buffer.dtype == torch.float32
+        assert torch.equal(found[name], buffer), name
 
 
 def test_long_prompts_run_in_several_passes_and_change_nothing():
