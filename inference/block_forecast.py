@@ -16,7 +16,7 @@ import numpy as np
 from inference.expectations import LengthEstimate
 from inference.steps import Running
 
-NUM_WINDOWS = 128
+NUM_WINDOWS = 64
 
 MIN_WINDOW_STEPS = 8
 
@@ -40,34 +40,47 @@ class BlockForecast:
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._lengths = lengths
-        self._begin = 0  # step where the first window begins
+        self._begins: Any = np.zeros(NUM_WINDOWS, np.int64)  # steps where windows begin and end
+        self._ends: Any = self._begins
         self._due = 0  # step from which on it is to be made anew
-        self._window_steps = MIN_WINDOW_STEPS
         self._held: Array = np.zeros(NUM_WINDOWS)
         self._variance: Array = np.zeros(NUM_WINDOWS)
 
+    def expire(self) -> None:
+        """Have it made anew before it is asked again: something was admitted without it."""
+        self._due = 0
+
     def is_due(self, step: int, running: Running) -> bool:
         """Whether it is to be made anew, before it is asked whether it admits this one."""
-        end = self._begin + NUM_WINDOWS * self._window_steps
-        return step >= self._due or _last_step(running, step) >= end
+        return step >= self._due or _last_step(running, step) >= self._ends[-1]
 
     def renew(self, step: int, rows: Rows[Running], num_held: int, asked: Running) -> None:
         """Make it anew, before `step` is made, as far as `asked` may come.
 
         `rows` are all that run, `num_held` the blocks that they hold together.
         """
-        self._begin, self._due = step, step + STEPS_PER_FORECAST
-        last = np.array([_last_step(row, step) for row in rows], np.int64)
-        num_steps = max(last.max(initial=0), _last_step(asked, step)) + STEPS_PER_FORECAST - step
-        self._window_steps = max(MIN_WINDOW_STEPS, -(-int(num_steps) // NUM_WINDOWS))
-        ages = [_age(row, step) for row in rows if not row.sequence.sampling.ignore_eos]
-        num_tokens = max([_age(asked, step), *ages]) + NUM_WINDOWS * self._window_steps
-        self._lengths.renew(np.array(ages, np.int64), num_tokens)
-        expected_RW, blocks_RW = self._profiles(step, rows, last)
+        lasts = [_last_step(row, step) for row in rows]
+        num_steps = max([*lasts, _last_step(asked, step)]) + STEPS_PER_FORECAST - step
+        window_steps = max(MIN_WINDOW_STEPS, -(-num_steps // NUM_WINDOWS))
+        self._due = step + STEPS_PER_FORECAST
+        self._begins = step + window_steps * np.arange(NUM_WINDOWS)
+        self._ends = self._begins + window_steps
+        ages = np.array([_age(row, step) for row in rows], np.int64)
+        is_known = np.array([row.sequence.sampling.ignore_eos for row in rows], bool)
+        longest = max(int(ages.max(initial=0)), asked.num_sampled)
+        self._lengths.renew(ages[~is_known], longest + NUM_WINDOWS * window_steps)
+        expected_RW = (self._begins <= np.array(lasts)[:, None]).astype(float)
+        if not is_known.all():
+            expected_RW[~is_known] *= self._survival(step, ages[~is_known])
+        lengths = np.array([_length(row, step) for row in rows])[:, None]
+        most = np.array([_most_tokens(row) for row in rows])[:, None]
+        tables = np.array([len(row.block_table) for row in rows])[:, None]
+        blocks_RW = np.maximum(self._blocks(step, lengths, most), tables)
         self._held = (expected_RW * blocks_RW).sum(0)
         self._variance = (expected_RW * (1 - expected_RW) * blocks_RW**2).sum(0)
-        if rows:  # blocks that several hold were counted for each
-            num_shared = sum(len(row.block_table) for row in rows) - num_held
+        if rows:  # what many hold was counted for each; what few hold may soon be one's own
+            num_shared = sum(row.num_shared_blocks for row in rows)
+            num_shared = min(num_shared, int(tables.sum()) - num_held)
             self._held -= num_shared * expected_RW.sum(0) / len(rows)
 
     def admits(self, step: int, running: Running, num_shared: int, *, is_alone: bool) -> bool:
@@ -75,33 +88,27 @@ class BlockForecast:
 
         Alone it may always run.
         """
-        last = np.array([_last_step(running, step)], np.int64)
-        expected_RW, blocks_RW = self._profiles(step, [running], last)
-        expected_W, blocks_W = expected_RW[0], np.maximum(blocks_RW[0] - num_shared, 0)
+        blocks_W = self._blocks(step, len(running.token_ids), _most_tokens(running)) - num_shared
+        expected_W = (self._begins <= _last_step(running, step)).astype(float)
+        variance = self._variance
+        if not running.sequence.sampling.ignore_eos:
+            expected_W *= self._survival(step, np.array([running.num_sampled]))[0]
+            variance = variance + expected_W * (1 - expected_W) * blocks_W**2
         held = self._held + expected_W * blocks_W
-        variance = self._variance + expected_W * (1 - expected_W) * blocks_W**2
-        now = (step - self._begin) // self._window_steps
-        most = (held + DEVIATIONS * np.sqrt(variance))[now:].max()
+        to_come = self._ends > step
+        most = (held + DEVIATIONS * np.sqrt(variance))[to_come].max()
         if most > self._num_blocks and not is_alone:
             return False
         self._held, self._variance = held, variance
         return True
 
-    def _profiles(self, step: int, rows: Rows[Running], last: Any) -> tuple[Array, Array]:
-        """Return for each sequence and window how likely it still runs, and the most blocks it then holds."""
-        begins = self._begin + self._window_steps * np.arange(NUM_WINDOWS)
-        ahead = begins + self._window_steps - step  # steps until the window's end
-        length = np.array([_length(row, step) for row in rows], np.int64)[:, None]
-        most = np.array([len(row.token_ids) + row.num_tokens_left - 1 for row in rows], np.int64)
-        table = np.array([len(row.block_table) for row in rows], np.int64)[:, None]
-        reached = np.minimum(length + np.maximum(ahead, 0), most[:, None])
-        blocks = np.maximum(-(-reached // self._block_size), table)
-        expected = (begins <= last[:, None]).astype(float)
-        unknown = [i for i, row in enumerate(rows) if not row.sequence.sampling.ignore_eos]
-        if unknown:
-            ages = np.array([_age(rows[i], step) for i in unknown], np.int64)
-            expected[unknown] *= self._lengths.survival(ages, np.maximum(begins - step, 0))
-        return expected, blocks.astype(float)
+    def _blocks(self, step: int, lengths: Any, most: Any) -> Any:
+        """Return the most blocks [W] in each window, of sequences that have `lengths` tokens and come to `most`."""
+        reached = np.minimum(lengths + np.maximum(self._ends - step, 0), most)
+        return -(-reached // self._block_size)
+
+    def _survival(self, step: int, ages: Any) -> Any:
+        return self._lengths.survival(ages, np.maximum(self._begins - step, 0))
 
 
 def _age(running: Running, step: int) -> int:
@@ -112,6 +119,11 @@ def _age(running: Running, step: int) -> int:
 def _length(running: Running, step: int) -> int:
     """Tokens whose keys are stored before `step`, once prefill is through."""
     return len(running.token_ids) + max(0, _num_decoded(running, step) - 1)
+
+
+def _most_tokens(running: Running) -> int:
+    """Tokens whose keys it stores if it comes to its limit."""
+    return len(running.token_ids) + running.num_tokens_left - 1
 
 
 def _num_decoded(running: Running, step: int) -> int:

@@ -10,7 +10,7 @@ from inference.sequence import Sequence
 MAX_PLANNED_BLOCKS = 1_000_000
 """Blocks of submitted prompts that are remembered; then all are forgotten and remembered anew."""
 
-CURVE_TOKENS = 64
+CURVE_TOKENS = 16
 """Completions are told apart by length in steps of so many tokens."""
 
 GUESS_WEIGHT = 8

@@ -117,10 +117,7 @@ class ModelRunner:
         for running in step.admitted:
             self.slots.start(running.slot, running.num_cached_tokens, running.num_sampled)
             self._params.write(running.slot, self._row_of(running))
-            self.slots.write_block_table(running.slot, running.block_table)
-        for running in step.grown:
-            self.slots.add_block(running.slot, running.block_table)
-        changed = [running.slot for running in (*step.admitted, *step.grown)]
+        changed = self.slots.write_block_tables(step)
         if len(changed) > MANY_ROWS:
             self._block_table.copy_(self._block_table_host, non_blocking=True)
             return

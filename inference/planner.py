@@ -3,7 +3,6 @@
 Attention work is cut here: decoding rows into items of about one size, chunks and shared prefixes into tiles.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +17,8 @@ from inference.batch import (
     BatchLimits,
     Plan,
 )
+from inference.block_budget import MIN_SHARING_ROWS
 from inference.block_manager import TRASH_BLOCK
-from inference.scheduler import MIN_SHARING_ROWS
 from inference.steps import Chunk, Running, Step
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
@@ -50,14 +49,20 @@ class Slots:
         self.shared_len = np.zeros(rows, np.int32)
         self.shared_block = np.zeros(rows, np.int32)
 
-    def write_block_table(self, slot: int, block_table: Sequence[int]) -> None:
-        """Take over a sequence's block table; what is past its end is trash."""
-        self.block_table[slot, : len(block_table)] = block_table
-        self.block_table[slot, len(block_table) :] = TRASH_BLOCK
+    def write_block_tables(self, step: Step) -> list[int]:
+        """Take over what a step changes of the block tables; return the slots it concerns.
 
-    def add_block(self, slot: int, block_table: Sequence[int]) -> None:
-        """Take over the last block of a sequence's block table."""
-        self.block_table[slot, len(block_table) - 1] = block_table[-1]
+        What is past the end of a table is trash.
+        """
+        table = self.block_table
+        for running in step.admitted:
+            table[running.slot, : len(running.block_table)] = running.block_table
+            table[running.slot, len(running.block_table) :] = TRASH_BLOCK
+        for running in step.grown:
+            end = len(running.block_table)
+            begin = end - running.num_grown_blocks
+            table[running.slot, begin:end] = running.block_table[begin:]
+        return [running.slot for running in (*step.admitted, *step.grown)]
 
     def start(self, slot: int, num_computed: int, num_sampled: int) -> None:
         """Begin a sequence in a slot, with this much of it in the cache."""

@@ -14,15 +14,12 @@ What happens when is kept in calendars by step number, so a step costs its event
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 
-from inference.block_forecast import BlockForecast
+from inference.block_budget import MIN_SHARING_ROWS, BlockBudget
 from inference.block_manager import ROOT, BlockManager
 from inference.even_load import EvenLoad, Waiting
 from inference.expectations import LengthEstimate, PlannedPrefixes
 from inference.sequence import Sequence
 from inference.steps import Chunk, Running, Step
-
-MIN_SHARING_ROWS = 4
-"""A prefix is attended to once for all rows when at least this many rows hold it."""
 
 HOLD_BACK_STEPS = 16
 """Steps without admissions after a preemption, so that what was taken is not asked for again at once."""
@@ -55,8 +52,7 @@ class Scheduler:
         self._completion_of = completion_of
         self._load = EvenLoad(min_step_tokens or max_num_batched_tokens, sizes_around)
         self.lengths = LengthEstimate()
-        self._forecast = BlockForecast(blocks.num_usable_blocks, blocks.block_size, self.lengths)
-        self._num_wanted_blocks = 0  # by all that is unfinished, each at its expected end
+        self._budget = BlockBudget(blocks, self.lengths)
         self._waiting = Waiting(blocks.block_size)
         self._planned = PlannedPrefixes(blocks.block_size)
         self._prefilling: deque[Running] = deque()
@@ -92,15 +88,16 @@ class Scheduler:
             running = Running(sequence, prompt, max_tokens)
             running.num_expected_tokens = min(max_tokens, self.lengths.of(sequence))
             running.num_planned_cached = self._planned.add(prompt)
-            running.num_wanted_blocks = self._num_blocks_of(running)
-            self._num_wanted_blocks += running.num_wanted_blocks
             self._waiting.add(running)
             self._load.num_work_tokens += len(prompt) - running.num_planned_cached
             self._load.num_work_tokens += running.num_expected_tokens
 
     def is_short_of_blocks(self) -> bool:
         """Whether the next `schedule` would have to preempt; results in flight may still free blocks."""
-        return len(self._growing(self._step + 1)) > self.blocks.num_free_blocks
+        num_free = self.blocks.num_free_blocks
+        if len(self._grow_at.get(self._step + 1, ())) <= num_free:
+            return False
+        return len(self._growing(self._step + 1)) > num_free
 
     def schedule(self) -> Step | None:
         """Return the next step, or None when nothing can be computed before a slot is given back."""
@@ -123,7 +120,6 @@ class Scheduler:
     def finish(self, running: Running, num_completion_tokens: int) -> None:
         """Take out a sequence that ended before its last allowed token. Safe if it has left already."""
         self._load.num_work_tokens -= max(0, running.num_expected_tokens - num_completion_tokens)
-        self._num_wanted_blocks -= running.num_wanted_blocks
         if not running.is_finished:
             self._leave(running)
 
@@ -177,19 +173,10 @@ class Scheduler:
         running = self._waiting.next()
         shared = self.blocks.match(running.token_ids)
         running.num_expected_tokens = max(running.num_expected_tokens, running.num_sampled + 1)
-        is_roomy = self._num_wanted_blocks <= self.blocks.num_usable_blocks
-        num_blocks = self.blocks.num_blocks_for(len(running.token_ids))
-        if is_roomy:  # all at once, so that nothing needs to grow
-            num_blocks = self._num_blocks_of(running)
-        num_new = num_blocks - len(shared)
-        num_taken = self.blocks.num_taken_by(shared)
-        if num_new + num_taken > self.blocks.num_free_blocks:
-            return False
-        if not is_roomy and not self._is_foreseen(running, len(shared) - num_taken):
+        if not self._budget.admits(self._step, running, shared, lambda: self.running):
             return False
         self._waiting.pop()
-        self.blocks.share(shared)
-        running.block_table = [*shared, *self.blocks.allocate(num_new)]
+        self._budget.begin(running, shared)
         running.slot = self._free_slots.pop()
         num_cached = len(shared) * self.blocks.block_size
         running.num_computed_tokens = num_cached
@@ -202,20 +189,6 @@ class Scheduler:
         self._prefilling.append(running)
         admitted.append(running)
         return True
-
-    def _num_blocks_of(self, running: Running) -> int:
-        """Blocks that a sequence without any holds at its expected end."""
-        num_left = max(1, self.lengths.of(running.sequence) - running.num_sampled)
-        num_tokens = len(running.token_ids) + min(num_left, running.num_tokens_left) - 1
-        return min(self.blocks.num_blocks_for(num_tokens), self.blocks.num_usable_blocks)
-
-    def _is_foreseen(self, running: Running, num_shared: int) -> bool:
-        """Whether blocks should suffice to the end with one more, of whose blocks others hold `num_shared`."""
-        is_alone = not self.num_running
-        if is_alone or self._forecast.is_due(self._step, running):
-            num_held = self.blocks.num_usable_blocks - self.blocks.num_free_blocks
-            self._forecast.renew(self._step, self.running, num_held, running)
-        return self._forecast.admits(self._step, running, num_shared, is_alone=is_alone)
 
     def _register(self, running: Running) -> None:
         """Make the prompt's full blocks reusable at once: a step stores all keys before it reads any."""
@@ -275,7 +248,7 @@ class Scheduler:
             while running.row >= 0 and not self.blocks.num_free_blocks:
                 self._preempt(max(self.running, key=lambda r: (r.row < 0, r.joined_at)))
             if running.row >= 0:
-                running.block_table += self.blocks.allocate(1)
+                self._budget.grow(running)
                 self._plan_growth(running)
         return [running for running in grown if running.row >= 0]
 
@@ -292,7 +265,7 @@ class Scheduler:
             self._finish_at[running.last_step].remove(running)
         else:
             self._prefilling.remove(running)
-        self.blocks.release(running.block_table)
+        self._budget.release(running)
         running.block_table = []
         self._requeue(running)
 
@@ -312,7 +285,7 @@ class Scheduler:
         elif running in self._prefilling:
             self._prefilling.remove(running)
         # The table itself stays: the step being made may still have to write it to the device.
-        self.blocks.release(running.block_table)
+        self._budget.release(running)
 
     def _drop_row(self, running: Running) -> None:
         last = self._decoding.pop()

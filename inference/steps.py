@@ -23,6 +23,9 @@ class Running:
     slot: int = -1
     row: int = -1
     block_table: list[int] = field(default_factory=list)
+    num_grown_blocks: int = 0
+    """Blocks that were added to its table when it last grew."""
+
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_shared_blocks: int = 0
@@ -39,8 +42,8 @@ class Running:
     num_expected_tokens: int = 0
     """Completion tokens planned for, counted from the start."""
 
-    num_wanted_blocks: int = 0
-    """At its expected end, as reckoned when it was submitted."""
+    num_missing_blocks: int = 0
+    """Blocks that its table would still get if it came to its longest."""
 
     num_planned_cached: int = 0
     """Prompt tokens that a sequence submitted before has in common, so that they should be cached."""

@@ -59,8 +59,7 @@ class _HostRunner:
         for running in step.admitted:
             self._slots.start(running.slot, running.num_cached_tokens, running.num_sampled)
             self._params.write(running.slot, self._row_of(running))
-        for running in (*step.admitted, *step.grown):
-            self._slots.write_block_table(running.slot, running.block_table)
+        self._slots.write_block_tables(step)
         plan = self._planner.fill(step, self._parts)
         limits = self._limits
         self._planner.pad(

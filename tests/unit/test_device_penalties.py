@@ -308,7 +308,8 @@ def test_preempted_sequences_go_on_with_what_they_have_had(monkeypatch):
     monkeypatch.setattr("inference.model_runner.sample", refuse)
     model = plain_model_sampled_by_kernels("qwen3")
     engine, _, _ = build_engine(model, settings_of(max_num_blocks=26), make_endless_row)
-    engine.scheduler.lengths.observe(1)  # expects far too little, so blocks run out
+    for _ in range(1000):
+        engine.scheduler.lengths.observe(1)  # expects far too little, so blocks run out
     engine.submit(sequences)
     completions = {}
     while engine.num_unfinished:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.batch import NUM_ITEMS, BatchLimits, buffer_size, views_of
+from inference.block_budget import MIN_SHARING_ROWS
 from inference.planner import Planner, Slots
-from inference.scheduler import MIN_SHARING_ROWS
 from inference.sequence import Sequence
 from inference.steps import Running, Step
 
