@@ -44,7 +44,6 @@ class BlockBudget:
         running.num_missing_blocks = num_most - num_begun
         num_missing = self._num_missing + running.num_missing_blocks
         if num_needed + num_missing <= blocks.num_free_blocks:  # with everyone at its longest
-            self._forecast.expire()
             return True
         is_alone = not self._num_running
         if is_alone or self._forecast.is_due(step, running):
@@ -61,11 +60,11 @@ class BlockBudget:
         running.block_table = [*shared, *self._blocks.allocate(num_begun - len(shared))]
         self._num_running += 1
         self._num_missing += running.num_missing_blocks
-        self._extend(running, self._num_spare_for(running))
+        self._extend(running, self._spare_for(running))
 
     def grow(self, running: Running) -> None:
         """Give one its next block, and some to spare; one must be free."""
-        running.num_grown_blocks = max(1, self._num_spare_for(running))
+        running.num_grown_blocks = max(1, self._spare_for(running))
         self._extend(running, running.num_grown_blocks)
 
     def release(self, running: Running) -> None:
@@ -74,10 +73,11 @@ class BlockBudget:
         self._num_running -= 1
         self._num_missing -= running.num_missing_blocks
 
-    def _num_spare_for(self, running: Running) -> int:
+    def _spare_for(self, running: Running) -> int:
         """Blocks it may have before it needs them, which is less work: where all could come to their longest."""
         if self._num_missing > self._blocks.num_free_blocks:
             return 0
+        self._forecast.expire()  # it knows nothing of them, nor of who was admitted because of so much room
         return min(MAX_SPARE_BLOCKS, running.num_missing_blocks)
 
     def _extend(self, running: Running, num_blocks: int) -> None:
