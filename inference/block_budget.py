@@ -46,7 +46,7 @@ class BlockBudget:
         if num_needed + num_missing <= blocks.num_free_blocks:  # with everyone at its longest
             return True
         is_alone = not self._num_running
-        if is_alone or self._forecast.is_due(step, running):
+        if is_alone or self._forecast.is_due(step):
             num_held = blocks.num_usable_blocks - blocks.num_free_blocks
             self._forecast.renew(step, everyone(), num_held, running)
         # What few hold may soon be its own.

@@ -16,9 +16,8 @@ import numpy as np
 from inference.expectations import LengthEstimate
 from inference.steps import Running
 
-NUM_WINDOWS = 64
-
-MIN_WINDOW_STEPS = 8
+NUM_WINDOWS = 128
+"""Half of them a quarter of a block long, the others ever longer: what is far off need not be known as well."""
 
 STEPS_PER_FORECAST = 16
 """After so many it is made anew from what has become of the sequences."""
@@ -40,8 +39,8 @@ class BlockForecast:
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._lengths = lengths
-        self._begins: Any = np.zeros(NUM_WINDOWS, np.int64)  # steps where windows begin and end
-        self._ends: Any = self._begins
+        self._offsets = _offsets(max(1, block_size // 4))
+        self._begins = self._ends = self._offsets[1:]  # steps where windows begin and end
         self._due = 0  # step from which on it is to be made anew
         self._held: Array = np.zeros(NUM_WINDOWS)
         self._variance: Array = np.zeros(NUM_WINDOWS)
@@ -50,25 +49,23 @@ class BlockForecast:
         """Have it made anew before it is asked again: something was admitted without it."""
         self._due = 0
 
-    def is_due(self, step: int, running: Running) -> bool:
-        """Whether it is to be made anew, before it is asked whether it admits this one."""
-        return step >= self._due or _last_step(running, step) >= self._ends[-1]
+    def is_due(self, step: int) -> bool:
+        """Whether it is to be made anew before it is asked."""
+        return step >= self._due
 
     def renew(self, step: int, rows: Rows[Running], num_held: int, asked: Running) -> None:
-        """Make it anew, before `step` is made, as far as `asked` may come.
+        """Make it anew, before `step` is made and `asked` is asked for.
 
         `rows` are all that run, `num_held` the blocks that they hold together.
         """
-        lasts = [_last_step(row, step) for row in rows]
-        num_steps = max([*lasts, _last_step(asked, step)]) + STEPS_PER_FORECAST - step
-        window_steps = max(MIN_WINDOW_STEPS, -(-num_steps // NUM_WINDOWS))
         self._due = step + STEPS_PER_FORECAST
-        self._begins = step + window_steps * np.arange(NUM_WINDOWS)
-        self._ends = self._begins + window_steps
+        self._begins, self._ends = step + self._offsets[:-1], step + self._offsets[1:]
+        lasts = [_last_step(row, step) for row in rows]
         ages = np.array([_age(row, step) for row in rows], np.int64)
         is_known = np.array([row.sequence.sampling.ignore_eos for row in rows], bool)
         longest = max(int(ages.max(initial=0)), asked.num_sampled)
-        self._lengths.renew(ages[~is_known], longest + NUM_WINDOWS * window_steps)
+        num_tokens = max([*lasts, _last_step(asked, step)]) - step + longest
+        self._lengths.renew(ages[~is_known], num_tokens)
         expected_RW = (self._begins <= np.array(lasts)[:, None]).astype(float)
         if not is_known.all():
             expected_RW[~is_known] *= self._survival(step, ages[~is_known])
@@ -109,6 +106,16 @@ class BlockForecast:
 
     def _survival(self, step: int, ages: Any) -> Any:
         return self._lengths.survival(ages, np.maximum(self._begins - step, 0))
+
+
+def _offsets(width: int) -> Any:
+    """Return where windows begin, in steps from now, the first of them so long; and where the last one ends."""
+    offsets = [0]
+    for index in range(NUM_WINDOWS):
+        offsets.append(offsets[-1] + width)
+        if index >= NUM_WINDOWS // 2:
+            width += -(-width // 10)
+    return np.array(offsets)
 
 
 def _age(running: Running, step: int) -> int:

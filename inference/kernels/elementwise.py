@@ -1,6 +1,7 @@
 """Fused element-wise kernels: residual add with RMSNorm, SiLU gate, and the path from QKV to the cache.
 
-Each reads its input once and writes its output once. Sums are in fp32. With IS_FP8 a row leaves as
+Each reads its input once and writes its output once. Sums are in fp32; in between values are rounded where
+transformers' modules round them, so that tokens part from theirs no sooner than by another batch size. With IS_FP8 a row leaves as
 e4m3 with one fp32 scale, ready for a row-wise scaled matmul.
 
     T tokens   D hidden size   I intermediate size (WIDTH)   N query heads   K KV heads   H head dim   S block size
@@ -10,6 +11,18 @@ import triton
 import triton.language as tl
 
 FP8_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """Round fp32 values to a dtype, and go on with them in fp32."""
+    return value.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def gated(gate, up, DTYPE: tl.constexpr):
+    """Return silu(gate) * up, rounded in between."""
+    return rounded(gate * tl.sigmoid(gate), DTYPE) * up
 
 
 @triton.jit
@@ -48,7 +61,8 @@ def add_rms_norm_kernel(
         tl.store(residual_ptr + place, x, mask=mask)
         x = x.to(tl.float32)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    value = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * weight
+    value = rounded(x * tl.rsqrt(tl.sum(x * x, 0) / D + eps), x_ptr.dtype.element_ty)
+    value = rounded(value * weight, x_ptr.dtype.element_ty)
     _store_row(out_ptr, scale_ptr, row, offs, value, mask, D, IS_FP8)
 
 
@@ -65,7 +79,7 @@ def silu_mul_kernel(
     mask = offs < WIDTH
     gate = tl.load(gate_up_ptr + row * 2 * WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * WIDTH + WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up
+    value = gated(gate, up, gate_up_ptr.dtype.element_ty)
     tl.store(out_ptr + row * WIDTH + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -80,7 +94,7 @@ def silu_mul_fp8_kernel(
     place = gate_up_ptr + row.to(tl.int64) * 2 * WIDTH + offs
     gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(place + WIDTH, mask=mask, other=0.0).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up
+    value = rounded(gated(gate, up, gate_up_ptr.dtype.element_ty), gate_up_ptr.dtype.element_ty)
     _store_row(out_ptr, scale_ptr, row, offs, value, mask, WIDTH, True)
 
 
@@ -95,13 +109,17 @@ def quantise_rows_kernel(x_ptr, out_ptr, scale_ptr, D: tl.constexpr, D_PAD: tl.c
 
 
 @triton.jit
-def _norm_rope(x1, x2, w1, w2, cos, sin, eps, H: tl.constexpr, HAS_NORM: tl.constexpr):
+def _norm_rope(
+    x1, x2, w1, w2, cos, sin, eps, H: tl.constexpr, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr
+):
     """Normalise heads given as two halves, then rotate them."""
     if HAS_NORM:
         inverse = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / H + eps)[:, None]
-        x1 = x1 * inverse * w1[None, :]
-        x2 = x2 * inverse * w2[None, :]
-    return x1 * cos[None, :] - x2 * sin[None, :], x2 * cos[None, :] + x1 * sin[None, :]
+        x1 = rounded(rounded(x1 * inverse, DTYPE) * w1[None, :], DTYPE)
+        x2 = rounded(rounded(x2 * inverse, DTYPE) * w2[None, :], DTYPE)
+    y1 = rounded(x1 * cos[None, :], DTYPE) - rounded(x2 * sin[None, :], DTYPE)
+    y2 = rounded(x2 * cos[None, :], DTYPE) + rounded(x1 * sin[None, :], DTYPE)
+    return rounded(y1, DTYPE), rounded(y2, DTYPE)
 
 
 @triton.jit
@@ -132,8 +150,11 @@ def rope_store_kernel(
     offs = tl.arange(0, HALF_PAD)
     in_half = offs < HALF
     position = tl.load(positions_ptr + token).to(tl.int64)
+    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     cos = tl.load(cos_ptr + position * HALF + offs, mask=in_half, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + position * HALF + offs, mask=in_half, other=0.0).to(tl.float32)
+    cos = rounded(cos, DTYPE)
+    sin = rounded(sin, DTYPE)
     qw1 = cos
     qw2 = cos
     kw1 = cos
@@ -150,7 +171,7 @@ def rope_store_kernel(
     place = heads[:, None] * H + offs[None, :]
     x1 = tl.load(row + place, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(row + place + HALF, mask=mask, other=0.0).to(tl.float32)
-    y1, y2 = _norm_rope(x1, x2, qw1, qw2, cos, sin, eps, H, HAS_NORM)
+    y1, y2 = _norm_rope(x1, x2, qw1, qw2, cos, sin, eps, H, HAS_NORM, DTYPE)
     q_row = q_ptr + token * (N * H)
     tl.store(q_row + place, y1.to(q_ptr.dtype.element_ty), mask=mask)
     tl.store(q_row + place + HALF, y2.to(q_ptr.dtype.element_ty), mask=mask)
@@ -162,7 +183,7 @@ def rope_store_kernel(
     cache = ((slot // S) * K + kv_heads[:, None]) * (S * H) + (slot % S) * H + offs[None, :]
     x1 = tl.load(row + N * H + kv_place, mask=kv_mask, other=0.0).to(tl.float32)
     x2 = tl.load(row + N * H + kv_place + HALF, mask=kv_mask, other=0.0).to(tl.float32)
-    y1, y2 = _norm_rope(x1, x2, kw1, kw2, cos, sin, eps, H, HAS_NORM)
+    y1, y2 = _norm_rope(x1, x2, kw1, kw2, cos, sin, eps, H, HAS_NORM, DTYPE)
     tl.store(k_cache_ptr + cache, y1.to(k_cache_ptr.dtype.element_ty), mask=kv_mask)
     tl.store(k_cache_ptr + cache + HALF, y2.to(k_cache_ptr.dtype.element_ty), mask=kv_mask)
     v1 = tl.load(row + (N + K) * H + kv_place, mask=kv_mask, other=0.0)

@@ -10,6 +10,8 @@ so many tokens needs, and programs past the last block end at once: one captured
 import triton
 import triton.language as tl
 
+from inference.kernels.elementwise import gated
+
 
 @triton.jit
 def route_kernel(
@@ -153,7 +155,7 @@ def gate_up_kernel(
         up *= x_scale * tl.load(scale_place + WIDTH, mask=is_n, other=0.0)[None, :]
     gate = gate.to(out_ptr.dtype.element_ty).to(tl.float32)
     up = up.to(out_ptr.dtype.element_ty).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up
+    value = gated(gate, up, out_ptr.dtype.element_ty)
     out_place = (block * BM + offs_m).to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
     mask = is_row[:, None] & is_n[None, :]
     tl.store(out_ptr + out_place, value.to(out_ptr.dtype.element_ty), mask=mask)

@@ -302,6 +302,42 @@ def test_silu_mul_equals_plain(width):
     assert error_of(fused.silu_mul(gate_up), plain.silu_mul(gate_up.double())) < TOLERANCE
 
 
+def share_alike(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found == expected).double().mean())
+
+
+# Triton's interpreter cuts bf16 off where a device rounds it.
+HALVES = [torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_element_wise_kernels_round_where_the_reference_does(dtype):
+    x, residual = random(64, 512).to(dtype), random(64, 512, seed=1).to(dtype)
+    weight = (1 + random(512, seed=2) / 4).to(dtype)
+    mine, its = residual.clone(), residual.clone()
+    found = fused.add_rms_norm(x, mine, weight, 1e-5)
+    expected = plain.add_rms_norm(x, its, weight, 1e-5)
+    assert torch.equal(mine, its)
+    assert share_alike(found, expected) > 0.999  # sums in another order may turn a rounding
+    assert share_alike(fused.silu_mul(x), plain.silu_mul(x)) > 0.999
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_rotated_heads_are_rounded_where_the_reference_rounds(has_norm, dtype):
+    case = Case([9, 64, 30], [(0, 33)], heads=(4, 2), head_dim=64)
+    qkv = random(case.batch.num_tokens, (4 + 2 * 2) * 64, seed=5).to(dtype)
+    angles = torch.outer(torch.arange(64.0), torch.arange(1.0, 33) / 9).to(DEVICE)
+    weight = (1 + random(64, seed=6) / 4).to(dtype) if has_norm else None
+    caches = [torch.zeros_like(case.k_cache, dtype=dtype) for _ in range(4)]
+    settings = (weight, weight, 1e-5, angles.cos(), angles.sin(), case.batch)
+    found = fused.rope_store(qkv, *settings, *caches[:2])
+    expected = plain.rope_store(qkv, *settings, *caches[2:])
+    assert share_alike(found, expected) > 0.999
+    assert share_alike(caches[0][1:], caches[2][1:]) > 0.999  # block 0 is trash
+    assert torch.equal(caches[1][1:], caches[3][1:])
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="e4m3 needs the device")
 def test_rows_in_fp8_keep_three_bits():
     x, weight = random(5, 1000), random(1000, seed=2)

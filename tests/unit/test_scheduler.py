@@ -202,8 +202,9 @@ def test_known_ends_never_preempt_and_hardly_ever_where_prefixes_are_shared(
         assert driver.scheduler.num_preemptions <= (2 if are_shared else 0)
 
 
-def test_unknown_ends_are_learnt_so_that_many_run_and_few_are_preempted():
-    # 100 tokens of prompt and 20 to 360 of completion, where 1,024 are allowed: blocks for 22 at their longest.
+@pytest.mark.parametrize("limit", [1024, 16_000])
+def test_unknown_ends_are_learnt_so_that_many_run_and_few_are_preempted(limit):
+    # 100 tokens of prompt and 20 to 360 of completion: at 1,024 they would hold blocks for 22, at 16,000 for one.
     ends = {i: 20 + 17 * i * i % 341 for i in range(600)}
     driver = Driver(
         ends=dict(ends),
@@ -211,9 +212,9 @@ def test_unknown_ends_are_learnt_so_that_many_run_and_few_are_preempted():
         max_num_batched_tokens=256,
         num_blocks=400,
         block_size=64,
-        max_model_len=2048,
+        max_model_len=20_000,
     )
-    driver.run([sequence_of(i, [i] * 100, 1024, ignore_eos=False) for i in range(600)])
+    driver.run([sequence_of(i, [i] * 100, limit, ignore_eos=False) for i in range(600)])
     assert driver.scheduler.num_preemptions < 12
     assert sum(driver.num_step_tokens[500:1000]) / 500 > 110  # 80 rows, and the prefill beside them
 
