@@ -1,4 +1,4 @@
-"""BlockForecast: how many KV blocks the running sequences will hold in the steps to come. Parts of admission; no torch.
+"""BlockForecast: how many KV blocks the running sequences will hold in the steps to come. No torch here.
 
 A sequence grows a block at a time and gives all of them back at its end, so what may be admitted is not what is free
 now, nor what everything would hold at its longest, but what leaves no step short. Ends that are known count as they

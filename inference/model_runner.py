@@ -26,8 +26,8 @@ from inference.slot_params import SlotParams
 from inference.steps import Running, Step
 from inference.tally import TokenTally
 
-MANY_ROWS = 8
-"""Of the block table, from which on it is cheaper to copy all of it at once."""
+ROW_COPY_BYTES = 128 << 10
+"""Of the block table, that are copied as soon as one row is on its own."""
 
 NUM_BUFFERS = 4
 """Host copies of the packed buffer: more than steps are ever in flight, so none is written while it is read."""
@@ -118,7 +118,7 @@ class ModelRunner:
             self.slots.start(running.slot, running.num_cached_tokens, running.num_sampled)
             self._params.write(running.slot, self._row_of(running))
         changed = self.slots.write_block_tables(step)
-        if len(changed) > MANY_ROWS:
+        if len(changed) * ROW_COPY_BYTES > self._block_table.nbytes:
             self._block_table.copy_(self._block_table_host, non_blocking=True)
             return
         for slot in changed:

@@ -94,10 +94,10 @@ class Scheduler:
 
     def is_short_of_blocks(self) -> bool:
         """Whether the next `schedule` would have to preempt; results in flight may still free blocks."""
-        num_free = self.blocks.num_free_blocks
-        if len(self._grow_at.get(self._step + 1, ())) <= num_free:
+        growing, num_free = self._grow_at.get(self._step + 1, ()), self.blocks.num_free_blocks
+        if len(growing) <= num_free:
             return False
-        return len(self._growing(self._step + 1)) > num_free
+        return sum(self._has_outgrown(running, self._step + 1) for running in growing) > num_free
 
     def schedule(self) -> Step | None:
         """Return the next step, or None when nothing can be computed before a slot is given back."""
@@ -231,25 +231,21 @@ class Scheduler:
         if room < running.num_tokens_left - 1:
             self._grow_at[running.joined_at + room].append(running)
 
-    def _growing(self, step: int) -> list[Running]:
-        size = self.blocks.block_size
-        return [
-            r
-            for r in self._grow_at.get(step, ())
-            # What was noted before a preemption no longer holds.
-            if r.row >= 0 and len(r.token_ids) + step - r.joined_at + 1 > len(r.block_table) * size
-        ]
+    def _has_outgrown(self, running: Running, step: int) -> bool:
+        """Whether it has no block for what the step stores; what was noted before a preemption may not hold."""
+        num_tokens = len(running.token_ids) + step - running.joined_at + 1
+        return running.row >= 0 and num_tokens > len(running.block_table) * self.blocks.block_size
 
     def _grow(self) -> list[Running]:
         """Extend the sequences that outgrow their blocks in this step, preempting others if need be."""
-        grown = self._growing(self._step)
-        self._grow_at.pop(self._step, None)
-        for running in grown:
-            while running.row >= 0 and not self.blocks.num_free_blocks:
+        grown = []
+        for running in self._grow_at.pop(self._step, ()):
+            while self._has_outgrown(running, self._step) and not self.blocks.num_free_blocks:
                 self._preempt(max(self.running, key=lambda r: (r.row < 0, r.joined_at)))
-            if running.row >= 0:
+            if self._has_outgrown(running, self._step):
                 self._budget.grow(running)
                 self._plan_growth(running)
+                grown.append(running)
         return [running for running in grown if running.row >= 0]
 
     def _is_holding_back(self) -> bool:

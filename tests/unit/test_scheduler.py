@@ -1,6 +1,7 @@
 """The scheduler finishes everyone, keeps to its limits and spreads the work evenly."""
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from inference.block_manager import BlockManager
 from inference.expectations import LengthEstimate, PlannedPrefixes
+from inference.planner import Slots
 from inference.sampling import SamplingParams
 from inference.scheduler import Scheduler
 from inference.sequence import Sequence
@@ -41,6 +43,11 @@ class Driver:
             completion_of=self._completion_of,
             **{**values, **options},
         )
+        limits: Any = SimpleNamespace(
+            max_num_seqs=self.scheduler.max_num_seqs, block_size=self.blocks.block_size
+        )
+        width = self.blocks.num_blocks_for(self.max_model_len)
+        self.slots = Slots(limits, np.zeros((limits.max_num_seqs, width), np.int32))
         self.ends = ends or {}
         self.sampled: Counter[int] = Counter()
         self.finished: set[int] = set()
@@ -50,11 +57,22 @@ class Driver:
     def _completion_of(self, running: Running) -> list[int]:
         return [7] * (self.sampled[running.sequence.seq_id] - running.num_sampled)
 
+    def check_tables(self) -> None:
+        """Nobody holds more than it can use, and what the device is told is what it holds."""
+        for running in self.scheduler.running:
+            table = running.block_table
+            most = len(running.token_ids) + running.num_tokens_left - 1
+            assert len(table) <= self.blocks.num_blocks_for(most)
+            assert running.num_missing_blocks == self.blocks.num_blocks_for(most) - len(table)
+            assert self.slots.block_table[running.slot, : len(table)].tolist() == table
+
     def step(self) -> bool:
         step = self.scheduler.schedule()
         if step is None:
             return False
         scheduler = self.scheduler
+        self.slots.write_block_tables(step)
+        self.check_tables()
         num_tokens = len(step.decodes) + sum(chunk.num_tokens for chunk in step.chunks)
         self.num_step_tokens.append(num_tokens)
         assert 0 < num_tokens <= max(scheduler.max_num_batched_tokens, len(step.decodes))
@@ -131,7 +149,8 @@ def test_everyone_finishes_whatever_the_limits(
         min_step_tokens=min_step_tokens,
         num_blocks=num_blocks,
     )
-    driver.scheduler.lengths.observe(first_length)
+    for _ in range(200):  # enough to be believed
+        driver.scheduler.lengths.observe(first_length)
     driver.run(sequences)
 
 
