@@ -200,7 +200,8 @@ def test_preemption_with_steps_in_flight_changes_nothing(changes):
     expected = reference(model_of("qwen3").cuda(), sequences, end_token_ids=())
     settings = settings_of(**{**SETTINGS, "max_num_blocks": 24})
     engine, _, _ = build_engine(paged("qwen3"), settings, make_endless_row)
-    engine.scheduler.lengths.observe(1)
+    for _ in range(1000):
+        engine.scheduler.lengths.observe(1)  # expects far too little, so blocks run out
     engine.submit(sequences)
     completions = {}
     while engine.num_unfinished:
