@@ -1,7 +1,7 @@
 """Fused element-wise kernels: residual add with RMSNorm, SiLU gate, and the path from QKV to the cache.
 
 Each reads its input once and writes its output once. Sums are in fp32; in between values are rounded where
-transformers' modules round them, so that tokens part from theirs no sooner than by another batch size. With IS_FP8 a row leaves as
+transformers' modules and `plain` round them, so that in 16 bits too all of them give the same. With IS_FP8 a row leaves as
 e4m3 with one fp32 scale, ready for a row-wise scaled matmul.
 
     T tokens   D hidden size   I intermediate size (WIDTH)   N query heads   K KV heads   H head dim   S block size
