@@ -35,13 +35,11 @@ class BlockBudget:
     ) -> bool:
         """Whether blocks suffice to the end with one more, which would share some; `everyone` gives all that run."""
         blocks = self._blocks
-        num_tokens = len(running.token_ids)
-        num_begun = blocks.num_blocks_for(num_tokens)
+        num_begun = blocks.num_blocks_for(len(running.token_ids))
         num_needed = num_begun - len(shared) + blocks.num_taken_by(shared)
         if num_needed > blocks.num_free_blocks:
             return False
-        num_most = blocks.num_blocks_for(num_tokens + running.num_tokens_left - 1)
-        running.num_missing_blocks = num_most - num_begun
+        running.num_missing_blocks = blocks.num_blocks_for(running.num_most_tokens) - num_begun
         num_missing = self._num_missing + running.num_missing_blocks
         if num_needed + num_missing <= blocks.num_free_blocks:  # with everyone at its longest
             return True

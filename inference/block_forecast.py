@@ -69,8 +69,8 @@ class BlockForecast:
         expected_RW = (self._begins <= np.array(lasts)[:, None]).astype(float)
         if not is_known.all():
             expected_RW[~is_known] *= self._survival(step, ages[~is_known])
-        lengths = np.array([_length(row, step) for row in rows])[:, None]
-        most = np.array([_most_tokens(row) for row in rows])[:, None]
+        lengths = np.array([row.num_stored(step) for row in rows])[:, None]
+        most = np.array([row.num_most_tokens for row in rows])[:, None]
         tables = np.array([len(row.block_table) for row in rows])[:, None]
         blocks_RW = np.maximum(self._blocks(step, lengths, most), tables)
         self._held = (expected_RW * blocks_RW).sum(0)
@@ -85,7 +85,7 @@ class BlockForecast:
 
         Alone it may always run.
         """
-        blocks_W = self._blocks(step, len(running.token_ids), _most_tokens(running)) - num_shared
+        blocks_W = self._blocks(step, len(running.token_ids), running.num_most_tokens) - num_shared
         expected_W = (self._begins <= _last_step(running, step)).astype(float)
         variance = self._variance
         if not running.sequence.sampling.ignore_eos:
@@ -120,21 +120,8 @@ def _offsets(width: int) -> Any:
 
 def _age(running: Running, step: int) -> int:
     """Completion tokens sampled before `step`."""
-    return running.num_sampled + _num_decoded(running, step)
-
-
-def _length(running: Running, step: int) -> int:
-    """Tokens whose keys are stored before `step`, once prefill is through."""
-    return len(running.token_ids) + max(0, _num_decoded(running, step) - 1)
-
-
-def _most_tokens(running: Running) -> int:
-    """Tokens whose keys it stores if it comes to its limit."""
-    return len(running.token_ids) + running.num_tokens_left - 1
-
-
-def _num_decoded(running: Running, step: int) -> int:
-    return step - running.joined_at + 1 if running.row >= 0 else 0
+    num_decoded = step - running.joined_at + 1 if running.row >= 0 else 0
+    return running.num_sampled + num_decoded
 
 
 def _last_step(running: Running, step: int) -> int:

@@ -193,14 +193,14 @@ def _plan_sizes(
     try:
         plan = _plan_memory(model, settings, limits, scratch)
     except (EngineConfigError, torch.OutOfMemoryError):
-        if fewer is None or fewer >= settings.max_num_batched_tokens:
+        if fewer is None:
             raise
-    if fewer is not None and fewer < settings.max_num_batched_tokens:
+    if fewer is not None:
         spared = 1 - fewer / settings.max_num_batched_tokens
         is_dear = plan is None or plan.step * spared > plan.kv_cache * DEAR_STEP_SHARE
         if not model.ranks.agree_on_least(int(not is_dear)):  # all ranks take steps alike
             del scratch
-            settings = replace(settings, max_num_batched_tokens=fewer)
+            settings = replace(settings, max_num_batched_tokens=fewer, fewer_batched_tokens=None)
             return _plan_sizes(model, settings)
     assert plan is not None
     return settings, limits, scratch, plan

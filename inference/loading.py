@@ -185,30 +185,17 @@ def _num_weight_bytes(files: Arriving) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def empty_model(folder: ModelFolder, config: EngineConfig) -> Any:
-    """Return the model without its weights, on the meta device, to be measured.
-
-    Raises:
-        ModelError: transformers has no class for it.
-    """
-    return _unloaded(folder, config, torch.device("meta"))
-
-
 def model_with_buffers(folder: ModelFolder, config: EngineConfig) -> Any:
-    """Return the model without its weights, but with its buffers, on the CPU.
+    """Return the model without its weights, which are on the meta device, but with its buffers, on the CPU.
 
     Raises:
         ModelError: transformers has no class for it.
     """
     from accelerate import init_empty_weights
 
-    return _unloaded(folder, config, init_empty_weights(include_buffers=False))
-
-
-def _unloaded(folder: ModelFolder, config: EngineConfig, context: Any) -> Any:
     library = _transformers()
     try:
-        with context:
+        with init_empty_weights(include_buffers=False):
             settings = library.AutoConfig.from_pretrained(str(folder.path), local_files_only=True)
             dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
             return library.AutoModelForCausalLM.from_config(settings, dtype=dtype)

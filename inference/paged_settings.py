@@ -43,17 +43,17 @@ class PagedSettings:
         """
         is_cuda = model.device.type != "cpu"  # meta stands for a CUDA device: see `run_all`
         max_num_seqs = _resolve(config.max_num_seqs, 1024 if is_cuda else 64)
-        may_shrink = is_cuda and config.max_num_batched_tokens == "auto"
+        most = max(_resolve(config.max_num_batched_tokens, 8192 if is_cuda else 2048), max_num_seqs)
+        fewer = max(FEWER_BATCHED_TOKENS, max_num_seqs)
+        may_shrink = is_cuda and config.max_num_batched_tokens == "auto" and fewer < most
         return cls(
             max_model_len=_max_model_len(model, config),
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max(
-                _resolve(config.max_num_batched_tokens, 8192 if is_cuda else 2048), max_num_seqs
-            ),
+            max_num_batched_tokens=most,
             block_size=64 if is_cuda else 16,
             min_step_tokens=_min_step_tokens(model) if is_cuda else None,
             kv_dtype=_kv_dtype(config, model),
-            fewer_batched_tokens=max(FEWER_BATCHED_TOKENS, max_num_seqs) if may_shrink else None,
+            fewer_batched_tokens=fewer if may_shrink else None,
             may_shorten=config.max_model_len == "auto",
             use_graphs=not config.enforce_eager and model.can_be_captured,
             spare_bytes=config.spare_bytes,

@@ -233,8 +233,8 @@ class Scheduler:
 
     def _has_outgrown(self, running: Running, step: int) -> bool:
         """Whether it has no block for what the step stores; what was noted before a preemption may not hold."""
-        num_tokens = len(running.token_ids) + step - running.joined_at + 1
-        return running.row >= 0 and num_tokens > len(running.block_table) * self.blocks.block_size
+        room = len(running.block_table) * self.blocks.block_size
+        return running.row >= 0 and running.num_stored(step) >= room
 
     def _grow(self) -> list[Running]:
         """Extend the sequences that outgrow their blocks in this step, preempting others if need be."""

@@ -55,6 +55,15 @@ class Running:
         """Completion tokens still to sample once prefill is through."""
         return self.max_tokens - self.num_sampled
 
+    @property
+    def num_most_tokens(self) -> int:
+        """Tokens whose keys it stores if it comes to its limit; that of the last token is not needed."""
+        return len(self.token_ids) + self.num_tokens_left - 1
+
+    def num_stored(self, step: int) -> int:
+        """Tokens whose keys are stored before a step, once prefill is through."""
+        return len(self.token_ids) + (max(0, step - self.joined_at) if self.row >= 0 else 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -25,7 +25,7 @@ from inference.deepspeed_setup import (
     require_deepspeed,
 )
 from inference.errors import EngineConfigError
-from inference.loading import empty_model, load_model, model_with_buffers
+from inference.loading import load_model, model_with_buffers
 from inference.offload import Place, check_offload, resolve_place
 from inference.quantization import stored_method
 from inference.swap_folder import SwapFolder
@@ -84,13 +84,13 @@ class ZeroModel:
         deepspeed = import_deepspeed()
         mend_fetching()
         ensure_world()
-        empty = empty_model(folder, config)
-        self.dtype: torch.dtype = empty.dtype
+        whole = model_with_buffers(folder, config)
+        self.dtype: torch.dtype = whole.dtype
         if self.dtype == torch.float16 and not torch.cuda.is_available():
             raise EngineConfigError(
                 "engine.backend is zero: DeepSpeed has no float16 on the CPU; use model.dtype bfloat16"
             )
-        self.sizes = ZeroSizes.of(empty)
+        self.sizes = ZeroSizes.of(whole)
         self.place: Place = _agreed_place(config, self.num_weight_bytes)
         self._swap_folder: SwapFolder | None = None
         if self.place == "nvme":
@@ -107,7 +107,7 @@ class ZeroModel:
                 self._swap_folder.close()
             raise
         self._engine: Any = engine
-        _restore_buffers(self.module, model_with_buffers(folder, config))
+        _restore_buffers(self.module, whole)
         self.module.eval()
 
     @property

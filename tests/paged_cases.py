@@ -13,6 +13,7 @@ from inference.model import PagedModel
 from inference.paged_settings import PagedSettings
 from inference.sampler import SamplerRow, sample
 from inference.sampling import SamplingParams
+from inference.scheduler import Scheduler
 from inference.sequence import Completion, Sequence
 
 VOCAB = 97
@@ -109,6 +110,12 @@ def reference(
                 token_ids.append(token_id)
             found[sequence.seq_id] = tuple(token_ids)
     return found
+
+
+def expect_too_little(scheduler: Scheduler) -> None:
+    """Have completions foreseen far too short, so that blocks run out."""
+    for _ in range(1000):
+        scheduler.lengths.observe(1)
 
 
 def settings_of(**changes: Any) -> PagedSettings:

@@ -8,6 +8,7 @@ from inference.model import make_paged_model
 from inference.sampling import SamplingParams
 from tests.paged_cases import (
     CONFIGS,
+    expect_too_little,
     make_endless_row,
     model_of,
     prompts_of,
@@ -200,8 +201,7 @@ def test_preemption_with_steps_in_flight_changes_nothing(changes):
     expected = reference(model_of("qwen3").cuda(), sequences, end_token_ids=())
     settings = settings_of(**{**SETTINGS, "max_num_blocks": 24})
     engine, _, _ = build_engine(paged("qwen3"), settings, make_endless_row)
-    for _ in range(1000):
-        engine.scheduler.lengths.observe(1)  # expects far too little, so blocks run out
+    expect_too_little(engine.scheduler)
     engine.submit(sequences)
     completions = {}
     while engine.num_unfinished:

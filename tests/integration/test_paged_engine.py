@@ -9,6 +9,7 @@ from inference.sampling import SamplingParams
 from inference.sequence import Completion
 from tests.paged_cases import (
     CONFIGS,
+    expect_too_little,
     make_endless_row,
     make_row,
     model_of,
@@ -79,8 +80,7 @@ def test_a_preempted_sequence_completes_with_the_same_tokens():
     expected = reference(model_of("qwen3"), sequences, end_token_ids=())
     model = FusedModel(model_of("qwen3"))
     engine, _, _ = build_engine(model, settings_of(max_num_blocks=30), make_endless_row)
-    for _ in range(1000):
-        engine.scheduler.lengths.observe(1)  # expects far too little, so blocks run out
+    expect_too_little(engine.scheduler)
     engine.submit(sequences)
     completions: dict[int, Completion] = {}
     while engine.num_unfinished:

@@ -22,6 +22,7 @@ from inference.tally import MAX_TOKENS, TokenTally
 from inference.vocabulary import WholeVocabulary
 from tests.paged_cases import (
     END_TOKEN_IDS,
+    expect_too_little,
     make_endless_row,
     model_of,
     prompts_of,
@@ -308,8 +309,7 @@ def test_preempted_sequences_go_on_with_what_they_have_had(monkeypatch):
     monkeypatch.setattr("inference.model_runner.sample", refuse)
     model = plain_model_sampled_by_kernels("qwen3")
     engine, _, _ = build_engine(model, settings_of(max_num_blocks=26), make_endless_row)
-    for _ in range(1000):
-        engine.scheduler.lengths.observe(1)  # expects far too little, so blocks run out
+    expect_too_little(engine.scheduler)
     engine.submit(sequences)
     completions = {}
     while engine.num_unfinished:

@@ -16,6 +16,7 @@ from inference.sampling import SamplingParams
 from inference.scheduler import Scheduler
 from inference.sequence import Sequence
 from inference.steps import Running
+from tests.paged_cases import expect_too_little
 
 SIZE = 4
 MAX_MODEL_LEN = 60
@@ -61,7 +62,7 @@ class Driver:
         """Nobody holds more than it can use, and what the device is told is what it holds."""
         for running in self.scheduler.running:
             table = running.block_table
-            most = len(running.token_ids) + running.num_tokens_left - 1
+            most = len(running.token_ids) + running.num_tokens_left - 1  # in words of its own
             assert len(table) <= self.blocks.num_blocks_for(most)
             assert running.num_missing_blocks == self.blocks.num_blocks_for(most) - len(table)
             assert self.slots.block_table[running.slot, : len(table)].tolist() == table
@@ -154,21 +155,15 @@ def test_everyone_finishes_whatever_the_limits(
     driver.run(sequences)
 
 
-def expect_ones(driver: Driver) -> None:
-    """Have it expect far too little, so that blocks run out."""
-    for _ in range(1000):
-        driver.scheduler.lengths.observe(1)
-
-
 def test_blocks_that_run_out_preempt_and_all_still_finish():
     sequences = [sequence_of(i, [i] * 4, 30, ignore_eos=False) for i in range(4)]
     driver = Driver(num_blocks=18)
-    expect_ones(driver)
+    expect_too_little(driver.scheduler)
     driver.run(sequences)
     assert driver.scheduler.num_preemptions > 0
 
 
-def test_known_lengths_are_reserved_and_never_preempt():
+def test_known_lengths_never_preempt():
     driver = Driver(num_blocks=18)
     driver.run([sequence_of(i, [i] * 4, 30) for i in range(6)])
     assert driver.scheduler.num_preemptions == 0
@@ -240,7 +235,7 @@ def test_unknown_ends_are_learnt_so_that_many_run_and_few_are_preempted(limit):
 
 def test_a_second_life_after_a_preemption_grows_no_more_than_it_needs():
     driver = lengths_driver(18)
-    expect_ones(driver)
+    expect_too_little(driver.scheduler)
     driver.scheduler.add([sequence_of(i, [i] * 4, 30, ignore_eos=False) for i in range(6)])
     longest = 0
     while driver.step():
