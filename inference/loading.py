@@ -185,8 +185,8 @@ def _num_weight_bytes(files: Arriving) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def model_with_buffers(folder: ModelFolder, config: EngineConfig) -> Any:
-    """Return the model without its weights, which are on the meta device, but with its buffers, on the CPU.
+def empty_model(folder: SmallFiles, config: EngineConfig) -> Any:
+    """Return the model with parameters on the meta device and buffers, such as rotary frequencies, real.
 
     Raises:
         ModelError: transformers has no class for it.
@@ -195,12 +195,20 @@ def model_with_buffers(folder: ModelFolder, config: EngineConfig) -> Any:
 
     library = _transformers()
     try:
+        found = library.AutoConfig.from_pretrained(
+            str(folder.path), trust_remote_code=False, local_files_only=True
+        )
+        if hasattr(found, "quantization_config"):
+            del found.quantization_config  # how the files are stored is the filler's business
+        wanted = found.dtype or torch.float32
+        if config.dtype != "auto":
+            wanted = getattr(torch, config.dtype)
         with init_empty_weights(include_buffers=False):
-            settings = library.AutoConfig.from_pretrained(str(folder.path), local_files_only=True)
-            dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-            return library.AutoModelForCausalLM.from_config(settings, dtype=dtype)
-    except _UNLOADABLE as error:
-        raise ModelError(f"{folder.path}: cannot be loaded: {_one_line(error)}") from error
+            model = library.AutoModelForCausalLM.from_config(found, dtype=wanted)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder.path}: no usable model: {type(error).__name__}") from error
+    model.tie_weights()
+    return model
 
 
 def dtype_name(dtype: torch.dtype) -> str:

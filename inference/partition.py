@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from inference.arriving import Arriving
 from inference.autotp import partition_linears
 from inference.config import EngineConfig
-from inference.errors import EngineConfigError, ModelError
+from inference.errors import EngineConfigError
 from inference.heads import check_heads
+from inference.loading import empty_model
 from inference.partition_fill import fill
 from inference.quantization import check_quantization
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import columns_of
 from inference.weight_reader import Slice
-from inference.weights import SmallFiles, check_small_files
+from inference.weights import check_small_files
 
 _EXPERT_MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
 
@@ -46,7 +47,7 @@ def load_partition(
     """
     folder = check_small_files(files.folder())
     check_quantization(folder, config, "paged")
-    model = _empty_model(folder, config)
+    model = empty_model(folder, config)
     text = model.config.get_text_config()
     check_heads(
         ranks.size,
@@ -67,29 +68,6 @@ def cut(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
     """
     experts = _cut_experts(model, ranks)
     return partition_linears(model, ranks) | experts | _cut_head(model, ranks)
-
-
-def _empty_model(folder: SmallFiles, config: EngineConfig) -> Any:
-    """Build the model with parameters on the meta device and buffers, such as rotary frequencies, real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    classes: Any = AutoModelForCausalLM
-    try:
-        found = AutoConfig.from_pretrained(
-            str(folder.path), trust_remote_code=False, local_files_only=True
-        )
-        if hasattr(found, "quantization_config"):
-            del found.quantization_config  # how the files are stored is the filler's business
-        wanted = found.dtype or torch.float32
-        if config.dtype != "auto":
-            wanted = getattr(torch, config.dtype)
-        with init_empty_weights(include_buffers=False):
-            model = classes.from_config(found, dtype=wanted)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder.path}: no usable model: {type(error).__name__}") from error
-    model.tie_weights()
-    return model
 
 
 def _cut_experts(model: Any, ranks: TensorParallel) -> dict[str, Slice]:

@@ -25,7 +25,7 @@ from inference.deepspeed_setup import (
     require_deepspeed,
 )
 from inference.errors import EngineConfigError
-from inference.loading import load_model, model_with_buffers
+from inference.loading import empty_model, load_model
 from inference.offload import Place, check_offload, resolve_place
 from inference.quantization import stored_method
 from inference.swap_folder import SwapFolder
@@ -84,7 +84,7 @@ class ZeroModel:
         deepspeed = import_deepspeed()
         mend_fetching()
         ensure_world()
-        whole = model_with_buffers(folder, config)
+        whole = empty_model(folder, config)
         self.dtype: torch.dtype = whole.dtype
         if self.dtype == torch.float16 and not torch.cuda.is_available():
             raise EngineConfigError(

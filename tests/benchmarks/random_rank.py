@@ -20,9 +20,10 @@ from inference.arriving import Arriving
 from inference.backends import paged
 from inference.build_engine import build_engine
 from inference.config import EngineConfig
+from inference.loading import empty_model
 from inference.model import PagedModel
 from inference.paged_settings import PagedSettings
-from inference.partition import _allocate, _empty_model, cut
+from inference.partition import _allocate, cut
 from inference.rank_exit import ExitCode
 from inference.tensor_parallel import TensorParallel
 from inference.weights import check_model_folder
@@ -36,7 +37,7 @@ def random_part(
 ) -> Any:
     """Return this rank's part of the model with random weights, on the device."""
     started_at = time.perf_counter()
-    model = _empty_model(check_model_folder(files.folder()), config)
+    model = empty_model(check_model_folder(files.folder()), config)
     if ranks.size > 1:
         cut(model, ranks)
     _allocate(model, device)
