@@ -121,6 +121,7 @@ def rope_store(
         S=block_size,
         HAS_NORM=q_weight_H is not None,
         num_warps=4,
+        enable_fp_fusion=False,  # or products in bf16 are summed without being rounded
     )
     return q
 

@@ -1,6 +1,6 @@
 """Where greedy completions in 16 bits part from those in fp32, and from each other: engines and batch sizes.
 
-    python tests/benchmarks/bench_divergence.py MODEL_FOLDER --rows 64 --tokens 128 [--dtype bfloat16] [--fp8]
+    python tests/benchmarks/bench_divergence.py MODEL_FOLDER --rows 128 --tokens 64 --batches 16 128 [--dtype bfloat16] [--fp8]
 
 Rounding decides near ties, so no two ways to compute in 16 bits agree for ever; transformers does not agree with
 itself between batch sizes. The paged engine is held against that: its completions should part from the fp32 ones no
@@ -48,6 +48,10 @@ TASKS = (
     "Write a short story about {}.",
     "List five surprising facts about {}.",
     "What would happen if there were no such thing as {}? Answer in one paragraph.",
+    "Write a letter to a friend who has never heard of {}.",
+    "What do most people get wrong about {}?",
+    "Describe {} without using its name.",
+    "Compare {} with something that seems to have nothing to do with it.",
 )
 
 
@@ -85,14 +89,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=len(TOPICS) * len(TASKS))
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch", type=int, default=16, help="rows at once, of transformers")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[16], help="rows at once, of transformers"
+    )
     parser.add_argument("--fp8", action="store_true", help="the paged engine's fp8 too (CUDA)")
     args = parser.parse_args()
 
     ways: dict[str, dict[str, Any]] = {
-        "fp32": {"backend": "transformers", "dtype": "float32", "max_num_seqs": args.batch},
+        "fp32": {"backend": "transformers", "dtype": "float32", "max_num_seqs": args.batches[0]},
         "transformers, one row": {"backend": "transformers", "max_num_seqs": 1},
-        f"transformers, {args.batch} rows": {"backend": "transformers", "max_num_seqs": args.batch},
+        **{
+            f"transformers, {size} rows": {"backend": "transformers", "max_num_seqs": size}
+            for size in args.batches
+        },
         "paged": {"backend": "paged", "max_model_len": 1024},
     }
     if args.fp8:
