@@ -199,24 +199,26 @@ class _Loader:
             self._in_region.clear()
 
     def close(self) -> None:
-        """Stop the threads and close the files."""
+        """Stop the threads, once the copies they have started are done, and close the files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._mover.close()
         for file in self._files:
             file.close()
 
     def _start_bytes(self, offset: int, loading: _Loading) -> None:
         """Add a tensor's bytes to the region in hand, and to as many more as it takes."""
-        file, left = self._files[-1], loading.tensor.reshape(-1).view(torch.uint8)
-        while left.nbytes:
-            room = self._region.room_at(file, offset) if self._region else 0
+        file, whole = self._files[-1], loading.tensor.view(-1).view(torch.uint8)
+        start, num_bytes = 0, whole.nbytes
+        while start < num_bytes:
+            room = self._region.room_at(file, offset + start) if self._region else 0
             if not room or self._region is None:
                 self.flush()
-                self._region = Region(file, offset, self._max_bytes)
+                self._region = Region(file, offset + start, self._max_bytes)
                 room = self._max_bytes
-            segment, left = left[:room], left[room:]
-            self._region.add(segment)
+            stop = min(start + room, num_bytes)
+            self._region.add(whole if stop - start == num_bytes else whole[start:stop])
             self._in_region.append(loading)
-            offset += segment.nbytes
+            start = stop
 
     def _start_rows(self, entry: Entry, part: Slice, loading: _Loading) -> None:
         for rows in rows_of(

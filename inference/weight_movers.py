@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from inference.pinned_memory import give_back, take_pinned
 from inference.weight_reader import Entry, Slice, WeightFileReader
 
 PAGE_SLACK = 2 * 4096
@@ -99,6 +100,9 @@ class HostMover:
         else:
             work.file.read(work.offset, [segment.numpy().data for segment in work.segments])
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
 
 class CudaMover:
     """Fills tensors on a CUDA device through each thread's own pinned buffers and stream."""
@@ -108,6 +112,7 @@ class CudaMover:
         self._device = device
         self._buffer_bytes = buffer_bytes
         self._lanes = threading.local()
+        self._all_lanes: list[_Lane] = []
 
     def move(self, work: Region | Rows) -> Any:
         """Do one piece of work; return the event after which it is on the device. Raises ModelError."""
@@ -124,10 +129,16 @@ class CudaMover:
         pieces = torch.split(buffer[begin : begin + work.num_bytes], sizes)
         return lane.copy(list(zip(work.segments, pieces, strict=True)), work.ready)
 
+    def close(self) -> None:
+        """Wait for the last copies and give the buffers back."""
+        for lane in self._all_lanes:
+            lane.close()
+
     def _lane(self) -> "_Lane":
         if not hasattr(self._lanes, "lane"):
             torch.cuda.set_device(self._device)
             self._lanes.lane = _Lane(self._device, self._buffer_bytes)
+            self._all_lanes.append(self._lanes.lane)
         lane: _Lane = self._lanes.lane
         return lane
 
@@ -137,15 +148,17 @@ class _Lane:
 
     def __init__(self, device: torch.device, buffer_bytes: int) -> None:
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._buffers = [
-            torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)
-        ]
+        torch.cuda.set_stream(self._stream)  # of this thread, for good: it does nothing else
+        self._buffer_bytes = buffer_bytes
+        self._buffers: list[torch.Tensor] = []
         self._events: list[Any] = [None, None]
-        self._turn = 0
+        self._turn = 1
 
     def next_buffer(self) -> torch.Tensor:
         """The buffer whose last copies are done, or are waited for."""
         self._turn ^= 1
+        if len(self._buffers) <= self._turn:  # each when it is needed: others copy meanwhile
+            self._buffers.append(take_pinned(self._buffer_bytes))
         if self._events[self._turn] is not None:
             self._events[self._turn].synchronize()
         return self._buffers[self._turn]
@@ -153,10 +166,15 @@ class _Lane:
     def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], ready: Any) -> Any:
         """Start copies (to, from), from the buffer last handed out; return the event at their end."""
         self._stream.wait_event(ready)
-        with torch.cuda.stream(self._stream):
-            for target, host in pairs:
-                target.copy_(host, non_blocking=True)
+        for target, host in pairs:
+            target.copy_(host, non_blocking=True)
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         self._events[self._turn] = event
         return event
+
+    def close(self) -> None:
+        """Wait for the last copies and give the buffers back."""
+        self._stream.synchronize()
+        while self._buffers:
+            give_back(self._buffers.pop())

@@ -9,7 +9,7 @@ Measures pinned host-to-device copies (`bus`), then, from /dev/shm on small page
 huge pages, as staging reserves them where it can (`huge`), and from disk (its page cache dropped before): the
 bare ways without a loader (`read`, `mapped`, `populated`, `registered`: see `bare_copies`; the ceiling of
 ours), the library's loader, and ours (`parallel`), each for every number of threads and size of buffers;
-`first` is ours in a process that has no pinned memory yet, as an engine loads. `small` are files of many
+`first` is in a process that has no pinned memory yet, as an engine loads. `small` are files of many
 small tensors. `disk` is O_DIRECT reads without a GPU. The last two take the defaults and the last of the
 given numbers only: there, buffers are not what decides. `--host-only` needs no GPU: /dev/shm into warm
 ordinary memory, and ours on the CPU. The last line is JSON.
@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,7 +44,9 @@ from tests.benchmarks.bare_copies import DEVICE_WAYS, HOST_WAYS, into_memory, to
 HIDDEN, INTERMEDIATE = 4096, 12_288  # an 8B model's biggest matrices
 NUM_FILES = 4
 _BEGAN = time.perf_counter()
-BARS = {"shm_vs_bus": 0.7, "huge_vs_bus": 0.7, "disk_vs_disk": 0.9}
+PLACES = ("shm", "huge", "small", "disk")
+BARS = {"shm": 0.7, "huge": 0.7, "disk": 0.9}
+"""Shares of the bus, and of the disk."""
 
 
 def main() -> None:
@@ -54,34 +57,29 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: measure the host alone with --host-only")
     if args.first:
-        threads, buffer_mib, *names = args.first
-        print(_first_load([Path(name) for name in names], int(threads), int(buffer_mib)))
+        way, *names = args.first
+        print(_first_load([Path(name) for name in names], way))
         return
     found: dict[str, float] = {"bus": _bus_gb_per_s()}
-    _say("bus")
-    for place in ("shm", "huge"):
+    for place in filter(args.places.__contains__, ("shm", "huge")):
         with _models(args.gb, "/dev/shm", is_huge=place == "huge") as paths:
-            found |= _bare(place, paths, args)
+            if not args.no_bare:
+                found |= _bare(place, paths, args)
             found |= _loaders(place, paths, args, _variants(args))
-            for threads, mib in _few_variants(args):
-                work = partial(_first_in_new_process, paths, threads, mib)
-                found[f"{place}_first_{threads}x{mib}"] = _median(args.rounds, work)
-        _say(place)
-    with _models(args.gb / 4, "/dev/shm", shapes=SMALL) as paths:
-        found |= _loaders("small", paths, args, _few_variants(args))
-    _say("small")
-    with _models(args.disk_gb or args.gb, args.disk) as paths:
-        drop = partial(_drop_cache, paths)
-        found["disk"] = _median(args.rounds, partial(_read_only, paths), drop)
-        found |= _loaders("disk", paths, args, _few_variants(args), before=drop)
-    _say("disk")
+            peers = ["safetensors", *(peer for peer in PEERS if find_spec(peer))]
+            for way in [*peers, *(f"{threads}x{mib}" for threads, mib in _few_variants(args))]:
+                name = f"{place}_first_{way}"
+                work = partial(_first_in_new_process, paths, way)
+                found[name] = _median(name, args.rounds, work)
+    if "small" in args.places:
+        with _models(args.gb / 4, "/dev/shm", shapes=SMALL) as paths:
+            found |= _loaders("small", paths, args, _few_variants(args))
+    if "disk" in args.places:
+        with _models(args.disk_gb or args.gb, args.disk) as paths:
+            drop = partial(_drop_cache, paths)
+            found["disk"] = _median("disk", args.rounds, partial(_read_only, paths), drop)
+            found |= _loaders("disk", paths, args, _few_variants(args), before=drop)
     _print(args, found)
-
-
-def _say(what: str) -> None:
-    print(
-        f"{what} measured after {time.perf_counter() - _BEGAN:.0f} s", file=sys.stderr, flush=True
-    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -91,6 +89,8 @@ def _arguments() -> argparse.Namespace:
         "--disk", default=tempfile.gettempdir(), help="folder on the disk to measure"
     )
     parser.add_argument("--disk-gb", type=float, help="of weights there; default: as many")
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
+    parser.add_argument("--no-bare", action="store_true", help="loaders only")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="*", default=[4, 8, 12, 16])
     parser.add_argument("--buffers-mib", type=int, nargs="*", default=[8, 16, 32])
@@ -184,16 +184,15 @@ def _loaders(
     """GB/s of every loader; with `kept` tensors as an engine has them: allocated once before."""
     kept = {name: torch.empty_like(tensor) for name, tensor in load_weights(paths, device="cuda")}
     plain = partial(_load, paths, kept, "safetensors", 1, 32)
-    rows = {f"{place}_safetensors": _median(args.rounds, plain, before)}
+    ways: dict[str, Callable[[], float]] = {f"{place}_safetensors": plain}
     for peer, load in PEERS.items():
         if find_spec(peer):
-            work = partial(_timed, partial(load, paths, kept), kept)
-            rows[f"{place}_{peer}"] = _median(args.rounds, work, before)
+            ways[f"{place}_{peer}"] = partial(_timed, partial(load, paths, kept), kept)
     for num_threads, buffer_mib in variants:
-        rows[f"{place}_parallel_{num_threads}x{buffer_mib}"] = _median(
-            args.rounds, partial(_load, paths, kept, "parallel", num_threads, buffer_mib), before
+        ways[f"{place}_parallel_{num_threads}x{buffer_mib}"] = partial(
+            _load, paths, kept, "parallel", num_threads, buffer_mib
         )
-    return rows
+    return {name: _median(name, args.rounds, work, before) for name, work in ways.items()}
 
 
 def _load(
@@ -223,28 +222,40 @@ def _bare(place: str, paths: list[Path], args: argparse.Namespace) -> dict[str, 
     rows = {}
     for num_threads, buffer_mib in _variants(args):
         for way in DEVICE_WAYS:
+            name = f"{place}_{way}_{num_threads}x{buffer_mib}"
             work = partial(to_device, paths, way, num_threads, buffer_mib)
-            rows[f"{place}_{way}_{num_threads}x{buffer_mib}"] = _median(args.rounds, work)
+            rows[name] = _median(name, args.rounds, work)
     return rows
 
 
-def _first_load(paths: list[Path], num_threads: int, buffer_mib: int) -> float:
-    """GB/s of the first load of a process, with memory of its own."""
+def _first_load(paths: list[Path], way: str) -> float:
+    """GB/s of the first load of a process by a library, or by ours with so many threads and MiB."""
     torch.zeros(1, device="cuda")
     kept: dict[str, torch.Tensor] = {}
-    began = time.perf_counter()
-    for name, tensor in load_weights(
-        paths, device="cuda", num_threads=num_threads, buffer_bytes=buffer_mib << 20
-    ):
-        kept[name] = tensor
-    torch.cuda.synchronize()
-    return sum(t.nbytes for t in kept.values()) / (time.perf_counter() - began) / 1e9
+    if way in PEERS:
+        import_module(way)
+        work = partial(PEERS[way], paths, kept)
+    elif way == "safetensors":
+        work = partial(kept.update, load_weights(paths, device="cuda", method="safetensors"))
+    else:
+        threads, mib = map(int, way.split("x"))
+        loading = load_weights(
+            paths,
+            device="cuda",
+            method="parallel",
+            num_threads=threads,
+            buffer_bytes=mib << 20,
+        )
+        work = partial(kept.update, loading)
+    return _timed(work, kept)
 
 
-def _first_in_new_process(paths: list[Path], num_threads: int, buffer_mib: int) -> float:
-    settings = (num_threads, buffer_mib, *paths)
-    command = [sys.executable, "-m", "tests.benchmarks.bench_load", "--first", *map(str, settings)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def _first_in_new_process(paths: list[Path], way: str) -> float:
+    command = [sys.executable, "-m", "tests.benchmarks.bench_load", "--first", way]
+    ran = subprocess.run(
+        [*command, *map(str, paths)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return float(ran.stdout.split()[-1])
 
 
 def _fastsafetensors(paths: list[Path], kept: dict[str, torch.Tensor]) -> None:
@@ -253,16 +264,16 @@ def _fastsafetensors(paths: list[Path], kept: dict[str, torch.Tensor]) -> None:
     names = [str(path) for path in paths]
     with fastsafe_open(names, pg=SingleGroup(), device="cuda:0", nogds=True) as file:
         for name in file.keys():  # noqa: SIM118
-            kept[name].copy_(file.get_tensor(name))
+            tensor = file.get_tensor(name)
+            kept[name] = kept[name].copy_(tensor) if name in kept else tensor
 
 
 def _instanttensor(paths: list[Path], kept: dict[str, torch.Tensor]) -> None:
     from instanttensor import safe_open  # type: ignore[import-not-found]
 
-    names = [str(path) for path in paths]
-    with safe_open(names, framework="pt", device=0, copy=False) as file:
+    with safe_open([str(path) for path in paths], framework="pt", device=0) as file:
         for name, tensor in file.tensors():
-            kept[name].copy_(tensor)
+            kept[name] = kept[name].copy_(tensor) if name in kept else tensor
 
 
 PEERS = {"fastsafetensors": _fastsafetensors, "instanttensor": _instanttensor}
@@ -311,12 +322,16 @@ def _drop_cache(paths: list[Path]) -> None:
 
 
 def _median(
-    rounds: int, measure: Callable[[], float], before: Callable[[], None] = lambda: None
+    name: str, rounds: int, measure: Callable[[], float], before: Callable[[], None] = lambda: None
 ) -> float:
+    """Measure some rounds; tell each, for a run may be stopped."""
     speeds = []
     for _ in range(rounds):
         before()
         speeds.append(measure())
+    elapsed_s = time.perf_counter() - _BEGAN
+    told = " ".join(f"{speed:.2f}" for speed in speeds)
+    print(f"[{elapsed_s:4.0f} s] {name}: {told} GB/s", file=sys.stderr, flush=True)
     return statistics.median(speeds)
 
 
@@ -347,9 +362,8 @@ def _host_rows(paths: list[Path], args: argparse.Namespace) -> Iterator[list[obj
     for num_threads, buffer_mib in _variants(args):
         for way, measure in ways.items():
             costs: list[float] = []
-            speed = _median(
-                args.rounds, partial(_with_cpu, measure, costs, num_threads, buffer_mib)
-            )
+            work = partial(_with_cpu, measure, costs, num_threads, buffer_mib)
+            speed = _median(way, args.rounds, work)
             cost = statistics.median(costs) / num_gb
             yield [way, num_threads, buffer_mib, round(speed, 2), round(cost, 3)]
 
@@ -372,20 +386,19 @@ def _print(args: argparse.Namespace, found: dict[str, float]) -> None:
     for name, speed in found.items():
         base = found["disk"] if name.startswith("disk") else found["bus"]
         print(f"| {name} | {speed:.2f} | {speed / base:.2f} |")
-    shares = {
-        "shm_vs_bus": _best(found, "shm_parallel") / found["bus"],
-        "huge_vs_bus": _best(found, "huge_parallel") / found["bus"],
+    shares = {}
+    for place in filter(args.places.__contains__, BARS):
         # A disk faster than the bus is not the limit.
-        "disk_vs_disk": _best(found, "disk_parallel") / min(found["disk"], found["bus"]),
-    }
+        limit = min(found["bus"], found["disk"]) if place == "disk" else found["bus"]
+        shares[place] = _best(found, f"{place}_parallel") / limit
     print(
         json.dumps(
             {
                 "bench": "load",
                 "gb": args.gb,
                 "gb_per_s": {name: round(speed, 2) for name, speed in found.items()},
-                **{name: round(share, 3) for name, share in shares.items()},
-                "meets": {name: shares[name] >= bar for name, bar in BARS.items()},
+                "shares": {place: round(share, 3) for place, share in shares.items()},
+                "meets": {place: share >= BARS[place] for place, share in shares.items()},
             }
         )
     )

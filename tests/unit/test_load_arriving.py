@@ -55,7 +55,8 @@ def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[object
 
 
 def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
-    expected.to(CPU)  # where there is a GPU it was loaded there
+    for model in (found, expected):  # where there is a GPU they may be there
+        model.to(CPU)
     left, right = found.state_dict(), expected.state_dict()
     assert left.keys() == right.keys()
     for name, tensor in right.items():
