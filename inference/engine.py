@@ -33,7 +33,6 @@ PIPELINE_DEPTH = 2
 """Steps launched before the first one's tokens are read; a sequence that ends wastes as many rows."""
 
 NO_LOGITS = "the model gave no usable logits (NaN, infinite, or every token banned)"
-_MAX_SHRINKS = 3
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +67,6 @@ class PagedEngine:
         self._history: Any = np.zeros((num_slots, 512), np.int32)
         self._num_seen: Any = np.zeros(num_slots, np.int32)
         self._num_launched = 0
-        self._num_shrinks = 0
         self.stats = EngineStats(extra={"wait_s": 0.0})
 
     @property
@@ -118,16 +116,15 @@ class PagedEngine:
             self._drain(finished)
         try:
             self._in_flight.append(self.runner.launch(step))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            # Beside torch's own allocator, as NCCL, cuBLAS and Triton's loader say it.
+            if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                raise EngineFault(f"the device failed on step {step.number}: {error}") from error
             if self.runner.has_peers:
                 raise self._full_among_peers() from error
             self._drain(finished)
             self._shrink(step, error)
             return
-        except RuntimeError as error:
-            if self.runner.has_peers and "out of memory" in str(error):  # NCCL's way to say it
-                raise self._full_among_peers() from error
-            raise EngineFault(f"the device failed on step {step.number}: {error}") from error
         self._count(step)
 
     def _full_among_peers(self) -> OutOfMemory:
@@ -156,7 +153,11 @@ class PagedEngine:
     def _take(self, flight: InFlight, finished: list[Completion]) -> None:
         """Take in one step's tokens; append what they finish."""
         started_at = time.perf_counter()
-        tokens, slots, step = flight.token_ids(), flight.slots, flight.step
+        slots, step = flight.slots, flight.step
+        try:
+            tokens = flight.token_ids()
+        except RuntimeError as error:  # of a kernel that failed behind its launch
+            raise EngineFault(f"the device failed on step {step.number}: {error}") from error
         self.stats.extra["wait_s"] += time.perf_counter() - started_at
         sampled = step.sampled
         seen = self._num_seen[slots]
@@ -170,8 +171,7 @@ class PagedEngine:
             for index in np.flatnonzero((tokens < 0) | (tokens >= STOPPED)).tolist():
                 self._end(sampled[index], int(tokens[index]), finished)
         for running in step.finishing:
-            lane = self._lanes.get(running.sequence.seq_id)
-            if lane is not None and lane.row.sequence is running.sequence:
+            if self._is_open(running):
                 self._close(running, "length", finished)
         while self._limbo and self._limbo[0][0] <= step.number:
             self.scheduler.release_slot(self._limbo.popleft()[1])
@@ -266,23 +266,28 @@ class PagedEngine:
 
     def _shrink(self, step: Step, error: Exception) -> None:
         """After running out of memory: take everything back and go on with smaller steps."""
-        self._num_shrinks += 1
-        limit = self.scheduler.max_num_batched_tokens
-        if self._num_shrinks > _MAX_SHRINKS:
+        scheduler, limit = self.scheduler, self.scheduler.max_num_batched_tokens
+        scheduler.restart(step, has_ended=lambda running: not self._is_open(running))
+        while self._limbo:  # nothing is launched any more
+            scheduler.release_slot(self._limbo.popleft()[1])
+        if not scheduler.shrink():
             raise OutOfMemory(
-                f"out of memory in steps of {limit} tokens, after shrinking {_MAX_SHRINKS} times; "
-                f"lower engine.max_num_batched_tokens or engine.max_num_seqs"
+                "out of memory in steps of one sequence; lower engine.max_model_len, or use a larger device"
             ) from error
-        self.scheduler.restart(step)
-        self.scheduler.max_num_batched_tokens = max(self.scheduler.max_num_seqs, limit // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         logger.warning(
-            "out of memory in step %d: going on with at most %d tokens a step instead of %d",
+            "out of memory in step %d: going on with at most %d tokens a step instead of %d, of %d sequences",
             step.number,
-            self.scheduler.max_num_batched_tokens,
+            scheduler.max_num_batched_tokens,
             limit,
+            scheduler.num_free_slots,
         )
+
+    def _is_open(self, running: Running) -> bool:
+        """Whether a sequence's completion has not been returned."""
+        lane = self._lanes.get(running.sequence.seq_id)
+        return lane is not None and lane.row.sequence is running.sequence
 
     def _count(self, step: Step) -> None:
         stats, blocks = self.stats, self.scheduler.blocks

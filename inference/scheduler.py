@@ -76,6 +76,11 @@ class Scheduler:
         return len(self._prefilling) + len(self._decoding)
 
     @property
+    def num_free_slots(self) -> int:
+        """Slots that waiting sequences may be given."""
+        return len(self._free_slots)
+
+    @property
     def running(self) -> list[Running]:
         """Sequences that hold blocks."""
         return [*self._prefilling, *self._decoding]
@@ -123,13 +128,34 @@ class Scheduler:
         if not running.is_finished:
             self._leave(running)
 
-    def restart(self, step: Step) -> None:
-        """Take back a step that could not be run: everything running waits again, to be recomputed."""
+    def restart(
+        self, step: Step, has_ended: Callable[[Running], bool] = lambda running: False
+    ) -> None:
+        """Take back a step that could not be run: everything running waits again, to be recomputed.
+
+        `has_ended` says of the sequences that were to end with it which are known to have ended before.
+        """
         for running in step.finishing:
-            running.is_finished = False
-            self._requeue(running)
+            if not has_ended(running):
+                running.is_finished = False
+                self._requeue(running)
         for running in self.running:
             self._preempt(running)
+        self.blocks.forget_prefixes()  # among them blocks that the step was to fill
+
+    def shrink(self) -> bool:
+        """After a restart, with every slot free: make steps smaller; False if they cannot be.
+
+        First of half as many tokens; where they would not do for one of every sequence, of half as many sequences.
+        """
+        num_seqs, limit = len(self._free_slots), self.max_num_batched_tokens
+        if limit <= num_seqs:
+            num_seqs //= 2
+        if not num_seqs:
+            return False
+        self._free_slots = self._free_slots[-num_seqs:]
+        self.max_num_batched_tokens = max(num_seqs, limit // 2)
+        return True
 
     def forget_prefixes(self) -> None:
         """Forget what has run: later sequences prefill their whole prompts (benchmarks)."""

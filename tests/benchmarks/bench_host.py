@@ -43,8 +43,10 @@ class _Done:
         return None
 
 
-class _HostRunner:
+class HostRunner:
     """All of the runner's host work and none of the device's."""
+
+    has_peers = False
 
     def __init__(self, limits: BatchLimits, row_of: Any) -> None:
         self._limits, self._row_of = limits, row_of
@@ -75,7 +77,7 @@ class _HostRunner:
         return False
 
 
-def make_engine(max_num_seqs: int) -> PagedEngine:
+def make_engine(max_num_seqs: int, runner: type[HostRunner] = HostRunner) -> PagedEngine:
     limits = BatchLimits(
         max_num_tokens=8192,
         max_num_seqs=max_num_seqs,
@@ -104,7 +106,7 @@ def make_engine(max_num_seqs: int) -> PagedEngine:
     return PagedEngine(
         make_row=make_row,
         make_scheduler=make_scheduler,
-        make_runner=lambda row_of: _HostRunner(limits, row_of),
+        make_runner=lambda row_of: runner(limits, row_of),
         is_async=True,
     )
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from inference.build_engine import build_engine
+from inference.errors import OutOfMemory
 from inference.model import FusedModel, PagedModel, make_paged_model
 from inference.sampling import SamplingParams
 from inference.sequence import Completion
@@ -122,25 +123,65 @@ def test_sequences_submitted_while_others_run_are_taken_in():
     assert tokens(completions) == expected
 
 
-def test_running_out_of_memory_shrinks_the_steps_and_goes_on():
-    sequences = sequences_of(prompts_of(10))
-    expected = reference(model_of("qwen3"), sequences)
-    engine, _, _ = build_engine(FusedModel(model_of("qwen3")), settings_of(), make_row)
+def run_out_of_memory(engine, at, error=torch.OutOfMemoryError):
     launch, calls = engine.runner.launch, []
 
-    def fail_twice(step):
+    def launch_or_fail(step):
         calls.append(step.number)
-        if len(calls) in (3, 9):
-            raise torch.OutOfMemoryError("no memory left")
+        if len(calls) in at:
+            raise error("CUDA error: out of memory")
         return launch(step)
 
-    engine.runner.launch = fail_twice
-    engine.submit(sequences)
+    engine.runner.launch = launch_or_fail
     completions: dict[int, Completion] = {}
     while engine.num_unfinished:
         completions.update({c.seq_id: c for c in engine.step()})
-    assert tokens(completions) == expected
+        tables = [running.block_table for running in engine.scheduler.running]
+        engine.scheduler.blocks.check_integrity(tables)
+    return completions
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_running_out_of_memory_shrinks_the_steps_and_goes_on(error):
+    sequences = sequences_of(prompts_of(10))
+    expected = reference(model_of("qwen3"), sequences)
+    engine, _, _ = build_engine(FusedModel(model_of("qwen3")), settings_of(), make_row)
+    engine.submit(sequences)
+    assert tokens(run_out_of_memory(engine, (3, 9), error)) == expected
     assert engine.scheduler.max_num_batched_tokens == 16
+
+
+@pytest.mark.parametrize("at", range(1, 16))
+def test_a_step_that_ran_out_of_memory_leaves_no_keys_behind_that_were_never_stored(at):
+    sequences = sequences_of(prompts_of(9, shared=11))
+    expected = reference(model_of("qwen3"), sequences)
+    settings = settings_of(max_num_batched_tokens=24)
+    engine, _, _ = build_engine(FusedModel(model_of("qwen3")), settings, make_row)
+    engine.submit(sequences)
+    assert tokens(run_out_of_memory(engine, (at,))) == expected
+
+
+def test_where_fewer_tokens_do_not_help_fewer_sequences_run_and_none_is_lost():
+    sequences = sequences_of(prompts_of(10))
+    expected = reference(model_of("qwen3"), sequences)
+    engine, _, _ = build_engine(FusedModel(model_of("qwen3")), settings_of(), make_row)
+    launch = engine.runner.launch
+
+    def launch_few(step):
+        if len(step.sampled) > 2:
+            raise torch.OutOfMemoryError("no memory left")
+        return launch(step)
+
+    engine.runner.launch = launch_few
+    engine.submit(sequences)
+    assert tokens(run_out_of_memory(engine, ())) == expected
+
+
+def test_a_device_without_room_for_one_sequence_is_an_error():
+    engine, _, _ = build_engine(FusedModel(model_of("qwen3")), settings_of(), make_row)
+    engine.submit(sequences_of(prompts_of(4)))
+    with pytest.raises(OutOfMemory, match="one sequence"):
+        run_out_of_memory(engine, range(1, 1000))
 
 
 def test_end_tokens_end_a_sequence_and_are_not_part_of_it():
