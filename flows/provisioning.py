@@ -114,7 +114,7 @@ def _sized(run: Run, seconds_left: float) -> tuple[ReplicaLaunch, int]:
     """Return how one replica is started, and how many are wanted."""
     provider = cast("Provider", run.job.hardware.provider)
     placement = run.job.hardware.placement
-    if provider == "process" or run.record.fingerprint_fields["engine.backend"] == "dummy":
+    if provider == "process" or run.backend == "dummy":
         # Processes on this machine take what it has; without a model there is nothing to size.
         return unsized_launch_of(provider, placement), num_replicas(run)
     deadline_s = None if seconds_left == float("inf") else max(60.0, seconds_left)

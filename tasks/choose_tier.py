@@ -1,11 +1,14 @@
-"""Which hardware a job would run on, and why; a machine without a GPU says so."""
+"""Which hardware and which backend a job would run on, and why; a machine without a GPU says so."""
 
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
-from inference.errors import EngineConfigError
+from inference.backends import resolve_backend
+from inference.config import Backend
+from inference.errors import EngineConfigError, ModelError
 from inference.hardware import GpuType, match_gpu
 from inference.model_config import read_model_shape
 from inference.roofline import Workload
@@ -14,10 +17,13 @@ from inference.tiers import Objective, choose_tier, size_model
 from tasks.hardware import load_hardware
 from tasks.job import RunConfig
 
+HERE = ("local", "process")
+"""Providers whose replicas run on this machine."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What a run would have; `tier` is None where no GPU is involved."""
+    """What a run would have; `tier` is None where no GPU is involved, or none that can be sized."""
 
     backend: str
     device: str
@@ -52,12 +58,9 @@ def choose_hardware(
         return _without_gpu(job, "dummy", "the dummy backend needs no model and no GPU")
     known, num_gpus = _candidates(job, hardware)
     if not known:
-        on_cpu = "paged" if job.engine.num_ranks > 1 else "transformers"
-        backend = on_cpu if job.engine.backend == "auto" else job.engine.backend
-        why = f"this machine has no GPU that the hardware file knows: the {backend} backend runs on the CPU"
-        return _without_gpu(job, backend, why)
+        return _unsized(job)
     shape, options = read_model_shape(model_dir), sizing_options(job, num_gpus)
-    objective: Objective = "fastest" if job.hardware.provider == "local" else "cheapest"
+    objective: Objective = "fastest" if job.hardware.provider in HERE else "cheapest"
     # What is over the budget is shown all the same: the forecast says so, with the numbers.
     tier = size_model(
         shape,
@@ -80,10 +83,29 @@ def choose_hardware(
     )
 
 
+def settle_backend(job: RunConfig, model_dir: str | Path) -> RunConfig:
+    """Return the job with its backend named: where it is `auto`, what the sizing says of the place of its replicas.
+
+    Asked before anything is planned, and of what fits at all: a single short row.
+
+    Raises:
+        EngineConfigError: nothing fits; with the arithmetic.
+    """
+    if job.engine.backend != "auto":
+        return job
+    try:
+        backend = choose_hardware(job, str(model_dir), Workload.of([(1, 1)])).backend
+    except ModelError:  # of a kind that cannot be sized
+        is_here = job.hardware.provider in HERE
+        backend = resolve_backend("auto", job.engine.num_ranks) if is_here else "paged"
+    engine = dataclasses.replace(job.engine, backend=cast("Backend", backend))
+    return dataclasses.replace(job, engine=engine)
+
+
 def _candidates(job: RunConfig, hardware: str | None) -> tuple[list[GpuType], int | None]:
     """Return the GPU types a job may run on, at its price, and how many a replica has where the job names it."""
     known, num_gpus = load_hardware(hardware), None
-    if job.hardware.provider == "local":
+    if job.hardware.provider in HERE:
         found = local_gpu(known)
         known = [] if found is None else [found]
     else:
@@ -143,11 +165,25 @@ def named_gpus(tier: str, known: list[GpuType]) -> tuple[list[GpuType], int | No
     return gpus, int(match[1]) if match[1] else None
 
 
-def _without_gpu(job: RunConfig, backend: str, reason: str) -> Choice:
+def _unsized(job: RunConfig) -> Choice:
+    """The choice for this machine, where the hardware file knows none of its devices."""
+    import torch  # heavy, and only to ask for devices
+
+    backend = resolve_backend(job.engine.backend, job.engine.num_ranks)
+    if not torch.cuda.is_available():
+        return _without_gpu(
+            job, backend, f"this machine has no GPU: the {backend} backend runs on the CPU"
+        )
+    name = torch.cuda.get_device_name()
+    why = f"the hardware file does not know {name}: the {backend} backend runs on it, and nothing is foretold of it"
+    return _without_gpu(job, backend, why, device=name)
+
+
+def _without_gpu(job: RunConfig, backend: str, reason: str, *, device: str = "cpu") -> Choice:
     wanted = job.hardware.replicas
     return Choice(
         backend=backend,
-        device="cpu",
+        device=device,
         reason=reason,
         replicas=1 if wanted == "auto" else wanted,
         price_per_hour=job.hardware.price_per_hour,

@@ -72,10 +72,7 @@ def num_replicas(run: Run) -> int:
     wanted = run.job.hardware.replicas
     if wanted != "auto":
         return max(1, min(wanted, run.plan.num_shards))
-    if (
-        run.job.storage.allow_single_writer
-        or run.record.fingerprint_fields["engine.backend"] == "dummy"
-    ):
+    if run.job.storage.allow_single_writer or run.backend == "dummy":
         return 1
     return max(1, min(num_devices() // num_ranks(run), run.plan.num_shards))
 
@@ -109,7 +106,7 @@ def _start(run: Run, invocation: str, index: int) -> subprocess.Popen[bytes]:
 
 def device_env(run: Run, index: int) -> dict[str, str]:
     """Return what gives a replica of this machine its own devices; empty when there are too few."""
-    if run.record.fingerprint_fields["engine.backend"] == "dummy":
+    if run.backend == "dummy":
         return {}
     ranks = num_ranks(run)
     if num_devices() <= index * ranks:

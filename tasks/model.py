@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.arriving import Arriving
-from inference.backends import check_engine, resolve_backend
+from inference.backends import check_engine
 from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR
 from inference.config import EngineConfig
 from inference.content_id import WeightSample, sample_spans
@@ -26,6 +26,7 @@ from inference.weights import (
     check_sampled_folder,
     check_small_files,
 )
+from tasks.choose_tier import HERE, settle_backend
 from tasks.job import RunConfig
 from tasks.progress import Progress
 from tasks.stage_thread import StageThread
@@ -152,6 +153,7 @@ def peek_model(job: RunConfig, *, work_dir: Path, progress: Progress) -> RunMode
         return open_model(job, progress=progress)
     found = check_sampled_folder(folder, (WeightSample(*file) for file in seen.files))
     _check_ranks(job, folder)
+    _check_engine(job, check_small_files(folder))
     return RunModel(
         path=folder,
         content_id=found.content_id,
@@ -228,7 +230,7 @@ def _check_ranks(job: RunConfig, folder: Path) -> None:
     size = job.engine.num_ranks
     if size == 1:
         return
-    backend = resolve_backend(job.engine.backend, size)
+    backend = settle_backend(job, folder).engine.backend
     if backend == "zero":
         return  # its ranks share the weights, and each runs whole heads
     if backend == "transformers":
@@ -242,7 +244,7 @@ def _check_ranks(job: RunConfig, folder: Path) -> None:
 
 def _check_engine(job: RunConfig, folder: SmallFiles) -> None:
     """Refuse quantisation and offload that cannot work, before anything is planned."""
-    knobs = job.engine
+    knobs = settle_backend(job, folder.path).engine
     config = EngineConfig(
         model=str(folder.path),
         backend=knobs.backend,
@@ -253,7 +255,7 @@ def _check_engine(job: RunConfig, folder: SmallFiles) -> None:
         offload=knobs.offload,
         nvme_path=knobs.nvme_path,
     )
-    check_engine(folder, config, is_here=job.hardware.provider in ("local", "process"))
+    check_engine(folder, config, is_here=job.hardware.provider in HERE)
 
 
 def _max_model_len(job: RunConfig, config: dict[str, Any]) -> int:

@@ -13,12 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from inference.backends import resolve_backend
 from inference.roofline import Workload
 from storage.inputs import InputFiles
 from storage.manifest import PlanManifest, RunRecord
 from storage.object_store import open_store
-from tasks.choose_tier import Choice, choose_hardware
+from tasks.choose_tier import Choice, choose_hardware, settle_backend
 from tasks.deadline import deadline_at
 from tasks.feed import PromptFeed
 from tasks.feed_process import FeedProcess
@@ -192,7 +191,7 @@ def _record(job: RunConfig, model: RunModel) -> RunRecord:
     fields = fingerprint_fields(
         job,
         model_content_id=model.content_id,
-        backend=resolve_backend(job.engine.backend, job.engine.num_ranks),
+        backend=settle_backend(job, model.path).engine.backend,
         max_model_len=model.max_model_len,
     )
     return RunRecord(

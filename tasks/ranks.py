@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from inference.config import DistributedConfig
-from tasks.choose_tier import choose_hardware
+from tasks.choose_tier import HERE, choose_hardware
 from tasks.job import RunConfig
 from tasks.run import Run
 from tasks.sizing import planned_workload
@@ -26,17 +26,13 @@ def num_ranks(run: Run) -> int:
     given = os.environ.get(RANKS_VARIABLE)
     if given:
         return int(given)
-    can_share = run.record.fingerprint_fields["engine.backend"] in ("paged", "zero")
-    if not can_share or num_devices() < 2:
+    if run.backend not in ("paged", "zero") or num_devices() < 2:
         return 1
-    if job.hardware.provider not in ("local", "process"):
+    if job.hardware.provider not in HERE:
         # Whoever provided this place has sized it: all its devices are one replica's.
         return num_devices() * distributed_of(job).num_hosts
-    local = dataclasses.replace(job.hardware, provider="local")
-    choice = choose_hardware(
-        dataclasses.replace(job, hardware=local), str(run.model.path), planned_workload(run.store)
-    )
-    return choice.gpus_per_replica
+    workload = planned_workload(run.store)
+    return choose_hardware(run.settled_job, str(run.model.path), workload).gpus_per_replica
 
 
 def num_devices() -> int:

@@ -11,8 +11,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import cast
 
-from inference.backends import Backend, resolve_backend
+from inference.backends import Backend
+from inference.config import Backend as BackendName
 from inference.errors import ModelError
 from storage import keys
 from storage.commits import CommitCache, current_commits
@@ -21,6 +23,7 @@ from storage.inputs import InputFiles
 from storage.manifest import CommitRecord, PlanManifest, RunRecord, Shard, digest, to_json
 from storage.object_store import ObjectStore, open_store
 from storage.probe import probe_store
+from tasks.choose_tier import settle_backend
 from tasks.feed import PromptFeed
 from tasks.feed_process import FeedProcess
 from tasks.fingerprint import default_run_id, fingerprint, fingerprint_fields
@@ -65,6 +68,17 @@ class Run:
     def uri(self) -> str:
         """The run folder."""
         return self.store.uri
+
+    @property
+    def backend(self) -> BackendName:
+        """Which one the run was planned for, and every replica of it has."""
+        return cast("BackendName", self.record.fingerprint_fields["engine.backend"])
+
+    @property
+    def settled_job(self) -> RunConfig:
+        """The job with that backend in place of `auto`."""
+        engine = dataclasses.replace(self.job.engine, backend=self.backend)
+        return dataclasses.replace(self.job, engine=engine)
 
     @property
     def columns(self) -> ResultColumns:
@@ -227,7 +241,7 @@ def _planned(
     fields = fingerprint_fields(
         job,
         model_content_id=model.content_id,
-        backend=resolve_backend(job.engine.backend, job.engine.num_ranks),
+        backend=settle_backend(job, model.path).engine.backend,
         max_model_len=model.max_model_len,
     )
     etags = [file.etag for file in files]

@@ -54,7 +54,7 @@ def engine_config(run: Run) -> EngineConfig:
     knobs = run.job.engine
     return EngineConfig(
         model=str(run.model.path),
-        backend=run.record.fingerprint_fields["engine.backend"],
+        backend=run.backend,
         dtype=run.job.model.dtype,
         quantization=run.job.model.quantization,
         max_num_seqs=knobs.max_num_seqs,

@@ -107,6 +107,9 @@ def forecast_run(
 
 def _is_device(device: str, choice: Choice) -> bool:
     """Whether an earlier run's device is the one chosen; `none` and `cpu` are both no GPU."""
-    if choice.tier is None:
+    if choice.device == "cpu":
         return device in ("cpu", "none")
-    return choice.device.split("-")[0].upper() in device.upper().replace("-", " ").split()
+    return (
+        device == choice.device
+        or choice.device.split("-")[0].upper() in device.upper().replace("-", " ").split()
+    )

@@ -48,7 +48,7 @@ def choose(run: Run, hardware: str | None = None, *, deadline_s: float | None = 
         read_model_shape(str(run.model.path)),
         gpus,
         planned_workload(run.store),
-        options=sizing_options(job, num_gpus),
+        options=sizing_options(run.settled_job, num_gpus),
         deadline_s=deadline_s,
         budget_usd=job.budget.usd,
     )

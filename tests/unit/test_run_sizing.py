@@ -10,7 +10,9 @@ from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
 from tasks.provision import launch_of
 from tasks.run import prepare
+from tasks.run_engine import engine_config
 from tasks.sizing import choose
+from tests.benchmarks.random_model import config_of, write_folder
 from tests.pipeline import MODELS
 
 
@@ -20,13 +22,19 @@ def plan(tmp_path):
     pq.write_table(pa.table({"prompt": ["one two", "three"] * 20}), tmp_path / "in.parquet")
     made = []
 
-    def planned(**hardware):
+    def planned(
+        *, model=MODELS / "tiny-a", backend="transformers", quantization="none", **hardware
+    ):
         job = {
-            "model": {"source": str(MODELS / "tiny-a")},
-            "input": {"uri": str(tmp_path / "in.parquet"), "prompt_column": "prompt"},
+            "model": {"source": str(model), "quantization": quantization},
+            "input": {
+                "uri": str(tmp_path / "in.parquet"),
+                "prompt_column": "prompt",
+                "chat_template": "none",
+            },
             "output": {"uri": str(tmp_path / "out")},
             "sampling": {"max_tokens": 8},
-            "engine": {"backend": "transformers"},
+            "engine": {"backend": backend},
             "hardware": hardware,
         }
         work = tmp_path / f"work{len(made)}"
@@ -44,6 +52,26 @@ def test_auto_takes_the_tier_that_the_plan_s_tokens_ask_for_and_says_why(plan):
     assert tier.gpu == gpu.name
     assert tier.replicas == 1
     assert tier.reason
+
+
+@pytest.mark.parametrize("provider", ["kubernetes", "ecs", "command"])
+def test_auto_is_the_backend_of_the_gpus_that_replicas_are_given_not_of_who_plans(plan, provider):
+    run = plan(backend="auto", provider=provider, tier="2x H100", quantization="fp8")
+    assert run.backend == engine_config(run).backend == "paged"
+    assert choose(run).tier.backend == "paged"
+
+
+@pytest.mark.parametrize("provider", ["local", "process"])
+def test_auto_on_this_machine_without_a_gpu_is_the_plain_backend(plan, provider):
+    run = plan(backend="auto", provider=provider)
+    assert run.backend == engine_config(run).backend == "transformers"
+
+
+def test_auto_is_zero_where_the_weights_fit_no_gpu_of_the_job(plan, tmp_path):
+    model = write_folder(tmp_path / "model", config_of("32b", layers=16))  # 37 GB, a hole
+    run = plan(model=model, backend="auto", provider="kubernetes", tier="1x L4")
+    assert run.backend == engine_config(run).backend == "zero"
+    assert choose(run).tier.offload in ("cpu", "nvme")
 
 
 def test_a_named_gpu_and_count_are_kept(plan):
