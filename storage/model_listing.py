@@ -48,6 +48,7 @@ def list_model(source: Source) -> Listing:
 
     Raises:
         BadInput: it has no weights, no config, only refused formats, or a file name that leads outside.
+        CorruptObject: a list of digests in a local folder cannot be read.
     """
     by_name = {file.name: file for file in source.list_files()}
     if source.uri.endswith(GGUF_SUFFIX):
@@ -55,14 +56,16 @@ def list_model(source: Source) -> Listing:
         name = content_id([file], identity=source.identity)
         return Listing(source=source, files=[file], records=[], skipped=[], content_id=name)
     names, skipped = select(by_name, source=source.uri)
-    files = [by_name[name] for name in names]
-    return Listing(
+    listing = Listing(
         source=source,
-        files=files,
+        files=[by_name[name] for name in names],
         records=[by_name[name] for name in RECORDS if name in by_name],
         skipped=skipped,
-        content_id=content_id(files, identity=source.identity),
+        content_id="",
     )
+    if isinstance(source, LocalSource):
+        listing = listing._replace(files=with_promises(listing))
+    return listing._replace(content_id=content_id(listing.files, identity=source.identity))
 
 
 def with_promises(listing: Listing) -> list[SourceFile]:

@@ -19,7 +19,7 @@ from storage.destinations import disk_kind
 from storage.disk_speed import disk_speed
 from storage.errors import BadInput, NoSpace
 from storage.hub_source import open_hub
-from storage.in_place import good_disk, read_in_place
+from storage.in_place import good_disk, read_in_place, with_own_id
 from storage.model_cache import FileLock, ModelCache
 from storage.model_caches import ANYWHERE, Place, open_places, place_model
 from storage.model_fill import Fill, Filled, FillOptions
@@ -196,6 +196,7 @@ class _Staging:
         return ""
 
     def _in_place(self, listing: Listing, reason: str) -> StagedModel:
+        listing = with_own_id(listing)
         assert isinstance(listing.source, LocalSource), "only folders are read in place"
         with self._timer("check"):
             manifest = read_in_place(listing, allowed_code=self._options.allowed_code)

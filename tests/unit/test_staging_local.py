@@ -76,10 +76,42 @@ def test_the_content_id_is_the_same_wherever_the_model_is_read(model: Path, tmp_
         assert in_place.content_id == copied.content_id
     assert stage_model(f"file://{model}", config=CONFIG).content_id == in_place.content_id
     os.utime(model / "config.json")
-    assert stage_model(str(model), config=CONFIG).content_id == in_place.content_id
+    touched = stage_model(str(model), config=CONFIG).content_id
+    assert touched != in_place.content_id
     weights = model / "model-00002-of-00003.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    assert stage_model(str(model), config=CONFIG).content_id != in_place.content_id
+    assert stage_model(str(model), config=CONFIG).content_id not in (in_place.content_id, touched)
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_a_large_file_edited_in_the_middle_is_another_model(
+    tmp_path: Path, is_recorded: bool
+) -> None:
+    model = write_model(tmp_path / "model", num_weight_files=1, weight_bytes=4 << 20)
+    weights, cache = model / "model-00001-of-00001.safetensors", str(tmp_path / "cache")
+    if is_recorded:
+        write_sums(model)
+    stage_model(str(model), config=CONFIG, stage_to=cache).close()
+    with weights.open("r+b") as file:
+        file.seek((2 << 20) + (128 << 10))
+        file.write(b"edited")
+    if is_recorded:
+        with pytest.raises(CorruptObject, match="SHA-256 is not the one in SHA256SUMS"):
+            stage_model(str(model), config=CONFIG, stage_to=cache)
+        write_sums(model)
+    with stage_model(str(model), config=CONFIG, stage_to=cache) as again:
+        assert again.report.outcome == "staged"
+        assert folder_bytes(again.path).items() >= {weights.name: weights.read_bytes()}.items()
+
+
+def test_other_promises_make_another_model(model: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    write_sums(model)
+    stage_model(str(model), config=CONFIG, stage_to=cache).close()
+    sums = model / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace(sums.read_text()[:64], "0" * 64))
+    with pytest.raises(CorruptObject, match="SHA-256 is not the one"):
+        stage_model(str(model), config=CONFIG, stage_to=cache)
 
 
 def test_a_model_is_found_without_moving_it_only_where_it_is(model: Path, tmp_path: Path) -> None:
@@ -167,9 +199,9 @@ def test_a_staged_folder_vouches_for_its_copies(model: Path, tmp_path: Path) -> 
     with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "a")) as first:
         with stage_model(str(first.path), config=CONFIG, stage_to=str(tmp_path / "b")) as second:
             assert second.report.verified_by == {"MANIFEST.json": 7}
-        assert stage_model(str(first.path), config=CONFIG).report.verified_by == {
-            "MANIFEST.json": 7
-        }
+        in_place = stage_model(str(first.path), config=CONFIG)
+        assert in_place.report.verified_by == {"MANIFEST.json": 7}
+        assert in_place.content_id == in_place.manifest.content_id == first.content_id
         (first.path / "tokenizer.json").write_text("{'other'}")
         with pytest.raises(CorruptObject, match=r"tokenizer\.json: MANIFEST\.json promises"):
             stage_model(str(first.path), config=CONFIG)
