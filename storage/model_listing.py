@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from storage.checksums import SHA256, Checksum
+from storage.checksums import KNOWN_ALGORITHMS, SHA256, Checksum
+from storage.errors import CorruptObject
 from storage.hub_source import HubSource
-from storage.model_manifest import ModelManifest, content_id
+from storage.model_manifest import ModelManifest, StagedFile, content_id
 from storage.stage_sources import LocalSource, S3Source, SourceFile
 from storage.weight_files import MANIFEST, RECORDS, SHA256_SUMS, read_sha256_sums, select
 
@@ -101,5 +102,16 @@ def recorded_checksums(listing: Listing) -> dict[str, tuple[Checksum, str]]:
             found |= {name: (Checksum(SHA256, value), SHA256_SUMS) for name, value in sums.items()}
         elif record.name == MANIFEST:
             manifest = ModelManifest.from_json(data, source=where)
-            found |= {f.name: (Checksum.parse(f.checksum), MANIFEST) for f in manifest.files}
+            checksums = {file.name: _promise(file, where) for file in manifest.files}
+            found |= {name: (value, MANIFEST) for name, value in checksums.items() if value}
     return found
+
+
+def _promise(file: StagedFile, where: str) -> Checksum | None:
+    try:
+        checksum = Checksum.parse(file.checksum)
+    except ValueError as error:
+        raise CorruptObject(
+            f"{where}: {file.name}: {error}; correct or remove the record"
+        ) from error
+    return checksum if checksum.algorithm in KNOWN_ALGORITHMS else None

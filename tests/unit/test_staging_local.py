@@ -4,14 +4,15 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from storage.checksums import file_checksum
 from storage.destinations import CACHE_VARIABLE, HostMemory
 from storage.errors import BadInput, CorruptObject, NotFound
-from storage.model_manifest import ModelManifest
+from storage.model_manifest import ModelManifest, StagedFile
 from storage.object_store import StorageConfig
 from storage.staging import find_model, stage_model
 from tests.model_files import folder_bytes, write_model
@@ -205,6 +206,46 @@ def test_a_staged_folder_vouches_for_its_copies(model: Path, tmp_path: Path) -> 
         (first.path / "tokenizer.json").write_text("{'other'}")
         with pytest.raises(CorruptObject, match=r"tokenizer\.json: MANIFEST\.json promises"):
             stage_model(str(first.path), config=CONFIG)
+
+
+def write_manifest(model: Path, checksum_of: Callable[[Path], str]) -> None:
+    """A MANIFEST.json that names every file's checksum."""
+    files = [
+        StagedFile(
+            name=path.name,
+            size=path.stat().st_size,
+            checksum=checksum_of(path),
+            verified_by="the Hub",
+            mtime_ns=0,
+        )
+        for path in model.iterdir()
+    ]
+    manifest = ModelManifest(
+        content_id="0" * 32, source="", num_bytes=0, files=files, skipped=[], staged_at=""
+    )
+    (model / "MANIFEST.json").write_bytes(manifest.to_json())
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_git_s_digests_are_compared(model: Path, tmp_path: Path, stage_to: str) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    write_manifest(model, lambda path: str(file_checksum(path, "git-sha1")))
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert staged.report.verified_by == {"MANIFEST.json": 7}
+    (model / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}}')
+    with pytest.raises(CorruptObject, match=r"tokenizer\.json: .*MANIFEST\.json"):
+        stage_model(str(model), config=CONFIG, stage_to=target)
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_a_promise_of_an_unknown_kind_is_none(model: Path, tmp_path: Path, stage_to: str) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    write_manifest(model, lambda path: "blake9:aa")
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert staged.report.verified_by == {"": 7}
+    write_manifest(model, lambda path: "aa")
+    with pytest.raises(CorruptObject, match=r"MANIFEST\.json: .*: not a checksum: 'aa'"):
+        stage_model(str(model), config=CONFIG, stage_to=target)
 
 
 def test_a_partial_or_missing_manifest_is_never_a_hit(model: Path, tmp_path: Path) -> None:
