@@ -128,6 +128,8 @@ class Fill:
                 if error.errno not in NO_SPACE:
                     raise
                 raise no_space(self._folder, self._listing.staged_bytes) from error
+        if isinstance(source, LocalSource):
+            source.refuse_change(file)
         return [self._adopt(found, file) for found in sorted(unpacked.iterdir())]
 
     def _adopt(self, unpacked: Path, origin: SourceFile) -> StagedFile:

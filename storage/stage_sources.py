@@ -8,7 +8,7 @@ hf://repo@revision      see storage.hub_source, which downloads whole files
 import hashlib
 import http.client
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,7 +53,7 @@ class RangeBody(Protocol):
     """The bytes of one range, once through; used by one thread."""
 
     def readinto(self, view: memoryview, /) -> int:
-        """Fill `view` from its front; 0 at the end of the range. Raises StoreUnavailable."""
+        """Fill `view` from its front; 0 at the end of the range. Raises StoreUnavailable, InputChanged."""
 
     def close(self) -> None:
         """Give the connection back; must be called once, whatever happened."""
@@ -205,10 +205,15 @@ class LocalSource:
         return (self._folder / file.name).read_bytes()
 
     def open_range(self, file: SourceFile, start: int, end: int) -> "_FileBody":
-        path = self._folder / file.name
+        self.refuse_change(file)
+        return _FileBody(self._folder / file.name, start, end, lambda: self.refuse_change(file))
+
+    def refuse_change(self, file: SourceFile) -> None:
+        """Raise InputChanged unless a file still has the size and time it was listed with."""
         if self._stat(file.name).etag != file.etag:
-            raise InputChanged(f"{path}: changed while it was copied; stage it again")
-        return _FileBody(path, start, end)
+            raise InputChanged(
+                f"{self._folder / file.name}: changed while it was copied; stage it again"
+            )
 
     def _stat(self, name: str) -> SourceFile:
         try:
@@ -256,10 +261,11 @@ class _HttpBody:
 
 
 class _FileBody:
-    """A range of a file."""
+    """A range of a file; what was read is good only if the file is still the same at its end."""
 
-    def __init__(self, path: Path, start: int, end: int) -> None:
+    def __init__(self, path: Path, start: int, end: int, refuse_change: Callable[[], None]) -> None:
         self._path = path
+        self._refuse_change = refuse_change
         self._left = end - start
         self._stream = path.open("rb", buffering=0)
         self._stream.seek(start)
@@ -270,6 +276,8 @@ class _FileBody:
         except OSError as error:  # a network file system's hiccup, or a disk's: tried again
             raise StoreUnavailable(f"{self._path}: {error.strerror}") from error
         self._left -= count
+        if self._left == 0:
+            self._refuse_change()
         return count
 
     def close(self) -> None:

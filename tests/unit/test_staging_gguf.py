@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import BadInput, CorruptObject, NoSpace
+from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace
 from storage.object_store import StorageConfig
 from storage.staging import stage_model
 from tests.model_files import folder_bytes, write_model
@@ -71,6 +71,20 @@ def test_a_conversion_that_fails_publishes_nothing_and_can_be_repeated(
     convert.spoil = False
     with stage_model(str(gguf), **options) as staged:  # type: ignore[arg-type]
         assert staged.report.outcome == "staged"
+
+
+def test_a_file_rewritten_while_it_is_converted_is_never_published(
+    gguf: Path, tmp_path: Path
+) -> None:
+    def convert(path: Path, folder: Path) -> None:
+        Converter()(path, folder)
+        gguf.write_bytes(b"GGUF" + b"1" * 1000)
+
+    with pytest.raises(InputChanged, match=r"m\.gguf: changed"):
+        stage_model(
+            str(gguf), config=CONFIG, stage_to=str(tmp_path / "cache"), convert_gguf=convert
+        )
+    assert not list((tmp_path / "cache").rglob("MANIFEST.json"))
 
 
 def test_without_a_converter_a_gguf_file_is_refused(gguf: Path, tmp_path: Path) -> None:

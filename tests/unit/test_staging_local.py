@@ -11,9 +11,11 @@ import pytest
 
 from storage.checksums import file_checksum
 from storage.destinations import CACHE_VARIABLE, HostMemory
-from storage.errors import BadInput, CorruptObject, NotFound
+from storage.errors import BadInput, CorruptObject, InputChanged, NotFound
 from storage.model_manifest import ModelManifest, StagedFile
 from storage.object_store import StorageConfig
+from storage.ranged_copy import BUFFER_BYTES
+from storage.stage_sources import _FileBody
 from storage.staging import find_model, stage_model
 from tests.model_files import folder_bytes, write_model
 
@@ -162,6 +164,30 @@ def test_what_is_skipped_is_listed(model: Path, tmp_path: Path) -> None:
         skipped = ["extra.safetensors", "modeling_x.py", "pytorch_model.bin"]
         assert staged.report.skipped == staged.manifest.skipped == skipped
         assert not set(skipped) & {path.name for path in staged.path.iterdir()}
+
+
+def test_a_file_rewritten_while_it_is_read_is_never_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model", num_weight_files=1, weight_bytes=4 << 20)
+    weights, cache = model / "model-00001-of-00001.safetensors", tmp_path / "cache"
+    read = _FileBody.readinto
+
+    def rewrite_once(body: _FileBody, view: memoryview) -> int:
+        count = read(body, view)
+        if len(view) == BUFFER_BYTES:
+            monkeypatch.setattr(_FileBody, "readinto", read)
+            with weights.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"X")
+        return count
+
+    monkeypatch.setattr(_FileBody, "readinto", rewrite_once)
+    with pytest.raises(InputChanged, match=r"00001-of-00001\.safetensors: changed.*stage it again"):
+        stage_model(str(model), config=CONFIG, stage_to=str(cache))
+    assert not list(cache.rglob("MANIFEST.json"))
+    with stage_model(str(model), config=CONFIG, stage_to=str(cache)) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(model)
 
 
 def test_a_model_touched_after_staging_is_staged_again(model: Path, tmp_path: Path) -> None:
