@@ -268,3 +268,15 @@ class ModelCache:
             os.close(fd)
             raise
         return FileLock(fd)
+
+
+def use_entry(folder: Path) -> FileLock | None:
+    """Keep a folder from being evicted where it is a model of a cache; None where it is not."""
+    folder = folder.resolve()
+    cache = ModelCache(folder.parent.parent)
+    if cache.path(folder.name) != folder or not (folder / MANIFEST).exists():
+        return None
+    try:
+        return cache.use(folder.name)
+    except OSError:  # no cache after all, or one that this user may only read
+        return None

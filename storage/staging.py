@@ -20,7 +20,7 @@ from storage.disk_speed import disk_speed
 from storage.errors import BadInput, NoSpace
 from storage.hub_source import open_hub
 from storage.in_place import good_disk, read_in_place, with_own_id
-from storage.model_cache import FileLock, ModelCache
+from storage.model_cache import FileLock, ModelCache, use_entry
 from storage.model_caches import ANYWHERE, Place, open_places, place_model
 from storage.model_fill import Fill, Filled, FillOptions
 from storage.model_listing import Listing, Source, list_model
@@ -45,7 +45,7 @@ class StagedModel:
     manifest: ModelManifest
     report: StageReport
     lock: FileLock | None
-    """Held while the model is used; None when it is read in place."""
+    """Held while the model is used; None when it is read in place, outside any cache."""
 
     def close(self) -> None:
         """Allow the model to be evicted."""
@@ -178,10 +178,10 @@ class _Staging:
             places = open_places(self._stage_to)
             opened = open_source(source, config, places)
             reason = self._why_in_place(opened)
+        if reason:
+            return self._in_place(opened, reason)
         with self._timer("list"):
             listing = list_model(opened)
-        if reason:
-            return self._in_place(listing, reason)
         found = self._find(places, listing)
         return found if found or only_near else self._stage(places, listing)
 
@@ -195,15 +195,21 @@ class _Staging:
             return good_disk(source)
         return ""
 
-    def _in_place(self, listing: Listing, reason: str) -> StagedModel:
-        listing = with_own_id(listing)
-        assert isinstance(listing.source, LocalSource), "only folders are read in place"
-        with self._timer("check"):
-            manifest = read_in_place(listing, allowed_code=self._options.allowed_code)
-        path = listing.source.path
-        report = self._report(listing, path, manifest, "in place", reason)
+    def _in_place(self, source: Source, reason: str) -> StagedModel:
+        assert isinstance(source, LocalSource), "only folders are read in place"
+        path, lock = source.path, use_entry(source.path)
+        try:
+            with self._timer("list"):
+                listing = with_own_id(list_model(source))
+            with self._timer("check"):
+                manifest = read_in_place(listing, allowed_code=self._options.allowed_code)
+            report = self._report(listing, path, manifest, "in place", reason)
+        except BaseException:
+            if lock:
+                lock.close()
+            raise
         return StagedModel(
-            path=path, content_id=listing.content_id, manifest=manifest, report=report, lock=None
+            path=path, content_id=listing.content_id, manifest=manifest, report=report, lock=lock
         )
 
     def _find(self, places: list[Place], listing: Listing) -> StagedModel | None:
