@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from storage.disk_space import NO_SPACE, free_bytes, no_space, used_bytes
-from storage.errors import AccessDenied, CorruptObject
+from storage.errors import AccessDenied, CorruptObject, NoSpace
 from storage.model_manifest import ModelManifest
 from storage.weight_files import MANIFEST
 
@@ -46,6 +46,11 @@ class CacheEntry(NamedTuple):
     is_whole: bool
     is_pinned: bool
     is_in_use: bool
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it may be evicted."""
+        return not (self.is_pinned or self.is_in_use)
 
 
 class Eviction(NamedTuple):
@@ -161,8 +166,7 @@ class ModelCache:
 
     def evictable_bytes(self) -> int:
         """Bytes of models that nobody uses and that are not pinned."""
-        entries = self.entries()
-        return sum(e.num_bytes for e in entries if not (e.is_pinned or e.is_in_use))
+        return sum(entry.num_bytes for entry in self.entries() if entry.is_idle)
 
     def discard(self, content_id: str) -> None:
         """Delete a model that could not be staged, unless another process is at it."""
@@ -197,22 +201,24 @@ class ModelCache:
         `num_bytes` are still to be reserved. Returns the content ids that went.
 
         Raises:
-            NoSpace: what is left is pinned or in use, and it still does not fit.
+            NoSpace: it would not fit with every idle model gone, and none was evicted; or one that
+                was idle is in use by now.
         """
         gone: list[str] = []
         entries = self.entries()
         used = sum(entry.num_bytes for entry in entries)
-        for entry in entries:
+        idle = [entry for entry in entries if entry.is_idle and entry.content_id != keep]
+        idle_bytes = sum(entry.num_bytes for entry in idle)
+        if not self._fits(num_bytes - idle_bytes, used, budget_bytes):
+            raise self._no_room(num_bytes, used - idle_bytes, budget_bytes)
+        for entry in idle:
             if self._fits(num_bytes, used, budget_bytes):
                 break
-            if entry.content_id == keep:
-                continue
             eviction = self.evict(entry.content_id)
             used -= eviction.freed_bytes
             gone += [entry.content_id] if not eviction.kept_because else []
         if not self._fits(num_bytes, used, budget_bytes):
-            limit = f", budget {budget_bytes} of which {used} are pinned or in use"
-            raise no_space(self.root, num_bytes, limit=limit if budget_bytes is not None else "")
+            raise self._no_room(num_bytes, used, budget_bytes)
         return gone
 
     def gc(self, *, min_age_s: float = 3600.0) -> list[Eviction]:
@@ -232,6 +238,10 @@ class ModelCache:
         if budget_bytes is not None and used_bytes + num_bytes > budget_bytes:
             return False
         return num_bytes <= free_bytes(self.root)
+
+    def _no_room(self, num_bytes: int, used_bytes: int, budget_bytes: int | None) -> NoSpace:
+        limit = f", budget {budget_bytes} of which {used_bytes} are pinned or in use"
+        return no_space(self.root, num_bytes, limit=limit if budget_bytes is not None else "")
 
     def _entry(self, folder: Path) -> CacheEntry:
         manifest = self.manifest(folder.name)

@@ -116,6 +116,16 @@ def test_a_budget_that_readers_fill_refuses_the_next_model(
     assert [entry.is_whole for entry in cache.entries()] == [True], "no half of the refused one"
 
 
+def test_nothing_is_evicted_for_a_model_that_would_not_fit_anyway(
+    tmp_path: Path, cache: ModelCache
+) -> None:
+    for name in ("a", "b"):
+        stage(tmp_path, name).close()
+    with pytest.raises(NoSpace, match=r"budget 150000 of which"):
+        stage(tmp_path, "new", weight_bytes=200 * KB, budget=150 * KB)
+    assert staged(cache) == ["a", "b"]
+
+
 def test_a_pinned_model_outlives_the_budget_but_not_a_wish(
     tmp_path: Path, cache: ModelCache
 ) -> None:
