@@ -37,6 +37,9 @@ class FillOptions:
     convert_gguf: Callable[[Path, Path], object] | None = None
     """(GGUF file, folder to create) -> a model folder with safetensors."""
 
+    gguf_dtype: str = ""
+    """Of those safetensors."""
+
     num_threads: int = 8
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     on_ready: Callable[[Path], None] = lambda folder: None

@@ -44,8 +44,8 @@ class Listing(NamedTuple):
         return self.num_bytes * (1 + _GGUF_EXPANSION) if self.is_gguf else self.num_bytes
 
 
-def list_model(source: Source) -> Listing:
-    """List a model and sort its files; one request.
+def list_model(source: Source, *, gguf_dtype: str = "") -> Listing:
+    """List a model and sort its files; one request. `gguf_dtype` is part of a GGUF model's id.
 
     Raises:
         BadInput: it has no weights, no config, only refused formats, or a file name that leads outside.
@@ -54,7 +54,7 @@ def list_model(source: Source) -> Listing:
     by_name = {file.name: file for file in source.list_files()}
     if source.uri.endswith(GGUF_SUFFIX):
         (file,) = by_name.values()
-        name = content_id([file], identity=source.identity)
+        name = content_id([file], identity=source.identity, dtype=gguf_dtype)
         return Listing(source=source, files=[file], records=[], skipped=[], content_id=name)
     names, skipped = select(by_name, source=source.uri)
     listing = Listing(

@@ -77,16 +77,18 @@ class ModelManifest:
             raise CorruptObject(f"{source}: not a model manifest: {error}") from error
 
 
-def content_id(files: Iterable[SourceFile], *, identity: str) -> str:
+def content_id(files: Iterable[SourceFile], *, identity: str, dtype: str = "") -> str:
     """Name a model by what it is.
 
     Two places that promise the same hashes share a name. Where no hash is known, the place
     (`identity`) and the ETags are the name: a replaced file gives another one. So it is with local
     files, whose promises are not compared before they are copied: size, time and samples count too.
+    `dtype` is what the weights are converted to, where they are.
     """
     listed = sorted((file.name, file.size, _content_of(file) or file.etag) for file in files)
     by_content = all(_content_of(file) for file in files)
-    text = json.dumps(["" if by_content else identity, listed])
+    converted = [dtype] if dtype else []
+    text = json.dumps(["" if by_content else identity, listed, *converted])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -68,6 +68,7 @@ def stage_model(
     budget_bytes: int | None = None,
     allowed_code: Collection[str] = (),
     convert_gguf: Callable[[Path, Path], object] | None = None,
+    gguf_dtype: str = "",
     num_threads: int | None = None,
     retry: RetryPolicy | None = None,
     on_ready: Callable[[Path], None] | None = None,
@@ -85,6 +86,7 @@ def stage_model(
         budget_bytes: most bytes that staged models may take in the chosen cache.
         allowed_code: SHA-256 of config files that may name Python classes (`auto_map`).
         convert_gguf: makes a model folder (second argument, to be created) from a GGUF file (first).
+        gguf_dtype: what `convert_gguf` makes of the weights; each dtype is a model of its own.
         num_threads: readers of ranges; default: one a core, at least 8 and at most 32.
         on_ready: told the model's folder once its small files are there and checked and room for
             the weights is reserved; not called when nothing is copied.
@@ -106,6 +108,7 @@ def stage_model(
         options=FillOptions(
             allowed_code=frozenset(allowed_code),
             convert_gguf=convert_gguf,
+            gguf_dtype=gguf_dtype,
             num_threads=num_threads or _default_threads(),
             retry=retry or RetryPolicy(),
             on_ready=on_ready or (lambda folder: None),
@@ -130,12 +133,13 @@ def find_model(
     config: StorageConfig,
     stage_to: str = "auto",
     allowed_code: Collection[str] = (),
+    gguf_dtype: str = "",
 ) -> StagedModel | None:
     """Return the model if no byte must be moved for it: it is staged, or read in place; else None.
 
     Args and errors are those of `stage_model`.
     """
-    options = FillOptions(allowed_code=frozenset(allowed_code))
+    options = FillOptions(allowed_code=frozenset(allowed_code), gguf_dtype=gguf_dtype)
     staging = _Staging(stage_to=stage_to, engine_bytes=0, budget_bytes=None, options=options)
     return staging.run(source, config, only_near=True)
 
@@ -181,7 +185,7 @@ class _Staging:
         if reason:
             return self._in_place(opened, reason)
         with self._timer("list"):
-            listing = list_model(opened)
+            listing = list_model(opened, gguf_dtype=self._options.gguf_dtype)
         found = self._find(places, listing)
         return found if found or only_near else self._stage(places, listing)
 

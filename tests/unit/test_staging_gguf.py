@@ -5,7 +5,7 @@ import pytest
 
 from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace
 from storage.object_store import StorageConfig
-from storage.staging import stage_model
+from storage.staging import find_model, stage_model
 from tests.model_files import folder_bytes, write_model
 
 CONFIG = StorageConfig()
@@ -51,6 +51,19 @@ def test_a_gguf_file_is_converted_once(gguf: Path, tmp_path: Path) -> None:
     with stage_model(str(gguf), **options) as other:  # type: ignore[arg-type]
         assert other.content_id != staged.content_id
     assert len(convert.calls) == 2
+
+
+def test_another_dtype_is_another_model(gguf: Path, tmp_path: Path) -> None:
+    convert, cache = Converter(), str(tmp_path / "cache")
+    for dtype in ("bfloat16", "float32", "float32"):
+        stage_model(
+            str(gguf), config=CONFIG, stage_to=cache, convert_gguf=convert, gguf_dtype=dtype
+        ).close()
+    assert len(convert.calls) == 2
+    assert find_model(str(gguf), config=CONFIG, stage_to=cache, gguf_dtype="float16") is None
+    found = find_model(str(gguf), config=CONFIG, stage_to=cache, gguf_dtype="float32")
+    assert found is not None
+    found.close()
 
 
 def test_a_conversion_that_fails_publishes_nothing_and_can_be_repeated(
