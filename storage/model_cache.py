@@ -18,6 +18,7 @@ import secrets
 import shutil
 import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,7 +189,7 @@ class ModelCache:
                 self.path(content_id).rename(trash)
             except FileNotFoundError:
                 return Eviction(content_id, 0, "it is not there")
-            shutil.rmtree(trash)
+            _remove(trash)
         (self._pins / content_id).unlink(missing_ok=True)
         return Eviction(content_id, num_bytes, "")
 
@@ -278,6 +279,13 @@ class ModelCache:
             os.close(fd)
             raise
         return FileLock(fd)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, even while another process deletes it too."""
+    while folder.exists():
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def use_entry(folder: Path) -> FileLock | None:

@@ -191,6 +191,23 @@ def test_an_eviction_that_dies_midway_leaves_nothing_that_looks_whole(
         assert again.report.outcome == "staged"
 
 
+def test_an_eviction_whose_trash_is_collected_meanwhile_goes_through(
+    tmp_path: Path, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stage(tmp_path, "a") as model:
+        pass
+    rmtree = shutil.rmtree
+
+    def race(path: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            cache.gc()
+        rmtree(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr("shutil.rmtree", race)
+    assert not cache.evict(model.content_id).kept_because
+    assert list(cache.models.iterdir()) == []
+
+
 def test_folders_are_for_this_user_only(tmp_path: Path, cache: ModelCache) -> None:
     with stage(tmp_path, "a") as model:
         for folder in (cache.root, cache.models, cache.sources, model.path):
