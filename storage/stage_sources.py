@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError
 from storage.checksums import RANGE_ALGORITHMS, Checksum
 from storage.errors import BadInput, InputChanged, NotFound, PreconditionFailed, StoreUnavailable
 from storage.object_store import StorageConfig
-from storage.s3_client import Caller, as_storage_error, make_client
+from storage.s3_client import Caller, as_storage_error, full_checksum, make_client
 
 _HEAD_THREADS = 16
 _NUM_SAMPLES = 16
@@ -171,10 +171,8 @@ class S3Source:
             raise InputChanged(
                 f"{where}: changed while it was listed: ETag {file.etag} became {etag}"
             )
-        if reply.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
-            return file  # a checksum of part checksums says nothing of our ranges
         for algorithm in RANGE_ALGORITHMS:
-            if value := reply.get(f"Checksum{algorithm.upper()}"):
+            if value := full_checksum(reply, algorithm):
                 return replace(file, checksum=Checksum(algorithm, value), promised_by="the store")
         return file
 
