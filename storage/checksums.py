@@ -70,6 +70,10 @@ RANGE_ALGORITHMS = {
 }
 
 
+KNOWN_ALGORITHMS = {*RANGE_ALGORITHMS, SHA256, GIT_BLOB}
+"""What can be compared; a promise of any other kind is none."""
+
+
 def file_checksum(path: Path, algorithm: str) -> Checksum:
     """Read a file once and return its checksum.
 

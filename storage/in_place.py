@@ -20,6 +20,18 @@ def good_disk(source: LocalSource) -> str:
     return "" if kind == "network" else f"read in place: {source.path} is on a local disk ({kind})"
 
 
+def with_own_id(listing: Listing) -> Listing:
+    """A staged folder that nobody touched keeps the id it was staged under."""
+    assert isinstance(listing.source, LocalSource), "only folders are read in place"
+    manifest, folder = _manifest_beside(listing), listing.source.path
+    if manifest is None or manifest.content_id != folder.resolve().name:
+        return listing
+    names = {file.name for file in listing.files}
+    if names != {file.name for file in manifest.files} or not manifest.is_untouched(folder):
+        return listing
+    return listing._replace(content_id=manifest.content_id)
+
+
 def read_in_place(listing: Listing, *, allowed_code: frozenset[str]) -> ModelManifest:
     """Check a local model and describe it as if it had been staged.
 
@@ -81,10 +93,14 @@ class _Checker:
 
 def _published_times(listing: Listing) -> dict[str, tuple[int, int]]:
     """Size and time of files that Nightjar itself verified when it staged them to this very folder."""
+    manifest = _manifest_beside(listing)
+    return {file.name: (file.size, file.mtime_ns) for file in manifest.files} if manifest else {}
+
+
+def _manifest_beside(listing: Listing) -> ModelManifest | None:
     assert isinstance(listing.source, LocalSource), "only folders are read in place"
     for record in listing.records:
         if record.name == MANIFEST:
             data = listing.source.read(record)
-            manifest = ModelManifest.from_json(data, source=listing.source.uri)
-            return {file.name: (file.size, file.mtime_ns) for file in manifest.files}
-    return {}
+            return ModelManifest.from_json(data, source=listing.source.uri)
+    return None

@@ -18,11 +18,12 @@ import secrets
 import shutil
 import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from storage.disk_space import NO_SPACE, free_bytes, no_space, used_bytes
-from storage.errors import AccessDenied, CorruptObject
+from storage.errors import AccessDenied, CorruptObject, NoSpace
 from storage.model_manifest import ModelManifest
 from storage.weight_files import MANIFEST
 
@@ -46,6 +47,11 @@ class CacheEntry(NamedTuple):
     is_whole: bool
     is_pinned: bool
     is_in_use: bool
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it may be evicted."""
+        return not (self.is_pinned or self.is_in_use)
 
 
 class Eviction(NamedTuple):
@@ -161,8 +167,7 @@ class ModelCache:
 
     def evictable_bytes(self) -> int:
         """Bytes of models that nobody uses and that are not pinned."""
-        entries = self.entries()
-        return sum(e.num_bytes for e in entries if not (e.is_pinned or e.is_in_use))
+        return sum(entry.num_bytes for entry in self.entries() if entry.is_idle)
 
     def discard(self, content_id: str) -> None:
         """Delete a model that could not be staged, unless another process is at it."""
@@ -184,7 +189,7 @@ class ModelCache:
                 self.path(content_id).rename(trash)
             except FileNotFoundError:
                 return Eviction(content_id, 0, "it is not there")
-            shutil.rmtree(trash)
+            _remove(trash)
         (self._pins / content_id).unlink(missing_ok=True)
         return Eviction(content_id, num_bytes, "")
 
@@ -197,22 +202,24 @@ class ModelCache:
         `num_bytes` are still to be reserved. Returns the content ids that went.
 
         Raises:
-            NoSpace: what is left is pinned or in use, and it still does not fit.
+            NoSpace: it would not fit with every idle model gone, and none was evicted; or one that
+                was idle is in use by now.
         """
         gone: list[str] = []
         entries = self.entries()
         used = sum(entry.num_bytes for entry in entries)
-        for entry in entries:
+        idle = [entry for entry in entries if entry.is_idle and entry.content_id != keep]
+        idle_bytes = sum(entry.num_bytes for entry in idle)
+        if not self._fits(num_bytes - idle_bytes, used, budget_bytes):
+            raise self._no_room(num_bytes, used - idle_bytes, budget_bytes)
+        for entry in idle:
             if self._fits(num_bytes, used, budget_bytes):
                 break
-            if entry.content_id == keep:
-                continue
             eviction = self.evict(entry.content_id)
             used -= eviction.freed_bytes
             gone += [entry.content_id] if not eviction.kept_because else []
         if not self._fits(num_bytes, used, budget_bytes):
-            limit = f", budget {budget_bytes} of which {used} are pinned or in use"
-            raise no_space(self.root, num_bytes, limit=limit if budget_bytes is not None else "")
+            raise self._no_room(num_bytes, used, budget_bytes)
         return gone
 
     def gc(self, *, min_age_s: float = 3600.0) -> list[Eviction]:
@@ -232,6 +239,10 @@ class ModelCache:
         if budget_bytes is not None and used_bytes + num_bytes > budget_bytes:
             return False
         return num_bytes <= free_bytes(self.root)
+
+    def _no_room(self, num_bytes: int, used_bytes: int, budget_bytes: int | None) -> NoSpace:
+        limit = f", budget {budget_bytes} of which {used_bytes} are pinned or in use"
+        return no_space(self.root, num_bytes, limit=limit if budget_bytes is not None else "")
 
     def _entry(self, folder: Path) -> CacheEntry:
         manifest = self.manifest(folder.name)
@@ -268,3 +279,22 @@ class ModelCache:
             os.close(fd)
             raise
         return FileLock(fd)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, even while another process deletes it too."""
+    while folder.exists():
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+
+
+def use_entry(folder: Path) -> FileLock | None:
+    """Keep a folder from being evicted where it is a model of a cache; None where it is not."""
+    folder = folder.resolve()
+    cache = ModelCache(folder.parent.parent)
+    if cache.path(folder.name) != folder or not (folder / MANIFEST).exists():
+        return None
+    try:
+        return cache.use(folder.name)
+    except OSError:  # no cache after all, or one that this user may only read
+        return None

@@ -37,6 +37,9 @@ class FillOptions:
     convert_gguf: Callable[[Path, Path], object] | None = None
     """(GGUF file, folder to create) -> a model folder with safetensors."""
 
+    gguf_dtype: str = ""
+    """Of those safetensors."""
+
     num_threads: int = 8
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     on_ready: Callable[[Path], None] = lambda folder: None
@@ -128,6 +131,8 @@ class Fill:
                 if error.errno not in NO_SPACE:
                     raise
                 raise no_space(self._folder, self._listing.staged_bytes) from error
+        if isinstance(source, LocalSource):
+            source.refuse_change(file)
         return [self._adopt(found, file) for found in sorted(unpacked.iterdir())]
 
     def _adopt(self, unpacked: Path, origin: SourceFile) -> StagedFile:

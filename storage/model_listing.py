@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from storage.checksums import SHA256, Checksum
+from storage.checksums import KNOWN_ALGORITHMS, SHA256, Checksum
+from storage.errors import CorruptObject
 from storage.hub_source import HubSource
-from storage.model_manifest import ModelManifest, content_id
+from storage.model_manifest import ModelManifest, StagedFile, content_id
 from storage.stage_sources import LocalSource, S3Source, SourceFile
 from storage.weight_files import MANIFEST, RECORDS, SHA256_SUMS, read_sha256_sums, select
 
@@ -43,26 +44,29 @@ class Listing(NamedTuple):
         return self.num_bytes * (1 + _GGUF_EXPANSION) if self.is_gguf else self.num_bytes
 
 
-def list_model(source: Source) -> Listing:
-    """List a model and sort its files; one request.
+def list_model(source: Source, *, gguf_dtype: str = "") -> Listing:
+    """List a model and sort its files; one request. `gguf_dtype` is part of a GGUF model's id.
 
     Raises:
         BadInput: it has no weights, no config, only refused formats, or a file name that leads outside.
+        CorruptObject: a list of digests in a local folder cannot be read.
     """
     by_name = {file.name: file for file in source.list_files()}
     if source.uri.endswith(GGUF_SUFFIX):
         (file,) = by_name.values()
-        name = content_id([file], identity=source.identity)
+        name = content_id([file], identity=source.identity, dtype=gguf_dtype)
         return Listing(source=source, files=[file], records=[], skipped=[], content_id=name)
     names, skipped = select(by_name, source=source.uri)
-    files = [by_name[name] for name in names]
-    return Listing(
+    listing = Listing(
         source=source,
-        files=files,
+        files=[by_name[name] for name in names],
         records=[by_name[name] for name in RECORDS if name in by_name],
         skipped=skipped,
-        content_id=content_id(files, identity=source.identity),
+        content_id="",
     )
+    if isinstance(source, LocalSource):
+        listing = listing._replace(files=with_promises(listing))
+    return listing._replace(content_id=content_id(listing.files, identity=source.identity))
 
 
 def with_promises(listing: Listing) -> list[SourceFile]:
@@ -98,5 +102,16 @@ def recorded_checksums(listing: Listing) -> dict[str, tuple[Checksum, str]]:
             found |= {name: (Checksum(SHA256, value), SHA256_SUMS) for name, value in sums.items()}
         elif record.name == MANIFEST:
             manifest = ModelManifest.from_json(data, source=where)
-            found |= {f.name: (Checksum.parse(f.checksum), MANIFEST) for f in manifest.files}
+            checksums = {file.name: _promise(file, where) for file in manifest.files}
+            found |= {name: (value, MANIFEST) for name, value in checksums.items() if value}
     return found
+
+
+def _promise(file: StagedFile, where: str) -> Checksum | None:
+    try:
+        checksum = Checksum.parse(file.checksum)
+    except ValueError as error:
+        raise CorruptObject(
+            f"{where}: {file.name}: {error}; correct or remove the record"
+        ) from error
+    return checksum if checksum.algorithm in KNOWN_ALGORITHMS else None

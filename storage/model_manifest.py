@@ -77,19 +77,24 @@ class ModelManifest:
             raise CorruptObject(f"{source}: not a model manifest: {error}") from error
 
 
-def content_id(files: Iterable[SourceFile], *, identity: str) -> str:
+def content_id(files: Iterable[SourceFile], *, identity: str, dtype: str = "") -> str:
     """Name a model by what it is.
 
     Two places that promise the same hashes share a name. Where no hash is known, the place
-    (`identity`) and the ETags are the name: a replaced file gives another one.
+    (`identity`) and the ETags are the name: a replaced file gives another one. So it is with local
+    files, whose promises are not compared before they are copied: size, time and samples count too.
+    `dtype` is what the weights are converted to, where they are.
     """
     listed = sorted((file.name, file.size, _content_of(file) or file.etag) for file in files)
     by_content = all(_content_of(file) for file in files)
-    text = json.dumps(["" if by_content else identity, listed])
+    converted = [dtype] if dtype else []
+    text = json.dumps(["" if by_content else identity, listed, *converted])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _content_of(file: SourceFile) -> str:
+    if file.fingerprint:
+        return f"{file.etag} {file.fingerprint} {file.checksum or ''}"
     if file.checksum and file.checksum.algorithm in (SHA256, GIT_BLOB):
         return str(file.checksum)
-    return file.fingerprint
+    return ""

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from storage import weight_files
 from storage.checksums import (
     CRC64NVME,
+    GIT_BLOB,
     RANGE_ALGORITHMS,
     SHA256,
     Checksum,
@@ -36,6 +37,9 @@ BIG_RANGE_BYTES = 64 << 20
 _BIG_FILE_BYTES = 512 << 20
 PARTIAL_SUFFIX = ".partial"
 JOURNAL_SUFFIX = ".journal"
+
+_DIGESTS = {SHA256: "SHA-256", GIT_BLOB: "Git SHA-1"}
+"""Promises that only the whole file can be compared with."""
 
 _READ_BYTES = 1 << 20
 _ALIGNMENT = 4096  # of O_DIRECT offsets and lengths
@@ -157,9 +161,10 @@ class PartialFile:
                 f"{self.file.name}: {self.file.promised_by} promises {want}, the copy has {found}; "
                 "it was deleted; stage again, and check the source if it differs once more"
             )
-        if want and want.algorithm == SHA256 and file_checksum(self._partial, SHA256) != want:
+        digest = _DIGESTS.get(want.algorithm) if want else None
+        if want and digest and file_checksum(self._partial, want.algorithm) != want:
             raise CorruptObject(
-                f"{self.file.name}: its SHA-256 is not the one in {self.file.promised_by}; "
+                f"{self.file.name}: its {digest} is not the one in {self.file.promised_by}; "
                 "the copy was deleted; stage again, and check the source if it differs once more"
             )
         if weight_files.is_weights(self.file.name):

@@ -217,6 +217,15 @@ def _from_reply(error: ClientError, what: str) -> StorageError:
     return StorageError(f"{fact}: {error.response.get('Error', {}).get('Message', '')}")
 
 
+def full_checksum(reply: Any, algorithm: str = "crc64nvme") -> str | None:
+    """Return the checksum of the whole object, where a GET or HEAD tells it."""
+    value: str | None = reply.get(f"Checksum{algorithm.upper()}")
+    # One made of the parts' checksums, "...-N", says nothing of our ranges; older stores name no type.
+    if not value or "-" in value or reply.get("ChecksumType") == "COMPOSITE":
+        return None
+    return value
+
+
 def status_of(error: ClientError) -> int:
     """The HTTP status of a refused request."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -27,8 +27,8 @@ from storage.errors import (
     StoreUnavailable,
 )
 from storage.object_store import DEFAULT_STORAGE, ObjectInfo, StorageConfig
-from storage.s3_client import Again, Caller, RetryPolicy, make_client, status_of
-from storage.s3_transfer import S3Transfer, crc64, full_checksum
+from storage.s3_client import Again, Caller, RetryPolicy, full_checksum, make_client, status_of
+from storage.s3_transfer import S3Transfer, crc64
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -22,7 +22,7 @@ from storage import encryption
 from storage.errors import CorruptObject, NotFound, StorageError, StoreUnavailable
 from storage.local_errors import translate
 from storage.object_store import DEFAULT_STORAGE, StorageConfig
-from storage.s3_client import Again, Caller, status_of
+from storage.s3_client import Again, Caller, full_checksum, status_of
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -36,14 +36,6 @@ _MAX_PARTS = 10_000
 def crc64(data: bytes) -> str:
     """Return the CRC64NVME as S3 spells it."""
     return _spell(crc64nvme(data))
-
-
-def full_checksum(reply: Any) -> str | None:
-    """Return the CRC64NVME of the whole object, where a GET or HEAD tells it."""
-    value: str | None = reply.get("ChecksumCRC64NVME")
-    if not value or "-" in value or reply.get("ChecksumType") == "COMPOSITE":
-        return None
-    return value
 
 
 def _spell(crc: int) -> str:

@@ -8,7 +8,7 @@ hf://repo@revision      see storage.hub_source, which downloads whole files
 import hashlib
 import http.client
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError
 from storage.checksums import RANGE_ALGORITHMS, Checksum
 from storage.errors import BadInput, InputChanged, NotFound, PreconditionFailed, StoreUnavailable
 from storage.object_store import StorageConfig
-from storage.s3_client import Caller, as_storage_error, make_client
+from storage.s3_client import Caller, as_storage_error, full_checksum, make_client
 
 _HEAD_THREADS = 16
 _NUM_SAMPLES = 16
@@ -53,7 +53,7 @@ class RangeBody(Protocol):
     """The bytes of one range, once through; used by one thread."""
 
     def readinto(self, view: memoryview, /) -> int:
-        """Fill `view` from its front; 0 at the end of the range. Raises StoreUnavailable."""
+        """Fill `view` from its front; 0 at the end of the range. Raises StoreUnavailable, InputChanged."""
 
     def close(self) -> None:
         """Give the connection back; must be called once, whatever happened."""
@@ -171,10 +171,8 @@ class S3Source:
             raise InputChanged(
                 f"{where}: changed while it was listed: ETag {file.etag} became {etag}"
             )
-        if reply.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
-            return file  # a checksum of part checksums says nothing of our ranges
         for algorithm in RANGE_ALGORITHMS:
-            if value := reply.get(f"Checksum{algorithm.upper()}"):
+            if value := full_checksum(reply, algorithm):
                 return replace(file, checksum=Checksum(algorithm, value), promised_by="the store")
         return file
 
@@ -205,10 +203,15 @@ class LocalSource:
         return (self._folder / file.name).read_bytes()
 
     def open_range(self, file: SourceFile, start: int, end: int) -> "_FileBody":
-        path = self._folder / file.name
+        self.refuse_change(file)
+        return _FileBody(self._folder / file.name, start, end, lambda: self.refuse_change(file))
+
+    def refuse_change(self, file: SourceFile) -> None:
+        """Raise InputChanged unless a file still has the size and time it was listed with."""
         if self._stat(file.name).etag != file.etag:
-            raise InputChanged(f"{path}: changed while it was copied; stage it again")
-        return _FileBody(path, start, end)
+            raise InputChanged(
+                f"{self._folder / file.name}: changed while it was copied; stage it again"
+            )
 
     def _stat(self, name: str) -> SourceFile:
         try:
@@ -256,10 +259,11 @@ class _HttpBody:
 
 
 class _FileBody:
-    """A range of a file."""
+    """A range of a file; what was read is good only if the file is still the same at its end."""
 
-    def __init__(self, path: Path, start: int, end: int) -> None:
+    def __init__(self, path: Path, start: int, end: int, refuse_change: Callable[[], None]) -> None:
         self._path = path
+        self._refuse_change = refuse_change
         self._left = end - start
         self._stream = path.open("rb", buffering=0)
         self._stream.seek(start)
@@ -270,6 +274,8 @@ class _FileBody:
         except OSError as error:  # a network file system's hiccup, or a disk's: tried again
             raise StoreUnavailable(f"{self._path}: {error.strerror}") from error
         self._left -= count
+        if self._left == 0:
+            self._refuse_change()
         return count
 
     def close(self) -> None:

@@ -19,8 +19,8 @@ from storage.destinations import disk_kind
 from storage.disk_speed import disk_speed
 from storage.errors import BadInput, NoSpace
 from storage.hub_source import open_hub
-from storage.in_place import good_disk, read_in_place
-from storage.model_cache import FileLock, ModelCache
+from storage.in_place import good_disk, read_in_place, with_own_id
+from storage.model_cache import FileLock, ModelCache, use_entry
 from storage.model_caches import ANYWHERE, Place, open_places, place_model
 from storage.model_fill import Fill, Filled, FillOptions
 from storage.model_listing import Listing, Source, list_model
@@ -45,7 +45,7 @@ class StagedModel:
     manifest: ModelManifest
     report: StageReport
     lock: FileLock | None
-    """Held while the model is used; None when it is read in place."""
+    """Held while the model is used; None when it is read in place, outside any cache."""
 
     def close(self) -> None:
         """Allow the model to be evicted."""
@@ -68,6 +68,7 @@ def stage_model(
     budget_bytes: int | None = None,
     allowed_code: Collection[str] = (),
     convert_gguf: Callable[[Path, Path], object] | None = None,
+    gguf_dtype: str = "",
     num_threads: int | None = None,
     retry: RetryPolicy | None = None,
     on_ready: Callable[[Path], None] | None = None,
@@ -85,6 +86,7 @@ def stage_model(
         budget_bytes: most bytes that staged models may take in the chosen cache.
         allowed_code: SHA-256 of config files that may name Python classes (`auto_map`).
         convert_gguf: makes a model folder (second argument, to be created) from a GGUF file (first).
+        gguf_dtype: what `convert_gguf` makes of the weights; each dtype is a model of its own.
         num_threads: readers of ranges; default: one a core, at least 8 and at most 32.
         on_ready: told the model's folder once its small files are there and checked and room for
             the weights is reserved; not called when nothing is copied.
@@ -106,6 +108,7 @@ def stage_model(
         options=FillOptions(
             allowed_code=frozenset(allowed_code),
             convert_gguf=convert_gguf,
+            gguf_dtype=gguf_dtype,
             num_threads=num_threads or _default_threads(),
             retry=retry or RetryPolicy(),
             on_ready=on_ready or (lambda folder: None),
@@ -130,12 +133,13 @@ def find_model(
     config: StorageConfig,
     stage_to: str = "auto",
     allowed_code: Collection[str] = (),
+    gguf_dtype: str = "",
 ) -> StagedModel | None:
     """Return the model if no byte must be moved for it: it is staged, or read in place; else None.
 
     Args and errors are those of `stage_model`.
     """
-    options = FillOptions(allowed_code=frozenset(allowed_code))
+    options = FillOptions(allowed_code=frozenset(allowed_code), gguf_dtype=gguf_dtype)
     staging = _Staging(stage_to=stage_to, engine_bytes=0, budget_bytes=None, options=options)
     return staging.run(source, config, only_near=True)
 
@@ -178,10 +182,10 @@ class _Staging:
             places = open_places(self._stage_to)
             opened = open_source(source, config, places)
             reason = self._why_in_place(opened)
-        with self._timer("list"):
-            listing = list_model(opened)
         if reason:
-            return self._in_place(listing, reason)
+            return self._in_place(opened, reason)
+        with self._timer("list"):
+            listing = list_model(opened, gguf_dtype=self._options.gguf_dtype)
         found = self._find(places, listing)
         return found if found or only_near else self._stage(places, listing)
 
@@ -195,14 +199,21 @@ class _Staging:
             return good_disk(source)
         return ""
 
-    def _in_place(self, listing: Listing, reason: str) -> StagedModel:
-        assert isinstance(listing.source, LocalSource), "only folders are read in place"
-        with self._timer("check"):
-            manifest = read_in_place(listing, allowed_code=self._options.allowed_code)
-        path = listing.source.path
-        report = self._report(listing, path, manifest, "in place", reason)
+    def _in_place(self, source: Source, reason: str) -> StagedModel:
+        assert isinstance(source, LocalSource), "only folders are read in place"
+        path, lock = source.path, use_entry(source.path)
+        try:
+            with self._timer("list"):
+                listing = with_own_id(list_model(source))
+            with self._timer("check"):
+                manifest = read_in_place(listing, allowed_code=self._options.allowed_code)
+            report = self._report(listing, path, manifest, "in place", reason)
+        except BaseException:
+            if lock:
+                lock.close()
+            raise
         return StagedModel(
-            path=path, content_id=listing.content_id, manifest=manifest, report=report, lock=None
+            path=path, content_id=listing.content_id, manifest=manifest, report=report, lock=lock
         )
 
     def _find(self, places: list[Place], listing: Listing) -> StagedModel | None:

@@ -69,6 +69,7 @@ def stage(
         budget_bytes=budget_bytes,
         allowed_code=frozenset(allowed_code),
         convert_gguf=convert,
+        gguf_dtype=dtype,
         on_ready=on_ready,
         on_file=on_file,
         on_progress=on_progress,
@@ -100,7 +101,10 @@ def find_for(job: RunConfig) -> StagedModel | None:
     """The model of a job if no byte must be moved for it here; else None. Raises as `stage` does."""
     try:
         return find_model(
-            _unpacked(job.model.source), config=job.storage, stage_to=job.hardware.stage_to
+            _unpacked(job.model.source),
+            config=job.storage,
+            stage_to=job.hardware.stage_to,
+            gguf_dtype=job.model.dtype,
         )
     except (AccessDenied, NoSpace):  # `stage_to` may be a folder that only replicas' machines have
         return None

@@ -1,11 +1,12 @@
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
 from storage import model_caches
-from storage.errors import AccessDenied, BadInput, NoSpace, NotFound
+from storage.errors import AccessDenied, BadInput, CorruptObject, NoSpace, NotFound
 from storage.model_cache import ModelCache
 from storage.object_store import StorageConfig
 from storage.staging import StagedModel, stage_model
@@ -79,6 +80,33 @@ def test_what_a_reader_holds_is_never_evicted(tmp_path: Path, cache: ModelCache)
     assert cache.evict(held.content_id).freed_bytes > 100 * KB
 
 
+def test_a_model_whose_staged_path_is_the_source_is_not_evicted_under_its_reader(
+    tmp_path: Path, cache: ModelCache
+) -> None:
+    with stage(tmp_path, "a") as first:
+        pass
+    (tmp_path / "link").symlink_to(first.path)
+    for path in (first.path, tmp_path / "link"):
+        with stage_model(str(path), config=StorageConfig()) as in_place:
+            assert in_place.report.outcome == "in place"
+            assert in_place.content_id == first.content_id
+            assert cache.evict(first.content_id).kept_because == "a process is using it"
+    (first.path / "config.json").write_text("[]")
+    with pytest.raises(CorruptObject):
+        stage_model(str(first.path), config=StorageConfig())
+    assert not cache.evict(first.content_id).kept_because
+
+
+def test_a_staged_copy_outside_a_cache_is_read_without_a_lock(
+    tmp_path: Path, cache: ModelCache
+) -> None:
+    with stage(tmp_path, "a") as first:
+        shutil.copytree(first.path, tmp_path / "plain" / "models" / "a")
+    with stage_model(str(tmp_path / "plain/models/a"), config=StorageConfig()) as in_place:
+        assert in_place.lock is None
+    assert [path.name for path in (tmp_path / "plain").iterdir()] == ["models"]
+
+
 def test_a_budget_that_readers_fill_refuses_the_next_model(
     tmp_path: Path, cache: ModelCache
 ) -> None:
@@ -86,6 +114,16 @@ def test_a_budget_that_readers_fill_refuses_the_next_model(
         stage(tmp_path, "new", budget=150 * KB)
     assert staged(cache) == ["held"]
     assert [entry.is_whole for entry in cache.entries()] == [True], "no half of the refused one"
+
+
+def test_nothing_is_evicted_for_a_model_that_would_not_fit_anyway(
+    tmp_path: Path, cache: ModelCache
+) -> None:
+    for name in ("a", "b"):
+        stage(tmp_path, name).close()
+    with pytest.raises(NoSpace, match=r"budget 150000 of which"):
+        stage(tmp_path, "new", weight_bytes=200 * KB, budget=150 * KB)
+    assert staged(cache) == ["a", "b"]
 
 
 def test_a_pinned_model_outlives_the_budget_but_not_a_wish(
@@ -151,6 +189,23 @@ def test_an_eviction_that_dies_midway_leaves_nothing_that_looks_whole(
     assert cache.manifest(model.content_id) is None
     with stage(tmp_path, "a") as again:
         assert again.report.outcome == "staged"
+
+
+def test_an_eviction_whose_trash_is_collected_meanwhile_goes_through(
+    tmp_path: Path, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stage(tmp_path, "a") as model:
+        pass
+    rmtree = shutil.rmtree
+
+    def race(path: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            cache.gc()
+        rmtree(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr("shutil.rmtree", race)
+    assert not cache.evict(model.content_id).kept_because
+    assert list(cache.models.iterdir()) == []
 
 
 def test_folders_are_for_this_user_only(tmp_path: Path, cache: ModelCache) -> None:

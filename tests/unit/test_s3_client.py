@@ -7,9 +7,11 @@ import boto3
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
+from botocore.stub import Stubber
 from moto import mock_aws
 
 from storage import probe
+from storage.checksums import Checksum
 from storage.clock import FrozenClock
 from storage.errors import (
     AccessDenied,
@@ -25,6 +27,7 @@ from storage.object_store import StorageConfig
 from storage.s3_client import Again, Caller, RetryPolicy, as_storage_error, make_client
 from storage.s3_store import S3Store
 from storage.s3_transfer import S3Transfer
+from storage.stage_sources import S3Source, SourceFile
 
 MiB = 1 << 20
 
@@ -231,3 +234,16 @@ def test_a_big_object_is_copied_in_parts(
 def refused(status: int, code: str) -> tuple[Any, Any]:
     """A reply as botocore takes it from a handler: the request is never sent."""
     return AWSResponse("http://store", status, {}, None), refusal(status, code).response
+
+
+def test_a_checksum_of_the_parts_checksums_promises_nothing_of_a_source_s_bytes() -> None:
+    client = boto3.client(
+        "s3", region_name="us-east-1", aws_access_key_id="k", aws_secret_access_key="s"
+    )
+    listed = SourceFile(name="w", size=4, etag="e")
+    for value, promised in (("AAAAAA==-2", None), ("AAAAAA==", Checksum("crc32c", "AAAAAA=="))):
+        with Stubber(client) as stub:
+            reply = {"ETag": '"e"', "ContentLength": 4, "ChecksumCRC32C": value}
+            stub.add_response("head_object", reply)
+            (found,) = S3Source("s3://b/m/", client).describe([listed])
+        assert found.checksum == promised

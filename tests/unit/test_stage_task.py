@@ -8,14 +8,18 @@ from inference.errors import ModelError
 from inference.weights import check_model_folder, content_id_of
 from storage.model_caches import evict, list_staged
 from storage.stage_report import StageReport, wire_gb_per_s
+from tasks.job import InputConfig, ModelConfig, OutputConfig, RunConfig
+from tasks.job_machine import HardwareConfig
 from tasks.stage import (
     as_json,
     describe,
     describe_cold_start,
     describe_entries,
     describe_evictions,
+    find_for,
     meets_demand,
     stage,
+    stage_for,
 )
 from tests.model_files import write_model
 
@@ -103,6 +107,33 @@ def test_a_staged_model_keeps_the_name_the_engine_gives_it(tmp_path: Path) -> No
         assert after.content_id == before.content_id
         assert content_id_of(staged.path, after.weight_files) == before.content_id
         assert describe(staged.report)
+
+
+def test_a_job_finds_a_gguf_file_only_in_its_own_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf, cache = tmp_path / "m.gguf", str(tmp_path / "cache")
+    gguf.write_bytes(b"GGUF")
+
+    def convert(path: Path, folder: Path, dtype: str) -> Path:
+        return write_model(folder, num_weight_files=1)
+
+    monkeypatch.setattr("inference.gguf.convert_gguf", convert)
+    stage(str(gguf), stage_to=cache, dtype="bfloat16").close()
+    bfloat16 = RunConfig(
+        model=ModelConfig(source=str(gguf), dtype="bfloat16"),
+        input=InputConfig(uri="in"),
+        output=OutputConfig(uri="out"),
+        hardware=HardwareConfig(stage_to=cache),
+    )
+    float32 = dataclasses.replace(bfloat16, model=ModelConfig(source=str(gguf), dtype="float32"))
+    assert find_for(float32) is None
+    with stage_for(float32) as staged:
+        assert staged.report.outcome == "staged"
+    for job in (bfloat16, float32):
+        found = find_for(job)
+        assert found is not None
+        found.close()
 
 
 def test_staged_models_are_listed_and_evicted_in_words(tmp_path: Path) -> None:

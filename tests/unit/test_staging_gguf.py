@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import BadInput, CorruptObject, NoSpace
+from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace
 from storage.object_store import StorageConfig
-from storage.staging import stage_model
+from storage.staging import find_model, stage_model
 from tests.model_files import folder_bytes, write_model
 
 CONFIG = StorageConfig()
@@ -53,6 +53,19 @@ def test_a_gguf_file_is_converted_once(gguf: Path, tmp_path: Path) -> None:
     assert len(convert.calls) == 2
 
 
+def test_another_dtype_is_another_model(gguf: Path, tmp_path: Path) -> None:
+    convert, cache = Converter(), str(tmp_path / "cache")
+    for dtype in ("bfloat16", "float32", "float32"):
+        stage_model(
+            str(gguf), config=CONFIG, stage_to=cache, convert_gguf=convert, gguf_dtype=dtype
+        ).close()
+    assert len(convert.calls) == 2
+    assert find_model(str(gguf), config=CONFIG, stage_to=cache, gguf_dtype="float16") is None
+    found = find_model(str(gguf), config=CONFIG, stage_to=cache, gguf_dtype="float32")
+    assert found is not None
+    found.close()
+
+
 def test_a_conversion_that_fails_publishes_nothing_and_can_be_repeated(
     gguf: Path, tmp_path: Path
 ) -> None:
@@ -71,6 +84,20 @@ def test_a_conversion_that_fails_publishes_nothing_and_can_be_repeated(
     convert.spoil = False
     with stage_model(str(gguf), **options) as staged:  # type: ignore[arg-type]
         assert staged.report.outcome == "staged"
+
+
+def test_a_file_rewritten_while_it_is_converted_is_never_published(
+    gguf: Path, tmp_path: Path
+) -> None:
+    def convert(path: Path, folder: Path) -> None:
+        Converter()(path, folder)
+        gguf.write_bytes(b"GGUF" + b"1" * 1000)
+
+    with pytest.raises(InputChanged, match=r"m\.gguf: changed"):
+        stage_model(
+            str(gguf), config=CONFIG, stage_to=str(tmp_path / "cache"), convert_gguf=convert
+        )
+    assert not list((tmp_path / "cache").rglob("MANIFEST.json"))
 
 
 def test_without_a_converter_a_gguf_file_is_refused(gguf: Path, tmp_path: Path) -> None:

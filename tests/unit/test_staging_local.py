@@ -4,15 +4,18 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from storage.checksums import file_checksum
 from storage.destinations import CACHE_VARIABLE, HostMemory
-from storage.errors import BadInput, CorruptObject, NotFound
-from storage.model_manifest import ModelManifest
+from storage.errors import BadInput, CorruptObject, InputChanged, NotFound
+from storage.model_manifest import ModelManifest, StagedFile
 from storage.object_store import StorageConfig
+from storage.ranged_copy import BUFFER_BYTES
+from storage.stage_sources import _FileBody
 from storage.staging import find_model, stage_model
 from tests.model_files import folder_bytes, write_model
 
@@ -76,10 +79,42 @@ def test_the_content_id_is_the_same_wherever_the_model_is_read(model: Path, tmp_
         assert in_place.content_id == copied.content_id
     assert stage_model(f"file://{model}", config=CONFIG).content_id == in_place.content_id
     os.utime(model / "config.json")
-    assert stage_model(str(model), config=CONFIG).content_id == in_place.content_id
+    touched = stage_model(str(model), config=CONFIG).content_id
+    assert touched != in_place.content_id
     weights = model / "model-00002-of-00003.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    assert stage_model(str(model), config=CONFIG).content_id != in_place.content_id
+    assert stage_model(str(model), config=CONFIG).content_id not in (in_place.content_id, touched)
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_a_large_file_edited_in_the_middle_is_another_model(
+    tmp_path: Path, is_recorded: bool
+) -> None:
+    model = write_model(tmp_path / "model", num_weight_files=1, weight_bytes=4 << 20)
+    weights, cache = model / "model-00001-of-00001.safetensors", str(tmp_path / "cache")
+    if is_recorded:
+        write_sums(model)
+    stage_model(str(model), config=CONFIG, stage_to=cache).close()
+    with weights.open("r+b") as file:
+        file.seek((2 << 20) + (128 << 10))
+        file.write(b"edited")
+    if is_recorded:
+        with pytest.raises(CorruptObject, match="SHA-256 is not the one in SHA256SUMS"):
+            stage_model(str(model), config=CONFIG, stage_to=cache)
+        write_sums(model)
+    with stage_model(str(model), config=CONFIG, stage_to=cache) as again:
+        assert again.report.outcome == "staged"
+        assert folder_bytes(again.path).items() >= {weights.name: weights.read_bytes()}.items()
+
+
+def test_other_promises_make_another_model(model: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    write_sums(model)
+    stage_model(str(model), config=CONFIG, stage_to=cache).close()
+    sums = model / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace(sums.read_text()[:64], "0" * 64))
+    with pytest.raises(CorruptObject, match="SHA-256 is not the one"):
+        stage_model(str(model), config=CONFIG, stage_to=cache)
 
 
 def test_a_model_is_found_without_moving_it_only_where_it_is(model: Path, tmp_path: Path) -> None:
@@ -131,6 +166,30 @@ def test_what_is_skipped_is_listed(model: Path, tmp_path: Path) -> None:
         assert not set(skipped) & {path.name for path in staged.path.iterdir()}
 
 
+def test_a_file_rewritten_while_it_is_read_is_never_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model", num_weight_files=1, weight_bytes=4 << 20)
+    weights, cache = model / "model-00001-of-00001.safetensors", tmp_path / "cache"
+    read = _FileBody.readinto
+
+    def rewrite_once(body: _FileBody, view: memoryview) -> int:
+        count = read(body, view)
+        if len(view) == BUFFER_BYTES:
+            monkeypatch.setattr(_FileBody, "readinto", read)
+            with weights.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"X")
+        return count
+
+    monkeypatch.setattr(_FileBody, "readinto", rewrite_once)
+    with pytest.raises(InputChanged, match=r"00001-of-00001\.safetensors: changed.*stage it again"):
+        stage_model(str(model), config=CONFIG, stage_to=str(cache))
+    assert not list(cache.rglob("MANIFEST.json"))
+    with stage_model(str(model), config=CONFIG, stage_to=str(cache)) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(model)
+
+
 def test_a_model_touched_after_staging_is_staged_again(model: Path, tmp_path: Path) -> None:
     with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as first:
         (first.path / "config.json").write_text("{}")
@@ -167,12 +226,52 @@ def test_a_staged_folder_vouches_for_its_copies(model: Path, tmp_path: Path) -> 
     with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "a")) as first:
         with stage_model(str(first.path), config=CONFIG, stage_to=str(tmp_path / "b")) as second:
             assert second.report.verified_by == {"MANIFEST.json": 7}
-        assert stage_model(str(first.path), config=CONFIG).report.verified_by == {
-            "MANIFEST.json": 7
-        }
+        in_place = stage_model(str(first.path), config=CONFIG)
+        assert in_place.report.verified_by == {"MANIFEST.json": 7}
+        assert in_place.content_id == in_place.manifest.content_id == first.content_id
         (first.path / "tokenizer.json").write_text("{'other'}")
         with pytest.raises(CorruptObject, match=r"tokenizer\.json: MANIFEST\.json promises"):
             stage_model(str(first.path), config=CONFIG)
+
+
+def write_manifest(model: Path, checksum_of: Callable[[Path], str]) -> None:
+    """A MANIFEST.json that names every file's checksum."""
+    files = [
+        StagedFile(
+            name=path.name,
+            size=path.stat().st_size,
+            checksum=checksum_of(path),
+            verified_by="the Hub",
+            mtime_ns=0,
+        )
+        for path in model.iterdir()
+    ]
+    manifest = ModelManifest(
+        content_id="0" * 32, source="", num_bytes=0, files=files, skipped=[], staged_at=""
+    )
+    (model / "MANIFEST.json").write_bytes(manifest.to_json())
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_git_s_digests_are_compared(model: Path, tmp_path: Path, stage_to: str) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    write_manifest(model, lambda path: str(file_checksum(path, "git-sha1")))
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert staged.report.verified_by == {"MANIFEST.json": 7}
+    (model / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}}')
+    with pytest.raises(CorruptObject, match=r"tokenizer\.json: .*MANIFEST\.json"):
+        stage_model(str(model), config=CONFIG, stage_to=target)
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_a_promise_of_an_unknown_kind_is_none(model: Path, tmp_path: Path, stage_to: str) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    write_manifest(model, lambda path: "blake9:aa")
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert staged.report.verified_by == {"": 7}
+    write_manifest(model, lambda path: "aa")
+    with pytest.raises(CorruptObject, match=r"MANIFEST\.json: .*: not a checksum: 'aa'"):
+        stage_model(str(model), config=CONFIG, stage_to=target)
 
 
 def test_a_partial_or_missing_manifest_is_never_a_hit(model: Path, tmp_path: Path) -> None:
