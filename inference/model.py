@@ -121,9 +121,9 @@ class PagedModel:
     def hidden(self, batch: Batch, last_token: Tensor) -> Tensor:
         """Return the final hidden states [T,D] of a batch, storing its keys and values."""
         self._batch = batch
-        embeddings = self._ops.embed(batch, last_token, self._embedding)
         output = self._model.base_model(
-            inputs_embeds=embeddings[None],
+            # Not their embeddings: an embedding module may do more than look up, such as scale.
+            input_ids=self._ops.token_ids(batch, last_token)[None],
             position_ids=batch.positions.long()[None],
             use_cache=False,
         )
