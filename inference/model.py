@@ -58,6 +58,11 @@ class PagedModel:
         """Have the model's attention modules call `attend`."""
         _register()
         model.set_attn_implementation(ATTENTION_NAME)
+        if self.config._attn_implementation != ATTENTION_NAME:
+            raise EngineConfigError(
+                f"engine.backend is paged: {self.config.model_type} does not use transformers' "
+                f"attention interface; use transformers"
+            )
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.nightjar_model = _Reference(self)

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+import transformers
 
 from inference.build_engine import build_engine
+from inference.errors import EngineConfigError
 from inference.model import FusedModel, PagedModel, make_paged_model
 from inference.sampling import SamplingParams
 from inference.sequence import Completion
 from tests.paged_cases import (
     CONFIGS,
     UNMODIFIED,
+    VOCAB,
     expect_too_little,
     make_endless_row,
     make_row,
@@ -41,6 +44,21 @@ def test_an_unmodified_model_class_gives_the_same_tokens(family):
     expected = reference(model_of(family), sequences)
     completions, _ = run(PagedModel(model_of(family)), sequences, settings_of())
     assert tokens(completions) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+        transformers.FalconConfig(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+        ),
+    ],
+)
+def test_a_model_with_attention_of_its_own_is_refused_by_name(config):
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(EngineConfigError, match=rf"{config.model_type} does not use .* interface"):
+        make_paged_model(model)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 5, 16])
