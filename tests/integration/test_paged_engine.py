@@ -10,6 +10,7 @@ from inference.model import FusedModel, PagedModel, make_paged_model
 from inference.sampling import SamplingParams
 from inference.sequence import Completion
 from tests.paged_cases import (
+    COMMON,
     CONFIGS,
     UNMODIFIED,
     VOCAB,
@@ -58,6 +59,38 @@ def test_an_unmodified_model_class_gives_the_same_tokens(family):
 def test_a_model_with_attention_of_its_own_is_refused_by_name(config):
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(EngineConfigError, match=rf"{config.model_type} does not use .* interface"):
+        make_paged_model(model)
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.Phi3Config(**COMMON, rope_parameters=LONGROPE),
+        transformers.LlamaConfig(**COMMON, rope_parameters=DYNAMIC),
+        transformers.Gemma3TextConfig(
+            **COMMON,
+            head_dim=8,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": DYNAMIC,
+            },
+        ),
+    ],
+)
+def test_rotary_frequencies_that_follow_the_longest_row_are_refused_by_name(config):
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(EngineConfigError, match=r"rope_type (longrope|dynamic), whose frequencies"):
         make_paged_model(model)
 
 
