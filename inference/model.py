@@ -26,6 +26,7 @@ from inference.vocabulary import PartitionedVocabulary, WholeVocabulary, columns
 ATTENTION_NAME = "nightjar_paged"
 
 FUSED_MODEL_TYPES = frozenset({"qwen3", "qwen3_moe", "qwen2", "llama", "mistral"})
+_ROPE_BY_LONGEST_ROW = frozenset({"longrope", "dynamic"})
 _UNSUPPORTED_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -58,6 +59,11 @@ class PagedModel:
         """Have the model's attention modules call `attend`."""
         _register()
         model.set_attn_implementation(ATTENTION_NAME)
+        if self.config._attn_implementation != ATTENTION_NAME:
+            raise EngineConfigError(
+                f"engine.backend is paged: {self.config.model_type} does not use transformers' "
+                f"attention interface; use transformers"
+            )
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.nightjar_model = _Reference(self)
@@ -121,9 +127,9 @@ class PagedModel:
     def hidden(self, batch: Batch, last_token: Tensor) -> Tensor:
         """Return the final hidden states [T,D] of a batch, storing its keys and values."""
         self._batch = batch
-        embeddings = self._ops.embed(batch, last_token, self._embedding)
         output = self._model.base_model(
-            inputs_embeds=embeddings[None],
+            # Not their embeddings: an embedding module may do more than look up, such as scale.
+            input_ids=self._ops.token_ids(batch, last_token)[None],
             position_ids=batch.positions.long()[None],
             use_cache=False,
         )
@@ -271,6 +277,18 @@ def _refuse_what_is_unknown(config: Any) -> None:
             f"engine.backend is paged: {config.model_type} has layers of type "
             f"{sorted(kinds - {'full_attention', 'sliding_attention'})}; use transformers"
         )
+    if by_longest_row := _rope_types(config) & _ROPE_BY_LONGEST_ROW:
+        raise EngineConfigError(
+            f"engine.backend is paged: {config.model_type} has rope_type {by_longest_row.pop()}, whose "
+            f"frequencies depend on the longest row of a batch; use transformers"
+        )
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Return the rope types of all layers; parameters may be nested, one set per type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return {str(parameters.get("rope_type")) for parameters in (rope, *nested)}
 
 
 def _register() -> None:

@@ -97,8 +97,6 @@ def _kv_dtype(config: EngineConfig, model: PagedModel) -> torch.dtype:
     if name == "auto":
         return model.dtype
     if name == "fp8":
-        if model.device.type == "cpu":
-            raise EngineConfigError("engine.kv_cache_dtype is fp8: needs a CUDA device; use auto")
         return torch.float8_e4m3fn
     dtype: torch.dtype = getattr(torch, name)
     return dtype

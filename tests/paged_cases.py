@@ -53,7 +53,17 @@ CONFIGS: dict[str, Any] = {
     "gpt-neox": lambda: transformers.GPTNeoXConfig(
         **{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}
     ),
+    "gemma": lambda: transformers.GemmaConfig(**COMMON, head_dim=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **COMMON,
+        head_dim=8,
+        query_pre_attn_scalar=20,
+        sliding_window=12,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
+UNMODIFIED = ("gpt-neox", "gemma", "gemma3")
+"""Families of `CONFIGS` that `make_paged_model` leaves as they are."""
 
 
 def model_of(family: str) -> Any:

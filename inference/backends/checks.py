@@ -24,17 +24,16 @@ def check_sequence(sequence: Sequence, seq_ids: Container[int], max_model_len: i
 
 
 def check_sequences(
-    sequences: Iterable[Sequence], seq_ids: Iterable[int], max_model_len: int
+    sequences: Iterable[Sequence], seq_ids: Container[int], max_model_len: int
 ) -> list[Sequence]:
     """Return the sequences, once all of them can be taken beside those with `seq_ids`.
 
     Raises:
         ValueError: as `check_sequence`; then none is taken.
     """
-    accepted: list[Sequence] = []
-    taken = set(seq_ids)
+    accepted: dict[int, Sequence] = {}
     for sequence in sequences:
-        check_sequence(sequence, taken, max_model_len)
-        taken.add(sequence.seq_id)
-        accepted.append(sequence)
-    return accepted
+        for taken in (seq_ids, accepted):
+            check_sequence(sequence, taken, max_model_len)
+        accepted[sequence.seq_id] = sequence
+    return list(accepted.values())

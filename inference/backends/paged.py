@@ -2,10 +2,10 @@
 
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -69,9 +69,8 @@ class PagedBackend:
                 f"engine.tensor_parallel_size is {config.tensor_parallel_size}: a paged backend in one "
                 f"process is one rank of {ranks.size}; use create_backend, which starts them"
             )
+        _check_fp8(config)
         is_fp8 = config.quantization == "fp8"
-        if is_fp8:
-            _check_fp8()
         files = arriving or Arriving.whole(check_model_folder(config.model).path)
         folder = check_small_files(files.folder())
         check_engine(folder, replace(config, backend="paged"))
@@ -124,7 +123,8 @@ class PagedBackend:
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Take sequences; see `inference.backends.checks.check_sequence` for what is refused."""
         engine = self._running_engine()
-        engine.submit(check_sequences(sequences, engine.seq_ids, self._info.max_model_len))
+        seq_ids = cast(Container[int], engine.seq_ids)
+        engine.submit(check_sequences(sequences, seq_ids, self._info.max_model_len))
 
     def step(self) -> list[Completion]:
         """Launch the next forward pass and return what an earlier one finished.
@@ -206,11 +206,17 @@ def _ops() -> ModuleType:
     return fused
 
 
-def _check_fp8() -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
-        raise EngineConfigError(
-            "model.quantization is fp8: needs a CUDA device of capability 8.9 or above; use none"
-        )
+def _check_fp8(config: EngineConfig) -> None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
+        return
+    for name, value, other in (
+        ("model.quantization", config.quantization, "none"),
+        ("engine.kv_cache_dtype", config.kv_cache_dtype, "auto"),
+    ):
+        if value == "fp8":
+            raise EngineConfigError(
+                f"{name} is fp8: needs a CUDA device of capability 8.9 or above; use {other}"
+            )
 
 
 def _without_fp8(config: EngineConfig) -> EngineConfig:

@@ -22,6 +22,7 @@ from inference.kernels.fused_experts import experts as experts
 Rows8 = tuple[Tensor, Tensor]
 """Rows in e4m3 and their fp32 scales [T,1]."""
 
+token_ids = plain.token_ids
 embed = plain.embed
 
 

@@ -19,12 +19,16 @@ Rows8 = tuple[Tensor, Tensor]
 """Rows in e4m3 and their fp32 scales [T,1]."""
 
 
-def embed(batch: Batch, last_token: Tensor, weight_VD: Tensor) -> Tensor:
-    """Return the step's input embeddings [T,D]; a negative source names the slot whose last token is read."""
+def token_ids(batch: Batch, last_token: Tensor) -> Tensor:
+    """Return the step's tokens [T]; a negative source names the slot whose last token is read."""
     source_T = batch.token_source.long()
     slots_T = (-source_T - 1).clamp(min=0)
-    ids_T = torch.where(source_T >= 0, source_T, last_token[slots_T].long())
-    return F.embedding(ids_T, weight_VD)
+    return torch.where(source_T >= 0, source_T, last_token[slots_T].long())
+
+
+def embed(batch: Batch, last_token: Tensor, weight_VD: Tensor) -> Tensor:
+    """Return the rows [T,D] of the step's tokens."""
+    return F.embedding(token_ids(batch, last_token), weight_VD)
 
 
 def add_rms_norm(

@@ -163,6 +163,21 @@ def test_settings_that_cannot_work_are_refused(knobs, words, monkeypatch):
         build("tiny-a", **knobs)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "engine.kv_cache_dtype is fp8: .* 8.9 .*; use auto"),
+        ({"quantization": "fp8"}, "model.quantization is fp8: .* 8.9 .*; use none"),
+    ],
+)
+def test_a_device_without_fp8_is_refused_before_weights_are_loaded(knobs, words, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr("inference.backends.paged._load", None)
+    with pytest.raises(EngineConfigError, match=words):
+        build("tiny-a", **knobs)
+
+
 def test_the_receipt_says_what_was_built_and_done():
     backend = build("tiny-a")
     assert (backend.info.backend, backend.info.dtype) == ("paged", "float32")

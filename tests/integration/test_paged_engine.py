@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+import transformers
 
 from inference.build_engine import build_engine
-from inference.errors import OutOfMemory
+from inference.errors import EngineConfigError, OutOfMemory
 from inference.model import FusedModel, PagedModel, make_paged_model
 from inference.sampling import SamplingParams
 from inference.sequence import Completion
 from tests.paged_cases import (
+    COMMON,
     CONFIGS,
+    UNMODIFIED,
+    VOCAB,
     expect_too_little,
     make_endless_row,
     make_row,
@@ -29,7 +33,7 @@ def test_every_family_gives_the_plain_models_tokens(family):
     sequences = sequences_of(prompts_of(11))
     expected = reference(plain_model, sequences)
     paged = make_paged_model(model_of(family))
-    assert isinstance(paged, FusedModel) == (family != "gpt-neox")
+    assert isinstance(paged, FusedModel) == (family not in UNMODIFIED)
     completions, _ = run(paged, sequences, settings_of())
     assert tokens(completions) == expected
     assert {c.finish_reason for c in completions.values()} == {"length"}
@@ -41,6 +45,53 @@ def test_an_unmodified_model_class_gives_the_same_tokens(family):
     expected = reference(model_of(family), sequences)
     completions, _ = run(PagedModel(model_of(family)), sequences, settings_of())
     assert tokens(completions) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+        transformers.FalconConfig(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+        ),
+    ],
+)
+def test_a_model_with_attention_of_its_own_is_refused_by_name(config):
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(EngineConfigError, match=rf"{config.model_type} does not use .* interface"):
+        make_paged_model(model)
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.Phi3Config(**COMMON, rope_parameters=LONGROPE),
+        transformers.LlamaConfig(**COMMON, rope_parameters=DYNAMIC),
+        transformers.Gemma3TextConfig(
+            **COMMON,
+            head_dim=8,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": DYNAMIC,
+            },
+        ),
+    ],
+)
+def test_rotary_frequencies_that_follow_the_longest_row_are_refused_by_name(config):
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(EngineConfigError, match=r"rope_type (longrope|dynamic), whose frequencies"):
+        make_paged_model(model)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 5, 16])

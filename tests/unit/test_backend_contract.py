@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from inference.backends import Backend, create_backend
+from inference.backends.checks import check_sequences
 from inference.config import EngineConfig
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
@@ -148,6 +149,20 @@ def test_a_prompt_that_cannot_run_is_refused(make, token_ids, words):
     with pytest.raises(ValueError, match=words):
         backend.submit([Sequence(7, token_ids)])
     assert backend.num_unfinished == 0
+
+
+class _OnlyAsked:
+    """The unfinished numbers, which can be asked for one and not walked over or copied."""
+
+    def __contains__(self, seq_id: object) -> bool:
+        return seq_id == 7
+
+
+def test_submitting_costs_the_same_however_many_are_unfinished():
+    assert len(check_sequences(sequences(range(5)), _OnlyAsked(), 100)) == 5
+    for given in ([6, 7], [6, 6]):
+        with pytest.raises(ValueError, match=f"seq_id {given[-1]} is already in use"):
+            check_sequences(sequences(given), _OnlyAsked(), 100)
 
 
 def test_a_seq_id_is_free_again_only_when_returned(make):
