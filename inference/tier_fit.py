@@ -100,7 +100,7 @@ def _replica(shape: ModelShape, gpu: GpuType, options: Options, quantization: st
 
 
 def _sizes(replica: Replica, count: int, options: Options) -> list[int]:
-    """Tensor parallel sizes that `count` GPUs can be divided into, whole hosts only."""
+    """Tensor parallel sizes that `count` GPUs can be divided into, over several hosts whole ones only."""
     sizes = [options.tensor_parallel_size] if options.tensor_parallel_size else [1, 2, 4, 8, 16, 32]
     host = replica.gpu.gpus_per_host
     return [
@@ -108,7 +108,7 @@ def _sizes(replica: Replica, count: int, options: Options) -> list[int]:
         for size in sizes
         if size <= count
         and count % size == 0
-        and (host % size == 0 if size <= host else size % host == 0)
+        and (count <= host or (host % size == 0 if size <= host else size % host == 0))
         and (options.replicas is None or count == size * options.replicas)
     ]
 

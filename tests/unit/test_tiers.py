@@ -220,6 +220,20 @@ def test_tensor_parallel_that_does_not_divide_the_kv_heads_names_the_heads():
             )
 
 
+@pytest.mark.parametrize(("num_gpus", "size"), [(3, 2), (5, 4), (7, 4)])
+def test_a_machine_with_an_odd_number_of_gpus_may_share_a_model_over_some_of_them(num_gpus, size):
+    local = replace(GPUS["H100"], max_count=num_gpus, gpus_per_host=num_gpus)
+    tier = choose_tier(LLAMA_70B, [local], WORKLOAD, options=Options(quantizations=("none",)))
+    assert (tier.offload, tier.tensor_parallel_size, tier.num_gpus) == ("none", size, size)
+
+
+def test_a_replica_over_several_hosts_takes_whole_ones():
+    small_hosts = [replace(GPUS["H100"], gpus_per_host=3)]
+    options = Options(quantizations=("none",), backend="paged")
+    for tier in size_model(LLAMA_70B, small_hosts, WORKLOAD, options=options).tiers:
+        assert tier.num_gpus <= 3
+
+
 def test_a_235b_model_at_full_precision_on_h100s_is_refused_for_its_heads_and_its_size():
     sizing = size_model(QWEN3_235B, [GPUS["H100"]], WORKLOAD, options=Options(backend="paged"))
     refusal = next(r for r in sizing.refusals if r.quantization == "none" and r.num_gpus == 8)
