@@ -30,6 +30,8 @@ def fits_on(
     """Every layout of `shape` on `gpu` that fits, and a refusal for every count that does not."""
     tiers: list[Tier] = []
     refusals: list[Refusal] = []
+    if not gpu_counts(gpu, options):
+        return [], [_too_many(gpu, options)]
     for quantization in options.quantizations if options.backend != "zero" else ():
         unusable = _unusable(shape, gpu, options.dtype, quantization)
         if unusable:
@@ -44,8 +46,13 @@ def fits_on(
                 tiers.append(_least_parallel(found))
             else:
                 refusals.append(_refusal(replica, count, workload, options))
-    if not tiers and options.backend in ("auto", "zero") and "none" in options.quantizations:
-        tiers.extend(_offloaded(shape, gpu, workload, options))
+                if options.tensor_parallel_size:
+                    break  # what one replica cannot do, more of them cannot either
+    if not tiers and options.backend in ("auto", "zero"):
+        reason = _not_offloaded(shape, gpu, options)
+        tiers = [] if reason else list(_offloaded(shape, gpu, workload, options))
+        if not tiers and options.backend == "zero":
+            refusals.append(_offload_refusal(shape, gpu, options, reason))
     return tiers, refusals
 
 
@@ -57,12 +64,25 @@ def _least_parallel(tiers: list[Tier]) -> Tier:
 
 
 def gpu_counts(gpu: GpuType, options: Options) -> list[int]:
-    """Numbers of GPUs to consider, smallest first."""
+    """Numbers of GPUs to consider, smallest first: multiples of what the user has fixed."""
+    fixed = _fixed_gpus(options)
     if options.replicas and options.tensor_parallel_size:
-        counts = [options.replicas * options.tensor_parallel_size]
+        counts = {1}
     else:
-        counts = sorted({base << power for power in range(8) for base in (1, 3)} | {gpu.max_count})
-    return [count for count in counts if count <= gpu.max_count]
+        counts = {base << power for power in range(8) for base in (1, 3)} | {gpu.max_count // fixed}
+    return [fixed * count for count in sorted(counts) if 0 < fixed * count <= gpu.max_count]
+
+
+def _fixed_gpus(options: Options) -> int:
+    return (options.tensor_parallel_size or 1) * (options.replicas or 1)
+
+
+def _too_many(gpu: GpuType, options: Options) -> Refusal:
+    reason = f"a run may take {gpu.max_count} of them (max_count, or what this machine has)"
+    quantization = options.quantizations[0]
+    return Refusal(
+        gpu=gpu.name, num_gpus=_fixed_gpus(options), quantization=quantization, reason=reason
+    )
 
 
 def _unusable(shape: ModelShape, gpu: GpuType, dtype: str, quantization: str) -> str:
@@ -229,7 +249,8 @@ def _refusal(replica: Replica, count: int, workload: Workload, options: Options)
     if not sizes:
         reason = (
             f"{count} GPUs do not divide into tensor parallel "
-            f"{options.tensor_parallel_size or 'groups'} x {options.replicas or 'any'} replicas"
+            f"{options.tensor_parallel_size or 'groups'} x {options.replicas or 'any'} replicas "
+            f"on hosts of {replica.gpu.gpus_per_host}"
         )
     return Refusal(
         gpu=replica.gpu.name, num_gpus=count, quantization=replica.quantization, reason=reason
@@ -248,16 +269,47 @@ def _too_small(replica: Replica, workload: Workload) -> str:
     )
 
 
+def _not_offloaded(shape: ModelShape, gpu: GpuType, options: Options) -> str:
+    """Why weights cannot be kept off these GPUs, however much memory there is; empty when they can."""
+    size = options.tensor_parallel_size or 1
+    if "none" not in options.quantizations:
+        return "the zero backend moves weights as they are stored; use quantization none"
+    if shape.stored_quantization:
+        return (
+            f"the zero backend cannot share out weights stored as {shape.stored_quantization}; "
+            "use the unquantised checkpoint"
+        )
+    if options.kv_cache_dtype not in ("auto", options.dtype):
+        return f"the zero backend keeps no KV cache in {options.kv_cache_dtype}; use auto"
+    if (options.replicas or 1) > 1:
+        return f"the zero backend runs one replica and {options.replicas} are asked for; use 1"
+    if size > gpu.gpus_per_host:
+        return f"the zero backend keeps to one host, of {gpu.gpus_per_host} GPUs; use no more"
+    reason = _unusable(shape, gpu, options.dtype, "none")
+    if not reason and options.backend == "auto":
+        reason = _blocked(_replica(shape, gpu, options, "none"), size)
+    return reason
+
+
+def _offload_refusal(shape: ModelShape, gpu: GpuType, options: Options, reason: str) -> Refusal:
+    count = options.tensor_parallel_size or min(gpu.max_count, gpu.gpus_per_host)
+    weights = _replica(shape, gpu, options, "none").weight_bytes_per_gpu
+    arithmetic = (
+        f"{weights / GB:.1f} GB of weights need {weights / HOST_MEMORY_SHARE / GB:.1f} GB of host memory or "
+        f"{weights / GB:.1f} GB of NVMe, there are {gpu.host_memory_bytes * count / GB:.1f} and "
+        f"{gpu.nvme_bytes * count / GB:.1f}; two layers and the longest sequence must fit on a GPU"
+    )
+    return Refusal(gpu=gpu.name, num_gpus=count, quantization="none", reason=reason or arithmetic)
+
+
 def _offloaded(
     shape: ModelShape, gpu: GpuType, workload: Workload, options: Options
 ) -> Iterator[Tier]:
     """Layouts that keep the weights in host memory, or failing that on NVMe, on one host."""
-    if shape.stored_quantization or _unusable(shape, gpu, options.dtype, "none"):
-        return
     replica = _replica(shape, gpu, options, "none")
     weights = replica.weight_bytes_per_gpu
     for count in gpu_counts(gpu, options):
-        if count > gpu.gpus_per_host:
+        if count > gpu.gpus_per_host or options.tensor_parallel_size not in (None, count):
             return
         if weights <= HOST_MEMORY_SHARE * gpu.host_memory_bytes * count:
             offload, bandwidth = "cpu", gpu.pcie_bandwidth

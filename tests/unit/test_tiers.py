@@ -307,6 +307,61 @@ def test_the_zero_backend_can_be_asked_for_although_the_model_fits():
     assert "stay on cpu" in tier.reason
 
 
+@pytest.mark.parametrize("size", [3, 5, 16])
+@pytest.mark.parametrize("model", [QWEN3_8B, LLAMA_70B], ids=["8B", "70B"])
+def test_a_named_number_of_gpus_that_the_heads_do_not_allow_is_refused_not_offloaded(model, size):
+    options = Options(quantizations=("none",), tensor_parallel_size=size)
+    refused = rf"{size}x H100, none: tensor parallel {size} does not divide 8 KV heads .* nearest"
+    with pytest.raises(EngineConfigError, match=refused):
+        choose_tier(model, [GPUS["H100"]], WORKLOAD, options=options)
+
+
+@pytest.mark.parametrize("size", [3, 16])
+def test_more_gpus_than_there_are_is_refused_with_how_many_there_are(size):
+    local = replace(GPUS["H100"], max_count=2, gpus_per_host=2)
+    for backend in ("auto", "paged", "zero"):
+        options = Options(quantizations=("none",), tensor_parallel_size=size, backend=backend)
+        with pytest.raises(EngineConfigError, match=rf"{size}x H100, none: a run may take 2 of"):
+            choose_tier(QWEN3_8B, [local], WORKLOAD, options=options)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "size", "offload"),
+    [(QWEN3_8B, "T4", 1, "cpu"), (LLAMA_70B, "H100", 1, "nvme"), (QWEN3_235B, "H100", 2, "nvme")],
+)
+def test_where_memory_is_missing_offloaded_weights_keep_to_the_named_number(
+    model, gpu, size, offload
+):
+    options = Options(quantizations=("none",), tensor_parallel_size=size)
+    tiers = size_model(model, [GPUS[gpu]], WORKLOAD, options=options).tiers
+    assert [(t.num_gpus, t.replicas, t.offload) for t in tiers] == [(size, 1, offload)]
+    reason = choose_tier(model, [GPUS[gpu]], WORKLOAD, options=options).reason
+    assert f"the weights stay on {offload}" in reason
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "message"),
+    [
+        ("T4", {"tensor_parallel_size": 1, "replicas": 2}, "at tensor parallel 1 a GPU needs 16.4"),
+        ("T4", {"backend": "zero", "replicas": 2}, "runs one replica and 2 are asked for"),
+        ("H100", {"backend": "zero", "tensor_parallel_size": 16}, "one host, of 8 GPUs"),
+        ("H100", {"backend": "zero", "quantizations": ("fp8",)}, "use quantization none"),
+        ("H100", {"backend": "zero", "kv_cache_dtype": "fp8"}, "no KV cache in fp8; use auto"),
+    ],
+)
+def test_offloaded_weights_that_no_backend_would_run_are_refused(gpu, options, message):
+    fixed = Options(**{"quantizations": ("none",)} | options)
+    with pytest.raises(EngineConfigError, match=message):
+        choose_tier(QWEN3_8B, [GPUS[gpu]], WORKLOAD, options=fixed)
+
+
+def test_offloaded_weights_that_the_host_cannot_hold_are_refused_with_the_arithmetic():
+    small = replace(GPUS["T4"], host_memory_bytes=8e9, nvme_bytes=10e9)
+    options = Options(quantizations=("none",), backend="zero", tensor_parallel_size=1)
+    with pytest.raises(EngineConfigError, match=r"16\.4 GB of weights .* there are 8\.0 and 10\.0"):
+        choose_tier(QWEN3_8B, [small], WORKLOAD, options=options)
+
+
 def test_no_hardware_is_refused():
     with pytest.raises(EngineConfigError, match="no GPU type"):
         choose_tier(QWEN3_8B, [], WORKLOAD)
