@@ -6,6 +6,7 @@ A layout is (GPUs, tensor parallel, replicas, quantisation). `inference.tiers` c
 from collections.abc import Iterator
 from dataclasses import replace
 
+from inference.families import EXPERT_MODEL_TYPES, UNCUT_MODEL_TYPES
 from inference.hardware import GB, GpuType
 from inference.heads import heads_refusal
 from inference.model_shape import ModelShape
@@ -33,7 +34,7 @@ def fits_on(
     if not gpu_counts(gpu, options):
         return [], [_too_many(gpu, options)]
     for quantization in options.quantizations if options.backend != "zero" else ():
-        unusable = _unusable(shape, gpu, options.dtype, quantization)
+        unusable = _unusable(shape, gpu, options, quantization)
         if unusable:
             refusals.append(
                 Refusal(gpu=gpu.name, num_gpus=1, quantization=quantization, reason=unusable)
@@ -85,11 +86,20 @@ def _too_many(gpu: GpuType, options: Options) -> Refusal:
     )
 
 
-def _unusable(shape: ModelShape, gpu: GpuType, dtype: str, quantization: str) -> str:
-    """Why `quantization` cannot run here at all; empty when it can."""
-    dtype = shape.dtype if dtype == "auto" else dtype
+def _no_arithmetic(shape: ModelShape, gpu: GpuType, options: Options) -> str:
+    dtype = shape.dtype if options.dtype == "auto" else options.dtype
     if gpu.compute_dtype(dtype) not in gpu.flops:
         return f"has no {dtype} arithmetic; use another GPU type or model.dtype"
+    return ""
+
+
+def _unusable(shape: ModelShape, gpu: GpuType, options: Options, quantization: str) -> str:
+    """Why `quantization` cannot run here at all; empty when it can."""
+    reason = _no_arithmetic(shape, gpu, options) or _unpaged(shape, options)
+    if reason:
+        return reason
+    if quantization == "fp8" and not shape.is_fused:
+        return f"fp8 is not available for model_type {shape.family}; use none"
     if shape.stored_quantization == "fp8" and quantization == "fp8" and "fp8" in gpu.flops:
         return ""
     if quantization != "none" and shape.stored_quantization:
@@ -105,6 +115,22 @@ def _unusable(shape: ModelShape, gpu: GpuType, dtype: str, quantization: str) ->
             f"{shape.num_params / 1e9:.1f} billion parameters); use fp8"
         )
     return ""
+
+
+def _unpaged(shape: ModelShape, options: Options) -> str:
+    """Why the options keep the model from the one backend that runs it; empty when they do not."""
+    if not _needs_transformers(shape):
+        return ""
+    if options.backend == "paged":
+        kind = shape.stored_quantization or f"model_type {shape.family}"
+        return f"the paged backend does not run {kind}; use engine.backend transformers"
+    if options.kv_cache_dtype not in ("auto", options.dtype):
+        return f"the transformers backend keeps no KV cache in {options.kv_cache_dtype}; use auto"
+    return ""
+
+
+def _needs_transformers(shape: ModelShape) -> bool:
+    return not shape.is_paged or shape.stored_quantization in ("gptq", "awq")
 
 
 def _replica(shape: ModelShape, gpu: GpuType, options: Options, quantization: str) -> Replica:
@@ -145,6 +171,19 @@ def _blocked(replica: Replica, size: int) -> str:
     if not is_known or replica.quantization in BITSANDBYTES:
         method = shape.stored_quantization or replica.quantization
         return f"ranks cannot share weights quantised as {method}"
+    return _uncut(shape, size)
+
+
+def _uncut(shape: ModelShape, size: int) -> str:
+    """Why ranks cannot share a model of this kind; empty when they can."""
+    if not shape.is_paged:
+        return f"model_type {shape.family} needs the transformers backend, which runs on one GPU"
+    if shape.num_expert_params and shape.family not in EXPERT_MODEL_TYPES:
+        return f"ranks cannot share the experts of model_type {shape.family}"
+    if shape.expert_size % size:
+        return f"tensor parallel {size} does not divide the experts' intermediate size {shape.expert_size}"
+    if shape.family in UNCUT_MODEL_TYPES:
+        return f"ranks cannot share the layers of model_type {shape.family}"
     return ""
 
 
@@ -230,7 +269,7 @@ def _priced(
 def _backend(replica: Replica, offload: str) -> str:
     if offload != "none":
         return "zero"
-    return "transformers" if replica.shape.stored_quantization in ("gptq", "awq") else "paged"
+    return "transformers" if _needs_transformers(replica.shape) else "paged"
 
 
 def _refusal(replica: Replica, count: int, workload: Workload, options: Options) -> Refusal:
@@ -285,7 +324,7 @@ def _not_offloaded(shape: ModelShape, gpu: GpuType, options: Options) -> str:
         return f"the zero backend runs one replica and {options.replicas} are asked for; use 1"
     if size > gpu.gpus_per_host:
         return f"the zero backend keeps to one host, of {gpu.gpus_per_host} GPUs; use no more"
-    reason = _unusable(shape, gpu, options.dtype, "none")
+    reason = _no_arithmetic(shape, gpu, options)
     if not reason and options.backend == "auto":
         reason = _blocked(_replica(shape, gpu, options, "none"), size)
     return reason

@@ -287,6 +287,18 @@ def test_whatever_the_sizing_offers_a_backend_accepts(model, stored):
     assert sizing.tiers or (model, stored) == ("experts 235B", "fp8")  # in bfloat16 on one GPU
 
 
+def test_what_only_the_transformers_backend_runs_is_refused_where_paged_or_an_fp8_cache_is_asked_for():
+    softcapped = shape(42, 3584, 14336, 16, 8, family="gemma2")
+    stored = shape(36, 4096, 12288, 32, 8, quantization_config=STORED["gptq"])
+    for model, kind in ((softcapped, "model_type gemma2"), (stored, "gptq")):
+        plain = Options(quantizations=("none",), backend="paged")
+        with pytest.raises(EngineConfigError, match=f"does not run {kind}; use"):
+            choose_tier(model, [GPUS["H100"]], WORKLOAD, options=plain)
+        small = Options(quantizations=("none",), kv_cache_dtype="fp8")
+        with pytest.raises(EngineConfigError, match="no KV cache in fp8; use auto"):
+            choose_tier(model, [GPUS["H100"]], WORKLOAD, options=small)
+
+
 def test_a_checkpoint_in_fp8_blocks_may_run_in_fp8_and_else_takes_its_full_size():
     stored = replace(QWEN3_8B, stored_quantization="fp8", stored_bits=8.0)
     for quantization in ("none", "fp8"):
