@@ -117,11 +117,14 @@ def match_gpu(device_name: str, memory_bytes: float, known: Iterable[GpuType]) -
 
     Types that differ only in memory, such as A100-40 and A100-80, are told apart by it.
     """
-    words = device_name.upper().replace("-", " ").split()
+    words = [_SOLD_AS.get(w, w) for w in device_name.upper().replace("-", " ").split()]
     named = [gpu for gpu in known if gpu.name.upper().split("-")[0] in words]
     near = [gpu for gpu in named if abs(gpu.memory_bytes - memory_bytes) < 0.15 * gpu.memory_bytes]
     return min(near, key=lambda gpu: abs(gpu.memory_bytes - memory_bytes), default=None)
 
+
+# What the driver calls a variant that is sized as another type: the A10 of AWS's g5.
+_SOLD_AS = {"A10G": "A10"}
 
 # key in the file -> (field, factor to bytes or bytes a second)
 _NUMBERS = {

@@ -16,6 +16,14 @@ from torch import Tensor
 
 from inference.batch import Batch
 from inference.errors import EngineConfigError
+from inference.families import (
+    FUSED_MODEL_TYPES,
+    FUSED_ROPE_TYPES,
+    PAGED_LAYER_TYPES,
+    ROPE_BY_LONGEST_ROW,
+    UNSUPPORTED_SCALES,
+    rope_types,
+)
 from inference.kernels import plain
 from inference.kv_cache import KVCache, KVShape
 from inference.layers import FusedLayer, Linear, quantised
@@ -24,10 +32,6 @@ from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import PartitionedVocabulary, WholeVocabulary, columns_of
 
 ATTENTION_NAME = "nightjar_paged"
-
-FUSED_MODEL_TYPES = frozenset({"qwen3", "qwen3_moe", "qwen2", "llama", "mistral"})
-_ROPE_BY_LONGEST_ROW = frozenset({"longrope", "dynamic"})
-_UNSUPPORTED_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class PagedModel:
@@ -252,7 +256,7 @@ def make_paged_model(
         not is_bitsandbytes(model)  # whose linears are more than their weights
         and config.model_type in FUSED_MODEL_TYPES
         and getattr(config, "hidden_act", "") == "silu"
-        and rope.get("rope_type", "") in ("default", "linear", "llama3", "yarn")
+        and rope.get("rope_type", "") in FUSED_ROPE_TYPES
         and rope.get("partial_rotary_factor", 1.0) in (None, 1.0)
     )
     if is_known:
@@ -265,30 +269,24 @@ def make_paged_model(
 
 
 def _refuse_what_is_unknown(config: Any) -> None:
-    for name in _UNSUPPORTED_SCALES:
+    for name in UNSUPPORTED_SCALES:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise EngineConfigError(
                 f"engine.backend is paged: {config.model_type} scales its logits ({name}), which it "
                 f"cannot do yet; use transformers"
             )
     kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"}:
+    if kinds - PAGED_LAYER_TYPES:
         raise EngineConfigError(
             f"engine.backend is paged: {config.model_type} has layers of type "
-            f"{sorted(kinds - {'full_attention', 'sliding_attention'})}; use transformers"
+            f"{sorted(kinds - PAGED_LAYER_TYPES)}; use transformers"
         )
-    if by_longest_row := _rope_types(config) & _ROPE_BY_LONGEST_ROW:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if by_longest_row := rope_types(rope) & ROPE_BY_LONGEST_ROW:
         raise EngineConfigError(
             f"engine.backend is paged: {config.model_type} has rope_type {by_longest_row.pop()}, whose "
             f"frequencies depend on the longest row of a batch; use transformers"
         )
-
-
-def _rope_types(config: Any) -> set[str]:
-    """Return the rope types of all layers; parameters may be nested, one set per type of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]
-    return {str(parameters.get("rope_type")) for parameters in (rope, *nested)}
 
 
 def _register() -> None:

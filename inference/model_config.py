@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.errors import ModelError
+from inference.families import is_fused, is_paged
 from inference.model_shape import QUANTIZED_BYTES, ModelShape
 
 # Families whose q, k and v carry a bias that no key announces.
@@ -112,6 +113,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         num_experts_per_token=moe.per_token if mlp.experts else 0,
         expert_size=moe.size if mlp.experts else 0,
         sliding_window=_sliding_window(config),
+        is_paged=is_paged(config),
+        is_fused=is_fused(config),
         stored_quantization=quantization[0],
         stored_bits=quantization[1],
     )

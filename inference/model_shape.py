@@ -53,6 +53,12 @@ class ModelShape:
     sliding_window: int | None = None
     """Tokens some layers look back; KV is still counted as if every layer looked back over all."""
 
+    is_paged: bool = True
+    """Whether the paged backend can run it; the transformers backend runs what is left."""
+
+    is_fused: bool = True
+    """Whether the paged backend has its layers in fused operations, which fp8 needs."""
+
     stored_quantization: str | None = None
     """`quant_method` of a checkpoint that is quantised already, else None."""
 

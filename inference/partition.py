@@ -21,6 +21,7 @@ from inference.arriving import Arriving
 from inference.autotp import partition_linears
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
+from inference.families import EXPERT_MODEL_TYPES
 from inference.heads import check_heads
 from inference.loading import empty_model
 from inference.partition_fill import fill
@@ -29,8 +30,6 @@ from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import columns_of
 from inference.weight_reader import Slice
 from inference.weights import check_small_files
-
-_EXPERT_MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
 
 
 def load_partition(
@@ -77,10 +76,10 @@ def _cut_experts(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
         if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
             continue
         model_type = model.config.get_text_config().model_type
-        if model_type not in _EXPERT_MODEL_TYPES:
+        if model_type not in EXPERT_MODEL_TYPES:
             raise EngineConfigError(
                 f"engine.tensor_parallel_size is {ranks.size}: experts of model_type {model_type} "
-                f"cannot be partitioned yet, those of {', '.join(_EXPERT_MODEL_TYPES)} can; use 1"
+                f"cannot be partitioned yet, those of {', '.join(EXPERT_MODEL_TYPES)} can; use 1"
             )
         num_experts, width_2i, hidden = module.gate_up_proj.shape
         width = width_2i // 2

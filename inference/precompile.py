@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 
 from inference.config import EngineConfig
-from inference.model import FUSED_MODEL_TYPES
+from inference.families import FUSED_MODEL_TYPES
 
 logger = logging.getLogger(__name__)
 

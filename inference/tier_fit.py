@@ -6,6 +6,7 @@ A layout is (GPUs, tensor parallel, replicas, quantisation). `inference.tiers` c
 from collections.abc import Iterator
 from dataclasses import replace
 
+from inference.families import EXPERT_MODEL_TYPES, UNCUT_MODEL_TYPES
 from inference.hardware import GB, GpuType
 from inference.heads import heads_refusal
 from inference.model_shape import ModelShape
@@ -30,8 +31,10 @@ def fits_on(
     """Every layout of `shape` on `gpu` that fits, and a refusal for every count that does not."""
     tiers: list[Tier] = []
     refusals: list[Refusal] = []
+    if not gpu_counts(gpu, options):
+        return [], [_too_many(gpu, options)]
     for quantization in options.quantizations if options.backend != "zero" else ():
-        unusable = _unusable(shape, gpu, options.dtype, quantization)
+        unusable = _unusable(shape, gpu, options, quantization)
         if unusable:
             refusals.append(
                 Refusal(gpu=gpu.name, num_gpus=1, quantization=quantization, reason=unusable)
@@ -44,8 +47,13 @@ def fits_on(
                 tiers.append(_least_parallel(found))
             else:
                 refusals.append(_refusal(replica, count, workload, options))
-    if not tiers and options.backend in ("auto", "zero") and "none" in options.quantizations:
-        tiers.extend(_offloaded(shape, gpu, workload, options))
+                if options.tensor_parallel_size:
+                    break  # what one replica cannot do, more of them cannot either
+    if not tiers and options.backend in ("auto", "zero"):
+        reason = _not_offloaded(shape, gpu, options)
+        tiers = [] if reason else list(_offloaded(shape, gpu, workload, options))
+        if not tiers and options.backend == "zero":
+            refusals.append(_offload_refusal(shape, gpu, options, reason))
     return tiers, refusals
 
 
@@ -57,19 +65,41 @@ def _least_parallel(tiers: list[Tier]) -> Tier:
 
 
 def gpu_counts(gpu: GpuType, options: Options) -> list[int]:
-    """Numbers of GPUs to consider, smallest first."""
+    """Numbers of GPUs to consider, smallest first: multiples of what the user has fixed."""
+    fixed = _fixed_gpus(options)
     if options.replicas and options.tensor_parallel_size:
-        counts = [options.replicas * options.tensor_parallel_size]
+        counts = {1}
     else:
-        counts = sorted({base << power for power in range(8) for base in (1, 3)} | {gpu.max_count})
-    return [count for count in counts if count <= gpu.max_count]
+        counts = {base << power for power in range(8) for base in (1, 3)} | {gpu.max_count // fixed}
+    return [fixed * count for count in sorted(counts) if 0 < fixed * count <= gpu.max_count]
 
 
-def _unusable(shape: ModelShape, gpu: GpuType, dtype: str, quantization: str) -> str:
-    """Why `quantization` cannot run here at all; empty when it can."""
-    dtype = shape.dtype if dtype == "auto" else dtype
+def _fixed_gpus(options: Options) -> int:
+    return (options.tensor_parallel_size or 1) * (options.replicas or 1)
+
+
+def _too_many(gpu: GpuType, options: Options) -> Refusal:
+    reason = f"a run may take {gpu.max_count} of them (max_count, or what this machine has)"
+    quantization = options.quantizations[0]
+    return Refusal(
+        gpu=gpu.name, num_gpus=_fixed_gpus(options), quantization=quantization, reason=reason
+    )
+
+
+def _no_arithmetic(shape: ModelShape, gpu: GpuType, options: Options) -> str:
+    dtype = shape.dtype if options.dtype == "auto" else options.dtype
     if gpu.compute_dtype(dtype) not in gpu.flops:
         return f"has no {dtype} arithmetic; use another GPU type or model.dtype"
+    return ""
+
+
+def _unusable(shape: ModelShape, gpu: GpuType, options: Options, quantization: str) -> str:
+    """Why `quantization` cannot run here at all; empty when it can."""
+    reason = _no_arithmetic(shape, gpu, options) or _unpaged(shape, options)
+    if reason:
+        return reason
+    if quantization == "fp8" and not shape.is_fused:
+        return f"fp8 is not available for model_type {shape.family}; use none"
     if shape.stored_quantization == "fp8" and quantization == "fp8" and "fp8" in gpu.flops:
         return ""
     if quantization != "none" and shape.stored_quantization:
@@ -87,6 +117,22 @@ def _unusable(shape: ModelShape, gpu: GpuType, dtype: str, quantization: str) ->
     return ""
 
 
+def _unpaged(shape: ModelShape, options: Options) -> str:
+    """Why the options keep the model from the one backend that runs it; empty when they do not."""
+    if not _needs_transformers(shape):
+        return ""
+    if options.backend == "paged":
+        kind = shape.stored_quantization or f"model_type {shape.family}"
+        return f"the paged backend does not run {kind}; use engine.backend transformers"
+    if options.kv_cache_dtype not in ("auto", options.dtype):
+        return f"the transformers backend keeps no KV cache in {options.kv_cache_dtype}; use auto"
+    return ""
+
+
+def _needs_transformers(shape: ModelShape) -> bool:
+    return not shape.is_paged or shape.stored_quantization in ("gptq", "awq")
+
+
 def _replica(shape: ModelShape, gpu: GpuType, options: Options, quantization: str) -> Replica:
     dtype = shape.dtype if options.dtype == "auto" else options.dtype
     return Replica(
@@ -100,7 +146,7 @@ def _replica(shape: ModelShape, gpu: GpuType, options: Options, quantization: st
 
 
 def _sizes(replica: Replica, count: int, options: Options) -> list[int]:
-    """Tensor parallel sizes that `count` GPUs can be divided into, whole hosts only."""
+    """Tensor parallel sizes that `count` GPUs can be divided into, over several hosts whole ones only."""
     sizes = [options.tensor_parallel_size] if options.tensor_parallel_size else [1, 2, 4, 8, 16, 32]
     host = replica.gpu.gpus_per_host
     return [
@@ -108,7 +154,7 @@ def _sizes(replica: Replica, count: int, options: Options) -> list[int]:
         for size in sizes
         if size <= count
         and count % size == 0
-        and (host % size == 0 if size <= host else size % host == 0)
+        and (count <= host or (host % size == 0 if size <= host else size % host == 0))
         and (options.replicas is None or count == size * options.replicas)
     ]
 
@@ -125,6 +171,19 @@ def _blocked(replica: Replica, size: int) -> str:
     if not is_known or replica.quantization in BITSANDBYTES:
         method = shape.stored_quantization or replica.quantization
         return f"ranks cannot share weights quantised as {method}"
+    return _uncut(shape, size)
+
+
+def _uncut(shape: ModelShape, size: int) -> str:
+    """Why ranks cannot share a model of this kind; empty when they can."""
+    if not shape.is_paged:
+        return f"model_type {shape.family} needs the transformers backend, which runs on one GPU"
+    if shape.num_expert_params and shape.family not in EXPERT_MODEL_TYPES:
+        return f"ranks cannot share the experts of model_type {shape.family}"
+    if shape.expert_size % size:
+        return f"tensor parallel {size} does not divide the experts' intermediate size {shape.expert_size}"
+    if shape.family in UNCUT_MODEL_TYPES:
+        return f"ranks cannot share the layers of model_type {shape.family}"
     return ""
 
 
@@ -210,7 +269,7 @@ def _priced(
 def _backend(replica: Replica, offload: str) -> str:
     if offload != "none":
         return "zero"
-    return "transformers" if replica.shape.stored_quantization in ("gptq", "awq") else "paged"
+    return "transformers" if _needs_transformers(replica.shape) else "paged"
 
 
 def _refusal(replica: Replica, count: int, workload: Workload, options: Options) -> Refusal:
@@ -229,7 +288,8 @@ def _refusal(replica: Replica, count: int, workload: Workload, options: Options)
     if not sizes:
         reason = (
             f"{count} GPUs do not divide into tensor parallel "
-            f"{options.tensor_parallel_size or 'groups'} x {options.replicas or 'any'} replicas"
+            f"{options.tensor_parallel_size or 'groups'} x {options.replicas or 'any'} replicas "
+            f"on hosts of {replica.gpu.gpus_per_host}"
         )
     return Refusal(
         gpu=replica.gpu.name, num_gpus=count, quantization=replica.quantization, reason=reason
@@ -248,16 +308,47 @@ def _too_small(replica: Replica, workload: Workload) -> str:
     )
 
 
+def _not_offloaded(shape: ModelShape, gpu: GpuType, options: Options) -> str:
+    """Why weights cannot be kept off these GPUs, however much memory there is; empty when they can."""
+    size = options.tensor_parallel_size or 1
+    if "none" not in options.quantizations:
+        return "the zero backend moves weights as they are stored; use quantization none"
+    if shape.stored_quantization:
+        return (
+            f"the zero backend cannot share out weights stored as {shape.stored_quantization}; "
+            "use the unquantised checkpoint"
+        )
+    if options.kv_cache_dtype not in ("auto", options.dtype):
+        return f"the zero backend keeps no KV cache in {options.kv_cache_dtype}; use auto"
+    if (options.replicas or 1) > 1:
+        return f"the zero backend runs one replica and {options.replicas} are asked for; use 1"
+    if size > gpu.gpus_per_host:
+        return f"the zero backend keeps to one host, of {gpu.gpus_per_host} GPUs; use no more"
+    reason = _no_arithmetic(shape, gpu, options)
+    if not reason and options.backend == "auto":
+        reason = _blocked(_replica(shape, gpu, options, "none"), size)
+    return reason
+
+
+def _offload_refusal(shape: ModelShape, gpu: GpuType, options: Options, reason: str) -> Refusal:
+    count = options.tensor_parallel_size or min(gpu.max_count, gpu.gpus_per_host)
+    weights = _replica(shape, gpu, options, "none").weight_bytes_per_gpu
+    arithmetic = (
+        f"{weights / GB:.1f} GB of weights need {weights / HOST_MEMORY_SHARE / GB:.1f} GB of host memory or "
+        f"{weights / GB:.1f} GB of NVMe, there are {gpu.host_memory_bytes * count / GB:.1f} and "
+        f"{gpu.nvme_bytes * count / GB:.1f}; two layers and the longest sequence must fit on a GPU"
+    )
+    return Refusal(gpu=gpu.name, num_gpus=count, quantization="none", reason=reason or arithmetic)
+
+
 def _offloaded(
     shape: ModelShape, gpu: GpuType, workload: Workload, options: Options
 ) -> Iterator[Tier]:
     """Layouts that keep the weights in host memory, or failing that on NVMe, on one host."""
-    if shape.stored_quantization or _unusable(shape, gpu, options.dtype, "none"):
-        return
     replica = _replica(shape, gpu, options, "none")
     weights = replica.weight_bytes_per_gpu
     for count in gpu_counts(gpu, options):
-        if count > gpu.gpus_per_host:
+        if count > gpu.gpus_per_host or options.tensor_parallel_size not in (None, count):
             return
         if weights <= HOST_MEMORY_SHARE * gpu.host_memory_bytes * count:
             offload, bandwidth = "cpu", gpu.pcie_bandwidth

@@ -207,7 +207,7 @@ def _reason(
         why += f" that meets the deadline of {deadline_s / 3600:.2f} h"
     weights = f"{tier.weight_bytes_per_gpu / GB:.1f} GB of weights a GPU leave room for {tier.kv_tokens:,} KV tokens"
     if tier.offload != "none":
-        weights = f"the weights fit on no GPU and stay on {tier.offload}"
+        weights = f"the weights stay on {tier.offload}"
     options = f"of {num_fitting} that fit" if num_fitting > 1 else "that fits"
     return f"{tier.label}: {weights}; {hours:.2f} h predicted, {why}, {options}"
 

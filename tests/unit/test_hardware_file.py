@@ -76,6 +76,8 @@ def test_a_file_that_is_no_table_of_gpus_is_refused_with_its_path(tmp_path):
         ("NVIDIA A100-SXM4-80GB", 79.2, "A100-80"),
         ("NVIDIA L40S", 44.4, "L40S"),
         ("NVIDIA L4", 22.1, "L4"),
+        ("NVIDIA A10", 22.1, "A10"),
+        ("NVIDIA A10G", 22.1, "A10"),
         ("Tesla T4", 14.6, "T4"),
         ("AMD Instinct MI300X", 191.7, "MI300X"),
     ],
@@ -88,4 +90,6 @@ def test_a_device_is_found_by_what_the_driver_calls_it(device, memory_gib, name)
 
 def test_an_unknown_device_is_not_taken_for_another():
     assert match_gpu("NVIDIA GeForce RTX 4090", 24 * 2**30, load_hardware()) is None
+    assert match_gpu("NVIDIA L40", 44.4 * 2**30, load_hardware()) is None
+    assert match_gpu("NVIDIA H100 NVL", 93.1 * 2**30, load_hardware()) is None
     assert match_gpu("NVIDIA H100 PCIe MIG 1g.10gb", 10 * 2**30, load_hardware()) is None

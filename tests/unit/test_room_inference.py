@@ -24,7 +24,8 @@ def test_another_name_is_an_attribute_error():
 @pytest.mark.parametrize(
     "module",
     ["inference", "inference.weights", "inference.detokenise", "inference.end_tokens",
-     "inference.backends", "inference.backends.dummy", "inference.llm", "inference.gguf"],
+     "inference.backends", "inference.backends.dummy", "inference.llm", "inference.gguf",
+     "inference.tiers"],
 )  # fmt: skip
 def test_light_modules_leave_torch_alone(module):
     code = f"import sys, {module}; assert not {{'torch', 'transformers'}} & set(sys.modules)"

@@ -220,6 +220,20 @@ def test_tensor_parallel_that_does_not_divide_the_kv_heads_names_the_heads():
             )
 
 
+@pytest.mark.parametrize(("num_gpus", "size"), [(3, 2), (5, 4), (7, 4)])
+def test_a_machine_with_an_odd_number_of_gpus_may_share_a_model_over_some_of_them(num_gpus, size):
+    local = replace(GPUS["H100"], max_count=num_gpus, gpus_per_host=num_gpus)
+    tier = choose_tier(LLAMA_70B, [local], WORKLOAD, options=Options(quantizations=("none",)))
+    assert (tier.offload, tier.tensor_parallel_size, tier.num_gpus) == ("none", size, size)
+
+
+def test_a_replica_over_several_hosts_takes_whole_ones():
+    small_hosts = [replace(GPUS["H100"], gpus_per_host=3)]
+    options = Options(quantizations=("none",), backend="paged")
+    for tier in size_model(LLAMA_70B, small_hosts, WORKLOAD, options=options).tiers:
+        assert tier.num_gpus <= 3
+
+
 def test_a_235b_model_at_full_precision_on_h100s_is_refused_for_its_heads_and_its_size():
     sizing = size_model(QWEN3_235B, [GPUS["H100"]], WORKLOAD, options=Options(backend="paged"))
     refusal = next(r for r in sizing.refusals if r.quantization == "none" and r.num_gpus == 8)
@@ -273,6 +287,18 @@ def test_whatever_the_sizing_offers_a_backend_accepts(model, stored):
     assert sizing.tiers or (model, stored) == ("experts 235B", "fp8")  # in bfloat16 on one GPU
 
 
+def test_what_only_the_transformers_backend_runs_is_refused_where_paged_or_an_fp8_cache_is_asked_for():
+    softcapped = shape(42, 3584, 14336, 16, 8, family="gemma2")
+    stored = shape(36, 4096, 12288, 32, 8, quantization_config=STORED["gptq"])
+    for model, kind in ((softcapped, "model_type gemma2"), (stored, "gptq")):
+        plain = Options(quantizations=("none",), backend="paged")
+        with pytest.raises(EngineConfigError, match=f"does not run {kind}; use"):
+            choose_tier(model, [GPUS["H100"]], WORKLOAD, options=plain)
+        small = Options(quantizations=("none",), kv_cache_dtype="fp8")
+        with pytest.raises(EngineConfigError, match="no KV cache in fp8; use auto"):
+            choose_tier(model, [GPUS["H100"]], WORKLOAD, options=small)
+
+
 def test_a_checkpoint_in_fp8_blocks_may_run_in_fp8_and_else_takes_its_full_size():
     stored = replace(QWEN3_8B, stored_quantization="fp8", stored_bits=8.0)
     for quantization in ("none", "fp8"):
@@ -291,6 +317,61 @@ def test_the_zero_backend_can_be_asked_for_although_the_model_fits():
     tier = choose_tier(QWEN3_8B, [GPUS["H100"]], WORKLOAD, options=Options(backend="zero"))
     assert (tier.backend, tier.offload) == ("zero", "cpu")
     assert "stay on cpu" in tier.reason
+
+
+@pytest.mark.parametrize("size", [3, 5, 16])
+@pytest.mark.parametrize("model", [QWEN3_8B, LLAMA_70B], ids=["8B", "70B"])
+def test_a_named_number_of_gpus_that_the_heads_do_not_allow_is_refused_not_offloaded(model, size):
+    options = Options(quantizations=("none",), tensor_parallel_size=size)
+    refused = rf"{size}x H100, none: tensor parallel {size} does not divide 8 KV heads .* nearest"
+    with pytest.raises(EngineConfigError, match=refused):
+        choose_tier(model, [GPUS["H100"]], WORKLOAD, options=options)
+
+
+@pytest.mark.parametrize("size", [3, 16])
+def test_more_gpus_than_there_are_is_refused_with_how_many_there_are(size):
+    local = replace(GPUS["H100"], max_count=2, gpus_per_host=2)
+    for backend in ("auto", "paged", "zero"):
+        options = Options(quantizations=("none",), tensor_parallel_size=size, backend=backend)
+        with pytest.raises(EngineConfigError, match=rf"{size}x H100, none: a run may take 2 of"):
+            choose_tier(QWEN3_8B, [local], WORKLOAD, options=options)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "size", "offload"),
+    [(QWEN3_8B, "T4", 1, "cpu"), (LLAMA_70B, "H100", 1, "nvme"), (QWEN3_235B, "H100", 2, "nvme")],
+)
+def test_where_memory_is_missing_offloaded_weights_keep_to_the_named_number(
+    model, gpu, size, offload
+):
+    options = Options(quantizations=("none",), tensor_parallel_size=size)
+    tiers = size_model(model, [GPUS[gpu]], WORKLOAD, options=options).tiers
+    assert [(t.num_gpus, t.replicas, t.offload) for t in tiers] == [(size, 1, offload)]
+    reason = choose_tier(model, [GPUS[gpu]], WORKLOAD, options=options).reason
+    assert f"the weights stay on {offload}" in reason
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "message"),
+    [
+        ("T4", {"tensor_parallel_size": 1, "replicas": 2}, "at tensor parallel 1 a GPU needs 16.4"),
+        ("T4", {"backend": "zero", "replicas": 2}, "runs one replica and 2 are asked for"),
+        ("H100", {"backend": "zero", "tensor_parallel_size": 16}, "one host, of 8 GPUs"),
+        ("H100", {"backend": "zero", "quantizations": ("fp8",)}, "use quantization none"),
+        ("H100", {"backend": "zero", "kv_cache_dtype": "fp8"}, "no KV cache in fp8; use auto"),
+    ],
+)
+def test_offloaded_weights_that_no_backend_would_run_are_refused(gpu, options, message):
+    fixed = Options(**{"quantizations": ("none",)} | options)
+    with pytest.raises(EngineConfigError, match=message):
+        choose_tier(QWEN3_8B, [GPUS[gpu]], WORKLOAD, options=fixed)
+
+
+def test_offloaded_weights_that_the_host_cannot_hold_are_refused_with_the_arithmetic():
+    small = replace(GPUS["T4"], host_memory_bytes=8e9, nvme_bytes=10e9)
+    options = Options(quantizations=("none",), backend="zero", tensor_parallel_size=1)
+    with pytest.raises(EngineConfigError, match=r"16\.4 GB of weights .* there are 8\.0 and 10\.0"):
+        choose_tier(QWEN3_8B, [small], WORKLOAD, options=options)
 
 
 def test_no_hardware_is_refused():

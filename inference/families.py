@@ -1,0 +1,57 @@
+"""What the engine can do with a kind of model, by its config.json; no torch here, so that sizing asks too."""
+
+from collections.abc import Mapping
+from typing import Any
+
+FUSED_MODEL_TYPES = frozenset({"qwen3", "qwen3_moe", "qwen2", "llama", "mistral"})
+"""Whose decoder layer is written on the fused operations, which fp8 needs."""
+
+FUSED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_BY_LONGEST_ROW = frozenset({"longrope", "dynamic"})
+"""Whose frequencies depend on the longest row of a batch."""
+
+EXPERT_MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
+"""Whose experts ranks can share."""
+
+UNCUT_MODEL_TYPES = frozenset(
+    {"glm", "glm4", "gpt_neox", "olmo2", "olmo3", "persimmon", "phi", "phi3", "starcoder2"}
+)
+"""Whose linears no rule of tensor parallel covers (fused q, k and v, other names), or whose norms are over all heads."""
+
+UNSUPPORTED_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+# Families that scale logits or attention scores also where their config.json does not say so.
+_SCALED_MODEL_TYPES = frozenset({"gemma2", "cohere", "cohere2", "gpt_oss"})
+
+
+def rope_types(rope: Mapping[str, Any]) -> set[str]:
+    """Return the rope types of all layers; parameters may be nested, one set per type of layer."""
+    nested = [value for value in rope.values() if isinstance(value, Mapping)]
+    return {str(part.get("rope_type") or part.get("type")) for part in (rope, *nested)}
+
+
+def is_paged(config: Mapping[str, Any]) -> bool:
+    """Whether the paged backend can run a text model of this config.json; the transformers backend can anyway."""
+    scales = (config.get(name) for name in (*UNSUPPORTED_SCALES, "attn_logit_softcapping"))
+    return (
+        config.get("model_type") not in _SCALED_MODEL_TYPES
+        and all(scale in (None, 1) for scale in scales)
+        and set(config.get("layer_types") or ()) <= PAGED_LAYER_TYPES
+        and not rope_types(_rope(config)) & ROPE_BY_LONGEST_ROW
+    )
+
+
+def is_fused(config: Mapping[str, Any]) -> bool:
+    """Whether the paged backend runs a text model of this config.json on its fused operations."""
+    rope = _rope(config)
+    return (
+        config.get("model_type") in FUSED_MODEL_TYPES
+        and config.get("hidden_act", "silu") == "silu"
+        and (rope.get("rope_type") or rope.get("type") or "default") in FUSED_ROPE_TYPES
+        and config.get("partial_rotary_factor") in (None, 1)
+    )
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
