@@ -224,6 +224,11 @@ def _stored_quantization(config: Mapping[str, Any]) -> tuple[str | None, float |
         return method, bits + ((16 + bits) / group if group > 0 else 0)
     if method == "bitsandbytes":
         return method, 8 * QUANTIZED_BYTES["nf4" if stored.get("load_in_4bit") else "int8"]
+    if method == "fp8" and not stored.get("weight_block_size"):
+        raise ModelError(
+            "weights are stored as fp8 without weight_block_size, which no backend reads; "
+            "use a checkpoint in blocks of 128x128, or the unquantised one with fp8"
+        )
     if method == "fp8":
         return method, 8.0
     raise ModelError(

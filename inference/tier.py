@@ -21,7 +21,7 @@ class Tier:
     dtype: str
     kv_cache_dtype: str
     backend: str
-    """paged, or zero when weights pass through the GPU once a step."""
+    """paged, transformers for what paged does not run, or zero when weights pass through the GPU once a step."""
 
     offload: str
     """Where the weights live: none (on the GPU), cpu or nvme."""

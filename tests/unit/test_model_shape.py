@@ -171,7 +171,8 @@ def test_a_sliding_window_is_noted_only_when_it_is_in_use():
 
 def test_weights_stored_quantised_are_sized_as_they_are_loaded():
     config = PUBLISHED["Qwen3-8B"][0]
-    fp8 = model_shape(config | {"quantization_config": {"quant_method": "fp8"}})
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    fp8 = model_shape(config | {"quantization_config": blocks})
     gptq = model_shape(
         config | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
     )
@@ -191,6 +192,7 @@ def test_weights_stored_quantised_are_sized_as_they_are_loaded():
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"kv_lora_rank": 512}, "multi-head latent attention"),
         ({"quantization_config": {"quant_method": "quip"}}, "'quip'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8 without weight_block_size"),
         ({"num_experts": 8}, "num_experts_per_tok is None"),
     ],
 )
