@@ -8,6 +8,7 @@ Under tensor parallel the weights are this rank's partitions (`inference.partiti
 T tokens   D hidden size   R rows   C columns of the vocabulary   N query heads   K KV heads   H head dim
 """
 
+import inspect
 from types import ModuleType
 from typing import Any, cast
 
@@ -53,6 +54,7 @@ class PagedModel:
 
         self._cache: KVCache | None = None
         self._batch: Batch | None = None
+        self._num_attended = 0
         self._embedding: Tensor = model.get_input_embeddings().weight
         self.vocabulary = WholeVocabulary(self._embedding.shape[0])
         self._head, self._head_bias = self._take_head(model.get_output_embeddings())
@@ -68,6 +70,7 @@ class PagedModel:
                 f"engine.backend is paged: {self.config.model_type} does not use transformers' "
                 f"attention interface; use transformers"
             )
+        _refuse_what_does_not_fit(model, self.config)
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.nightjar_model = _Reference(self)
@@ -130,13 +133,18 @@ class PagedModel:
 
     def hidden(self, batch: Batch, last_token: Tensor) -> Tensor:
         """Return the final hidden states [T,D] of a batch, storing its keys and values."""
-        self._batch = batch
+        self._batch, self._num_attended = batch, 0
         output = self._model.base_model(
             # Not their embeddings: an embedding module may do more than look up, such as scale.
             input_ids=self._ops.token_ids(batch, last_token)[None],
             position_ids=batch.positions.long()[None],
             use_cache=False,
         )
+        if self._num_attended != self.config.num_hidden_layers:
+            raise EngineConfigError(
+                f"engine.backend is paged: {self.config.model_type} attends {self._num_attended} times "
+                f"in {self.config.num_hidden_layers} layers; use transformers"
+            )
         return cast(Tensor, output.last_hidden_state[0])
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -149,6 +157,7 @@ class PagedModel:
         """Store k and v [1,K,T,H] and attend with q [1,N,T,H]; return [1,T,N,H]."""
         assert self._cache is not None, "attach a cache first"
         assert self._batch is not None, "attention outside `hidden`"
+        self._num_attended += 1
         k_cache, v_cache = self._cache.layer(layer)
         q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
         self._ops.store(k_TKH, v_TKH, self._batch, k_cache, v_cache)
@@ -287,6 +296,22 @@ def _refuse_what_is_unknown(config: Any) -> None:
             f"engine.backend is paged: {config.model_type} has rope_type {by_longest_row.pop()}, whose "
             f"frequencies depend on the longest row of a batch; use transformers"
         )
+
+
+def _refuse_what_does_not_fit(model: Any, config: Any) -> None:
+    """Refuse classes that would run, and give other tokens than their own."""
+    attention = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
+        found = "counts positions itself"
+    elif set(model.children()) != {model.base_model, model.get_output_embeddings()}:
+        found = "has an output head of several layers"
+    elif any(getattr(module, "is_causal", True) is False for module in attention):
+        found = "attends to later tokens"
+    else:
+        return
+    raise EngineConfigError(
+        f"engine.backend is paged: {config.model_type} {found}; use transformers"
+    )
 
 
 def _register() -> None:

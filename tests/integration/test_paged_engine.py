@@ -62,6 +62,44 @@ def test_a_model_with_attention_of_its_own_is_refused_by_name(config):
         make_paged_model(model)
 
 
+NO_GROUPS = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (transformers.BertConfig(**NO_GROUPS, is_decoder=True), "bert has an output head of sev"),
+        (
+            transformers.MBartConfig(
+                vocab_size=VOCAB,
+                d_model=32,
+                decoder_layers=2,
+                decoder_attention_heads=4,
+                decoder_ffn_dim=48,
+                is_decoder=True,
+                is_encoder_decoder=False,
+            ),
+            "mbart counts positions itself",
+        ),
+        (
+            transformers.Gemma3TextConfig(**COMMON, head_dim=8, use_bidirectional_attention=True),
+            "gemma3_text attends to later tokens",
+        ),
+    ],
+)
+def test_a_class_that_would_give_other_tokens_is_refused_by_name(config, words):
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(EngineConfigError, match=words):
+        make_paged_model(model)
+
+
+def test_attention_that_is_asked_twice_in_a_layer_is_refused():
+    config = transformers.DiffLlamaConfig(**COMMON)
+    model = make_paged_model(transformers.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(EngineConfigError, match="diffllama attends 4 times in 2 layers"):
+        run(model, sequences_of(prompts_of(1)), settings_of())
+
+
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope",
