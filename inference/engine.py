@@ -9,7 +9,7 @@ for stop strings, decoding finished completions) happens while the device comput
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class PagedEngine:
         return len(self._lanes)
 
     @property
-    def seq_ids(self) -> Iterable[int]:
+    def seq_ids(self) -> Collection[int]:
         """Numbers of the unfinished sequences."""
         return self._lanes.keys()
 

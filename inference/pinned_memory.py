@@ -20,6 +20,9 @@ _lock = threading.Lock()
 _free: dict[int, list[torch.Tensor]] = defaultdict(list)
 """By their bytes."""
 
+_registered: list[torch.Tensor] = []
+"""All there is: were one let go of, CUDA would take whatever is mapped in its place for it."""
+
 
 def take_pinned(num_bytes: int) -> torch.Tensor:
     """Return pinned memory, flat uint8 and page-aligned, with whatever is in it; `num_bytes` are whole pages."""
@@ -29,6 +32,7 @@ def take_pinned(num_bytes: int) -> torch.Tensor:
     memory = _touched(num_bytes)
     code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)  # type: ignore[no-untyped-call]
     if int(code) == 0:
+        _registered.append(memory)
         return memory
     _forget_error()  # a driver or a sandbox that cannot register: slower
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)

@@ -12,7 +12,8 @@ class EngineKnobs:
     """The engine's knobs, under vLLM's names."""
 
     backend: Backend = "auto"
-    """What runs the model: paged, zero, transformers or dummy; auto: paged on CUDA, else transformers."""
+    """What runs the model: paged, zero, transformers or dummy; auto: transformers on the CPU; on GPUs, those of
+    the replicas, paged, or zero where they cannot hold the weights, or transformers for what paged cannot run."""
 
     max_num_seqs: int | Auto = "auto"
     """Most sequences running at once; auto: what the memory holds."""

@@ -1,9 +1,14 @@
 """Backends: implementations of one protocol (`base.Backend`), chosen by name and imported lazily."""
 
+import logging
+from dataclasses import replace
+
 from inference.arriving import Arriving
 from inference.backends.base import Backend, BackendInfo, EngineStats
 from inference.config import EngineConfig
-from inference.weights import SmallFiles
+from inference.weights import SmallFiles, check_small_files
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Backend",
@@ -47,6 +52,27 @@ def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = Tr
         check_quantization(folder, config, name, is_here=is_here)
 
 
+def with_dtype_of_device(config: EngineConfig) -> EngineConfig:
+    """Return the config with float16 in place of a bfloat16 that this machine's GPU has not, such as a T4.
+
+    Raises:
+        ModelError: the model's config.json cannot be read.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0):
+        return config
+    dtype: str = config.dtype
+    if dtype == "auto":
+        found = check_small_files(config.model).config
+        found = {**found, **(found.get("text_config") or {})}
+        dtype = str(found.get("dtype") or found.get("torch_dtype")).removeprefix("torch.")
+    if dtype != "bfloat16":
+        return config
+    logger.warning("%s has no bfloat16: weights run in float16", torch.cuda.get_device_name())
+    return replace(config, dtype="float16")
+
+
 def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) -> Backend:
     """Load the model and build the backend the config names.
 
@@ -63,6 +89,7 @@ def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) ->
         from inference.backends.dummy import DummyBackend
 
         return DummyBackend(config)
+    config = with_dtype_of_device(config)
     if name == "paged" and config.tensor_parallel_size == 1:
         from inference.backends.paged import PagedBackend
 

@@ -2,10 +2,10 @@
 
 import gc
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -123,8 +123,7 @@ class PagedBackend:
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Take sequences; see `inference.backends.checks.check_sequence` for what is refused."""
         engine = self._running_engine()
-        seq_ids = cast(Container[int], engine.seq_ids)
-        engine.submit(check_sequences(sequences, seq_ids, self._info.max_model_len))
+        engine.submit(check_sequences(sequences, engine.seq_ids, self._info.max_model_len))
 
     def step(self) -> list[Completion]:
         """Launch the next forward pass and return what an earlier one finished.
