@@ -126,6 +126,8 @@ class Scheduler:
         """Take out a sequence that ended before its last allowed token. Safe if it has left already."""
         self._load.num_work_tokens -= max(0, running.num_expected_tokens - num_completion_tokens)
         if not running.is_finished:
+            if running.row >= 0:
+                self._finish_at[running.last_step].remove(running)
             self._leave(running)
 
     def restart(

@@ -119,7 +119,8 @@ class WeightFileReader:
         return skipped
 
     def mapped(self, entry: Entry) -> torch.Tensor:
-        """The whole tensor over a private mapping of the file; pages are read when touched."""
+        """The whole tensor over a private mapping of the file; pages are read when touched. Raises ModelError."""
+        self._check_length(entry.offset + entry.dtype.itemsize * torch.Size(entry.shape).numel())
         with self._lock:
             if self._map is None:
                 self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
@@ -136,9 +137,7 @@ class WeightFileReader:
             os.close(self._direct_fd)
 
     def _copy(self, offset: int, count: int, buffer: memoryview) -> None:
-        # Touching a page past the end would be the end of the process.
-        if (size := os.fstat(self._fd).st_size) < offset + count:
-            raise ModelError(f"{self.path}: ends at byte {size}; stage it again")
+        self._check_length(offset + count)
         with self._lock:
             try:
                 self._memory = self._memory or _MappedFile(self._fd)
@@ -146,6 +145,11 @@ class WeightFileReader:
                 raise ModelError(f"{self.path}: cannot be mapped: {error.strerror}") from error
         target = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         ctypes.memmove(target, self._memory.address + offset, count)
+
+    def _check_length(self, num_bytes: int) -> None:
+        """Before a mapping is read: touching a page past the file's end would be the end of the process."""
+        if (size := os.fstat(self._fd).st_size) < num_bytes:
+            raise ModelError(f"{self.path}: ends at byte {size}; stage it again")
 
     def _fill(self, fd: int, offset: int, view: memoryview, needed: int) -> None:
         """Read at least `needed` bytes into `view`; O_DIRECT asks for whole pages, past the end too."""

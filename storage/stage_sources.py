@@ -149,6 +149,12 @@ class S3Source:
         if found != expected:
             body.close()
             raise StoreUnavailable(f"{where}: asked for {expected}, was given {found}")
+        etag = reply.get("ETag", file.etag).strip('"')
+        if etag != file.etag:  # a store that does not heed If-Match
+            body.close()
+            raise InputChanged(
+                f"{where}: changed while it was copied: ETag {file.etag} became {etag}"
+            )
         return body
 
     def _where(self, file: SourceFile) -> str:

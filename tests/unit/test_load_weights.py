@@ -123,6 +123,17 @@ def test_a_file_cut_while_it_is_read_is_an_error_not_garbage(paths: list[Path]) 
     reader.close()
 
 
+def test_a_slice_across_rows_of_a_file_that_was_cut_is_an_error_not_the_end_of_the_process(
+    paths: list[Path],
+) -> None:
+    reader = WeightFileReader(paths[0], direct=False)
+    entry = next(entry for entry in reader.entries if entry.name == "big")
+    os.truncate(paths[0], entry.offset + 100)
+    with pytest.raises(ModelError, match=r"a\.safetensors: ends at byte"):
+        reader.mapped(entry)
+    reader.close()
+
+
 def test_whoever_stops_early_leaves_nothing_running(paths: list[Path]) -> None:
     weights = load_weights(paths, method="parallel")
     next(weights)

@@ -1,3 +1,4 @@
+import io
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +8,10 @@ import boto3
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
+from botocore.response import StreamingBody
 from botocore.stub import Stubber
 from moto import mock_aws
+from urllib3 import HTTPResponse
 
 from storage import probe
 from storage.checksums import Checksum
@@ -17,6 +20,7 @@ from storage.errors import (
     AccessDenied,
     AlreadyExists,
     CorruptObject,
+    InputChanged,
     NotFound,
     PreconditionFailed,
     StorageError,
@@ -247,3 +251,19 @@ def test_a_checksum_of_the_parts_checksums_promises_nothing_of_a_source_s_bytes(
             stub.add_response("head_object", reply)
             (found,) = S3Source("s3://b/m/", client).describe([listed])
         assert found.checksum == promised
+
+
+class HeedlessClient:
+    """Of a store that gives the object there is, whatever If-Match asks for."""
+
+    def get_object(self, **asked: str) -> dict[str, Any]:
+        assert asked["IfMatch"] == '"old"'
+        body = StreamingBody(HTTPResponse(io.BytesIO(b"abcd"), preload_content=False), 4)
+        return {"Body": body, "ContentRange": "bytes 0-3/8", "ETag": '"new"'}
+
+
+def test_an_object_replaced_between_its_ranges_is_refused_by_whoever_the_store_does_not_ask():
+    source = S3Source("s3://bucket/model", HeedlessClient())
+    file = SourceFile(name="model.safetensors", size=8, etag="old")
+    with pytest.raises(InputChanged, match="ETag old became new"):
+        source.open_range(file, 0, 4)

@@ -295,6 +295,12 @@ def test_prefill_fills_steps_up_to_sizes_they_are_computed_at_and_keeps_the_even
     assert sum(prefilled) / len(prefilled) == pytest.approx(12, abs=3)
 
 
+def test_sequences_that_end_early_are_not_kept_until_their_last_allowed_step():
+    driver = Driver(ends=dict.fromkeys(range(40), 3), max_num_seqs=4, max_num_batched_tokens=64)
+    driver.run([sequence_of(i, [i] * 6, 900, ignore_eos=False) for i in range(40)])
+    assert not any(driver.scheduler._finish_at.values())
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_restarting_a_step_computes_it_again(count):
     driver = Driver(max_num_seqs=8, max_num_batched_tokens=64)
