@@ -1,14 +1,10 @@
 """Backends: implementations of one protocol (`base.Backend`), chosen by name and imported lazily."""
 
-import logging
-from dataclasses import replace
-
 from inference.arriving import Arriving
 from inference.backends.base import Backend, BackendInfo, EngineStats
 from inference.config import EngineConfig
-from inference.weights import SmallFiles, check_small_files
-
-logger = logging.getLogger(__name__)
+from inference.device_dtype import with_dtype_of_device
+from inference.weights import SmallFiles
 
 __all__ = [
     "Backend",
@@ -50,27 +46,6 @@ def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = Tr
 
         check_offload(config, name, is_here=is_here)
         check_quantization(folder, config, name, is_here=is_here)
-
-
-def with_dtype_of_device(config: EngineConfig) -> EngineConfig:
-    """Return the config with float16 in place of a bfloat16 that this machine's GPU has not, such as a T4.
-
-    Raises:
-        ModelError: the model's config.json cannot be read.
-    """
-    import torch
-
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0):
-        return config
-    dtype: str = config.dtype
-    if dtype == "auto":
-        found = check_small_files(config.model).config
-        found = {**found, **(found.get("text_config") or {})}
-        dtype = str(found.get("dtype") or found.get("torch_dtype")).removeprefix("torch.")
-    if dtype != "bfloat16":
-        return config
-    logger.warning("%s has no bfloat16: weights run in float16", torch.cuda.get_device_name())
-    return replace(config, dtype="float16")
 
 
 def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) -> Backend:

@@ -1,22 +1,19 @@
 """How a job's settings and a pod's environment become the ranks of a replica."""
 
 import dataclasses
-import json
-import shutil
 from typing import Any
 
 import pytest
 import torch
 
-from inference.backends import resolve_backend, with_dtype_of_device
-from inference.config import DistributedConfig, EngineConfig
+from inference.backends import resolve_backend
+from inference.config import DistributedConfig
 from inference.errors import EngineConfigError
 from tasks.job import InputConfig, ModelConfig, OutputConfig, RunConfig
 from tasks.job_machine import EngineKnobs
 from tasks.model import open_model
 from tasks.progress import Progress
 from tasks.ranks import distributed_of
-from tests.pipeline import MODELS
 from tests.processes import REPOSITORY
 
 
@@ -27,30 +24,6 @@ def job(**engine: Any) -> RunConfig:
         output=OutputConfig(uri="out"),
         engine=EngineKnobs(**engine),
     )
-
-
-@pytest.mark.parametrize(
-    ("capability", "asked", "stored", "dtype"),
-    [
-        ((7, 5), "auto", "bfloat16", "float16"),
-        ((7, 5), "bfloat16", "float32", "float16"),
-        ((7, 5), "auto", "float32", "auto"),
-        ((7, 5), "float32", "bfloat16", "float32"),
-        ((8, 0), "auto", "bfloat16", "auto"),
-    ],
-)
-def test_a_gpu_without_bfloat16_runs_in_float16(
-    capability, asked, stored, dtype, monkeypatch, tmp_path
-):
-    folder = shutil.copytree(MODELS / "tiny-a", tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": stored}))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    found = with_dtype_of_device(EngineConfig(model=str(folder), dtype=asked))
-    assert found.dtype == dtype
 
 
 def test_a_pod_of_several_finds_the_first_one(monkeypatch):
