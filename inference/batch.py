@@ -115,6 +115,9 @@ class Batch:
 
     num_tiles: int = 0
 
+    spans: Any = None
+    """What `kernels.plain_attention` works out in a step's first layer."""
+
     def chunks(self) -> Iterator[list[int]]:
         """Yield the prefill tiles of this batch as lists, for `kernels.plain`."""
         for tile in self.tiles[: self.num_tiles].tolist():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.batch import Batch
+from inference.kernels.plain_attention import attention as attention
 
 FP8_MAX = 448.0
 """Largest number in e4m3."""
@@ -149,59 +150,3 @@ def store(k_TKH: Tensor, v_TKH: Tensor, batch: Batch, k_cache: Tensor, v_cache: 
     block, offset = slots // block_size, slots % block_size
     k_cache[block, :, offset] = k_TKH.to(k_cache.dtype)
     v_cache[block, :, offset] = v_TKH.to(v_cache.dtype)
-
-
-def attention(
-    q_TNH: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: Batch,
-    *,
-    scale: float,
-    window: int = 0,
-) -> Tensor:
-    """Attend each token to its own sequence's tokens up to itself, the last `window` only; return [T,N,H]."""
-    out = torch.zeros_like(q_TNH)
-    num_rows = batch.num_decodes
-    if num_rows:
-        slots = batch.row_slot[:num_rows].long()
-        lens = batch.row_len[:num_rows].long()
-        out[:num_rows] = _attend(
-            q_TNH[:num_rows, None], k_cache, v_cache, batch.block_table[slots], lens, scale, window
-        )[:, 0]
-    for slot, _, end, first, count, *_ in batch.chunks():
-        table = batch.block_table[slot : slot + 1]
-        lens = torch.tensor([end], device=q_TNH.device)
-        q = q_TNH[None, first : first + count]
-        out[first : first + count] = _attend(q, k_cache, v_cache, table, lens, scale, window)[0]
-    return out
-
-
-def _attend(
-    q_BQNH: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    table: Tensor,
-    lens_B: Tensor,
-    scale: float,
-    window: int,
-) -> Tensor:
-    """Attend Q tokens a row, the last one at lens - 1, to their block tables' keys; return [B,Q,N,H]."""
-    block_size = k_cache.shape[2]
-    num_queries = q_BQNH.shape[1]
-    longest = int(lens_B.max())
-    blocks = table[:, : -(-longest // block_size)].long()
-    k = k_cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :longest].to(q_BQNH.dtype)
-    v = v_cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :longest].to(q_BQNH.dtype)
-    at_L = torch.arange(longest, device=q_BQNH.device)
-    last_BQ = lens_B[:, None] - num_queries + torch.arange(num_queries, device=q_BQNH.device)
-    mask = at_L <= last_BQ[..., None]
-    if window:
-        mask &= at_L > last_BQ[..., None] - window
-    # What is past a row's end may be anything, NaN included, and 0 * NaN is NaN.
-    is_past = (at_L >= lens_B[:, None])[:, None, :, None]
-    k, v = k.masked_fill(is_past, 0.0), v.masked_fill(is_past, 0.0)
-    result: Tensor = F.scaled_dot_product_attention(
-        q_BQNH.transpose(1, 2), k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=True
-    )
-    return result.transpose(1, 2)
