@@ -22,6 +22,7 @@ _OURS = (
     "hardware.provider",
     "hardware.placement",
     "hardware.stage_to",
+    "hardware.stage_budget",
 )
 
 

@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from inference.errors import printable
 from storage.endpoints import refuse_password
 from storage.errors import BadInput
+from storage.sizes import parse_bytes
 from tasks.job import InputConfig, ModelConfig, OutputConfig, RunConfig
 
 _SECRET = re.compile(r"(?i)token|secret|passw|credential|(api|access|private)_?key")
@@ -128,6 +129,10 @@ def _check_amounts(job: RunConfig) -> None:
         value = attrgetter(name)(job)
         if value is not None and not 0 <= value <= 1:
             raise refuse(name, "a share from 0 to 1")
+    try:
+        parse_bytes(job.hardware.stage_budget, name="hardware.stage_budget")
+    except BadInput as error:
+        raise JobError(str(error)) from None
     port = job.metrics.port
     if port is not None and not 1 <= port <= _MAX_PORT:
         raise refuse("metrics.port", f"from 1 to {_MAX_PORT}")

@@ -32,6 +32,7 @@ _ENGINE_FIELDS = (
 def stage(args: argparse.Namespace) -> int:
     """Stage, list, pin or evict models on this machine."""
     from storage import model_caches
+    from storage.sizes import parse_bytes
     from tasks.stage import as_json, describe, describe_entries, describe_evictions
     from tasks.stage import stage as stage_model
 
@@ -52,7 +53,10 @@ def stage(args: argparse.Namespace) -> int:
         model_caches.pin(args.model, pinned=False, roots=roots)
         print_document(args, {"unpinned": args.model}, f"{args.model}: may be evicted again")
         return EXIT_OK
-    with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
+    budget_bytes = parse_bytes(args.budget, name="--budget")
+    with stage_model(
+        args.model, storage=storage_of(args), stage_to=args.to, budget_bytes=budget_bytes
+    ) as staged:
         if args.pin:
             model_caches.pin(staged.content_id, roots=roots)
         print_document(args, _plain(as_json(staged.report)), describe(staged.report))

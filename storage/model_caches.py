@@ -87,9 +87,24 @@ def evict(model: str, *, roots: Iterable[Path] | None = None) -> list[Eviction]:
     ]
 
 
-def gc(*, min_age_s: float = 3600.0, roots: Iterable[Path] | None = None) -> list[Eviction]:
-    """Delete partial models that nobody has worked on for `min_age_s`, and half-deleted ones."""
-    return [eviction for cache in _caches(roots) for eviction in cache.gc(min_age_s=min_age_s)]
+def gc(
+    *,
+    min_age_s: float = 3600.0,
+    budget_bytes: int | None = None,
+    dry_run: bool = False,
+    roots: Iterable[Path] | None = None,
+) -> list[Eviction]:
+    """Delete partial models that nobody has worked on for `min_age_s`, and half-deleted ones.
+
+    Args:
+        budget_bytes: most bytes of a cache; its least recently used models go until it keeps to that.
+        dry_run: only say what would go.
+    """
+    return [
+        eviction
+        for cache in _caches(roots)
+        for eviction in cache.gc(min_age_s=min_age_s, budget_bytes=budget_bytes, dry_run=dry_run)
+    ]
 
 
 def _caches(roots: Iterable[Path] | None) -> list[ModelCache]:

@@ -10,6 +10,7 @@ from storage.errors import AccessDenied, NoSpace
 from storage.model_cache import CacheEntry, Eviction
 from storage.object_store import DEFAULT_STORAGE, StorageConfig
 from storage.peek import Peeked, Spans, peek_model
+from storage.sizes import parse_bytes
 from storage.stage_report import StageReport
 from storage.staging import DEFAULT_ENGINE_BYTES, StagedModel, find_model, stage_model
 from tasks.job import RunConfig
@@ -91,6 +92,7 @@ def stage_for(
         stage_to=job.hardware.stage_to,
         dtype=job.model.dtype,
         reserve_bytes=reserve_bytes,
+        budget_bytes=parse_bytes(job.hardware.stage_budget, name="hardware.stage_budget"),
         on_ready=on_ready,
         on_file=on_file,
         on_progress=on_progress,
@@ -198,12 +200,13 @@ def describe_entries(entries: list[CacheEntry]) -> str:
     return "\n".join(lines)
 
 
-def describe_evictions(evictions: list[Eviction]) -> str:
-    """What `--evict` and `gc` did, a line each."""
+def describe_evictions(evictions: list[Eviction], *, dry_run: bool = False) -> str:
+    """What `--evict` and `gc` did, or would do, a line each."""
+    verb = "would be evicted, {} to be freed" if dry_run else "evicted, {} freed"
     lines = [
         f"{eviction.content_id}: kept, {eviction.kept_because}"
         if eviction.kept_because
-        else f"{eviction.content_id}: evicted, {_gb(eviction.freed_bytes)} freed"
+        else f"{eviction.content_id}: {verb.format(_gb(eviction.freed_bytes))}"
         for eviction in evictions
     ]
     return "\n".join(lines) or "nothing to evict"

@@ -51,3 +51,29 @@ def test_gc_takes_what_an_abandoned_staging_left(
     (gone,) = nightjar.call("gc", *where, "--json").document["evicted"]
     assert gone["content_id"] == "abandoned"
     assert not cache.path("abandoned").exists()
+
+
+def test_a_budget_evicts_the_least_recently_used_models(nightjar: Nightjar, tmp_path: Path) -> None:
+    models = [write_model(tmp_path / name, weight_bytes=100_000) for name in ("a", "b", "c")]
+    there = ["--to", str(tmp_path / "there")]
+    for seconds, model in enumerate(models[:2]):
+        content_id = nightjar.call("stage", str(model), *there, "--json").document["content_id"]
+        os.utime(tmp_path / "there" / "locks" / f"{content_id}.use", (seconds, seconds))
+    staged = nightjar.call("stage", str(models[2]), *there, "--budget", "500kB", "--json")
+    assert len(staged.document["evicted"]) == 1
+
+    def names() -> list[str]:
+        found = nightjar.call("stage", "--list", *there, "--json").document["models"]
+        return [Path(entry["source"]).name for entry in found]
+
+    assert names() == ["b", "c"]
+    said = nightjar.call("gc", *there, "--budget", "300kB", "--dry-run")
+    assert "would be evicted, 0.2 MB to be freed" in said.out
+    assert names() == ["b", "c"], "only said"
+    (gone,) = nightjar.call("gc", *there, "--budget", "300kB", "--json").document["evicted"]
+    assert gone["kept_because"] == ""
+    assert names() == ["c"]
+    assert nightjar.call("stage", str(models[2]), *there, "--pin").code == 0
+    assert "kept, it is pinned" in nightjar.call("gc", *there, "--budget", "1kB").out
+    assert nightjar.call("gc", "some/run", "--budget", "1kB").code == 2
+    assert "--budget: 'x' is no size" in nightjar.call("gc", "--budget", "x").err
