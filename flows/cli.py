@@ -209,6 +209,15 @@ def _add_models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         commands, "bench", "measure an engine on this machine, completions of forced lengths"
     )
     _add_bench(bench)
+    for command in (stage, bench):
+        command.add_argument(
+            "--allow-code",
+            action="append",
+            default=[],
+            dest="allowed_code",
+            metavar="SHA256",
+            help="of a config file that may name code: it is not run, transformers' own class is loaded",
+        )
     for command in (stage, tiers, bench):
         _add_storage(command)
 

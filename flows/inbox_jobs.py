@@ -21,6 +21,7 @@ _OURS = (
     "reuse_from",
     "hardware.provider",
     "hardware.placement",
+    "model.allowed_code",
     "hardware.stage_to",
     "hardware.stage_budget",
 )

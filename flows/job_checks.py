@@ -56,6 +56,12 @@ def check_job(job: RunConfig) -> None:
             "model.trust_remote_code: Python code from model folders is never run; remove the key "
             "and use a model class that transformers ships"
         )
+    for digest in job.model.allowed_code:
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise JobError(
+                f"model.allowed_code: {clipped(digest)} is no SHA-256; give 64 digits of 0-9a-f, as "
+                "sha256sum prints them"
+            )
     _check_prompt(job)
     _check_names(job)
     _check_amounts(job)

@@ -55,7 +55,11 @@ def stage(args: argparse.Namespace) -> int:
         return EXIT_OK
     budget_bytes = parse_bytes(args.budget, name="--budget")
     with stage_model(
-        args.model, storage=storage_of(args), stage_to=args.to, budget_bytes=budget_bytes
+        args.model,
+        storage=storage_of(args),
+        stage_to=args.to,
+        budget_bytes=budget_bytes,
+        allowed_code=args.allowed_code,
     ) as staged:
         if args.pin:
             model_caches.pin(staged.content_id, roots=roots)
@@ -119,16 +123,22 @@ def _measure(args: argparse.Namespace) -> tuple[BackendInfo, list[MixResult]]:
     mixes = [parse_mix(text) for text in args.mixes or ["chat:64"]]
     if args.repeat < 1:
         raise JobError(f"--repeat is {args.repeat}; give 1 or more")
-    with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
+    with stage_model(
+        args.model,
+        storage=storage_of(args),
+        stage_to=args.to,
+        allowed_code=args.allowed_code,
+    ) as staged:
         config = EngineConfig(
             model=str(staged.path),
             backend=args.backend,
             dtype=args.dtype,
+            allowed_code=tuple(args.allowed_code),
             quantization=args.quantization,
             kv_cache_dtype=args.kv_cache_dtype,
             tensor_parallel_size=args.tensor_parallel_size,
         )
-        vocab_size = vocab_size_of(check_small_files(staged.path).config)
+        vocab_size = vocab_size_of(check_small_files(staged.path, args.allowed_code).config)
         if vocab_size is None:
             raise JobError(f"{args.model}: its config.json has no vocab_size; give a text model")
         backend = create_backend(config)

@@ -92,6 +92,7 @@ def stage_for(
         stage_to=job.hardware.stage_to,
         dtype=job.model.dtype,
         reserve_bytes=reserve_bytes,
+        allowed_code=job.model.allowed_code,
         budget_bytes=parse_bytes(job.hardware.stage_budget, name="hardware.stage_budget"),
         on_ready=on_ready,
         on_file=on_file,
@@ -106,6 +107,7 @@ def find_for(job: RunConfig) -> StagedModel | None:
             _unpacked(job.model.source),
             config=job.storage,
             stage_to=job.hardware.stage_to,
+            allowed_code=job.model.allowed_code,
             gguf_dtype=job.model.dtype,
         )
     except (AccessDenied, NoSpace):  # `stage_to` may be a folder that only replicas' machines have
@@ -114,7 +116,13 @@ def find_for(job: RunConfig) -> StagedModel | None:
 
 def look_at(job: RunConfig, folder: Path, spans: Spans) -> Peeked | None:
     """Look at the model of a job; see `storage.peek.peek_model`."""
-    return peek_model(_unpacked(job.model.source), folder, config=job.storage, spans=spans)
+    return peek_model(
+        _unpacked(job.model.source),
+        folder,
+        config=job.storage,
+        spans=spans,
+        allowed_code=job.model.allowed_code,
+    )
 
 
 def _unpacked(source: str) -> str:

@@ -38,8 +38,13 @@ def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = Tr
 
     Raises:
         EngineConfigError: with the remedy.
+        ModelError: only the folder's own code could load the model.
     """
     name = resolve_backend(config.backend, config.tensor_parallel_size)
+    if name != "dummy" and "auto_map" in folder.config:
+        from inference.model_classes import refuse_unknown_class
+
+        refuse_unknown_class(folder)
     if name == "zero":
         from inference.zero import check_zero
 
@@ -64,7 +69,7 @@ def with_dtype_of_device(config: EngineConfig) -> EngineConfig:
         return config
     dtype: str = config.dtype
     if dtype == "auto":
-        found = check_small_files(config.model).config
+        found = check_small_files(config.model, config.allowed_code).config
         found = {**found, **(found.get("text_config") or {})}
         dtype = str(found.get("dtype") or found.get("torch_dtype")).removeprefix("torch.")
     if dtype != "bfloat16":

@@ -61,6 +61,7 @@ def test_a_misspelt_key_names_the_nearest_known_one():
         ("run_id=../x", "run_id: got '../x'"),
         ("timezone=Mars/Olympus", "timezone: 'Mars/Olympus' is not known"),
         ("model.trust_remote_code=true", "never run"),
+        ("model.allowed_code=[abc]", "model.allowed_code: 'abc' is no SHA-256"),
         ("hardware.stage_budget=much", "hardware.stage_budget: 'much' is no size"),
         ("hardware.stage_budget=0", "hardware.stage_budget: '0' is no size above 0"),
         ("output=3", "output: expected a mapping"),
