@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from storage.destinations import (
     Destination,
+    EngineMemory,
     choose,
     describe,
     find_destinations,
@@ -141,7 +142,7 @@ def place_model(
     content_id: str,
     *,
     num_bytes: int,
-    engine_bytes: int,
+    engine: EngineMemory,
     budget_bytes: int | None = None,
     is_named: bool = False,
 ) -> Placement:
@@ -162,13 +163,13 @@ def place_model(
         if is_named:
             placement = Placement(places[0], f"staged to {places[0].cache.root}, as asked")
         else:
-            placement = _best(places, num_bytes, engine_bytes, budget_bytes)
+            placement = _best(places, num_bytes, engine, budget_bytes)
         placement.place.cache.path(content_id).mkdir(mode=0o700)
         return placement
 
 
 def _best(
-    places: list[Place], num_bytes: int, engine_bytes: int, budget_bytes: int | None
+    places: list[Place], num_bytes: int, engine: EngineMemory, budget_bytes: int | None
 ) -> Placement:
     memory = host_memory()
     destinations = []
@@ -180,7 +181,7 @@ def _best(
         destinations.append(replace(destination, free_bytes=room))
         if destination.kind == "memory":
             memory = memory._replace(available_bytes=memory.available_bytes + evictable)
-    choice = choose(num_bytes, engine_bytes=engine_bytes, memory=memory, destinations=destinations)
+    choice = choose(num_bytes, engine=engine, memory=memory, destinations=destinations)
     if choice.destination is None:
         raise NoSpace(f"the model fits nowhere: {choice.reason}; make room or add a disk")
     roots = [destination.root for destination in destinations]

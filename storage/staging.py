@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from storage.destinations import disk_kind
+from storage.destinations import EngineMemory, disk_kind
 from storage.disk_speed import disk_speed
 from storage.errors import BadInput, NoSpace
 from storage.hub_source import open_hub
@@ -32,7 +32,9 @@ from storage.stage_sources import LocalSource, open_ranged
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ENGINE_BYTES = 4 << 30
+PROCESS_BYTES = 4 << 30
+"""Of host memory, for an engine's process and its rows."""
+
 _WORTH_MEASURING_BYTES = 1 << 30
 
 
@@ -64,7 +66,7 @@ def stage_model(
     *,
     config: StorageConfig,
     stage_to: str = "auto",
-    reserve_bytes: int = DEFAULT_ENGINE_BYTES,
+    engine_memory: Callable[[int], EngineMemory] | None = None,
     budget_bytes: int | None = None,
     allowed_code: Collection[str] = (),
     convert_gguf: Callable[[Path, Path], object] | None = None,
@@ -82,7 +84,8 @@ def stage_model(
             or on S3).
         stage_to: auto (the fastest disk it fits), shm (memory only), nvme (local disks only), none
             (read in place), or a folder.
-        reserve_bytes: host memory that the engine will need beside weights in /dev/shm.
+        engine_memory: bytes of the weights -> host memory that the engine will need beside them if
+            they are in /dev/shm; default: of its process and rows alone.
         budget_bytes: most bytes that staged models may take in the chosen cache.
         allowed_code: SHA-256 of config files that may name Python classes (`auto_map`).
         convert_gguf: makes a model folder (second argument, to be created) from a GGUF file (first).
@@ -103,7 +106,7 @@ def stage_model(
     """
     staging = _Staging(
         stage_to=stage_to,
-        engine_bytes=reserve_bytes,
+        engine_memory=engine_memory or process_memory,
         budget_bytes=budget_bytes,
         options=FillOptions(
             allowed_code=frozenset(allowed_code),
@@ -140,8 +143,15 @@ def find_model(
     Args and errors are those of `stage_model`.
     """
     options = FillOptions(allowed_code=frozenset(allowed_code), gguf_dtype=gguf_dtype)
-    staging = _Staging(stage_to=stage_to, engine_bytes=0, budget_bytes=None, options=options)
+    staging = _Staging(
+        stage_to=stage_to, engine_memory=process_memory, budget_bytes=None, options=options
+    )
     return staging.run(source, config, only_near=True)
+
+
+def process_memory(weight_bytes: int) -> EngineMemory:
+    """What an engine needs whose weights are on a device."""
+    return EngineMemory.sum_of({"the process and its rows": PROCESS_BYTES})
 
 
 def _default_threads() -> int:
@@ -164,12 +174,12 @@ class _Staging:
         self,
         *,
         stage_to: str,
-        engine_bytes: int,
+        engine_memory: Callable[[int], EngineMemory],
         budget_bytes: int | None,
         options: FillOptions,
     ) -> None:
         self._stage_to = stage_to
-        self._engine_bytes = engine_bytes
+        self._engine_memory = engine_memory
         self._budget_bytes = budget_bytes
         self._options = options
         self._timer = PhaseTimer()
@@ -233,7 +243,7 @@ class _Staging:
                 places,
                 listing.content_id,
                 num_bytes=listing.staged_bytes,
-                engine_bytes=self._engine_bytes,
+                engine=self._engine_memory(listing.staged_bytes),
                 budget_bytes=self._budget_bytes,
                 is_named=self._stage_to not in ANYWHERE,
             )

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from inference.config import Dtype
+from storage.destinations import EngineMemory
 from storage.errors import AccessDenied, NoSpace
 from storage.model_cache import CacheEntry, Eviction
 from storage.object_store import DEFAULT_STORAGE, StorageConfig
 from storage.peek import Peeked, Spans, peek_model
 from storage.sizes import parse_bytes
 from storage.stage_report import StageReport
-from storage.staging import DEFAULT_ENGINE_BYTES, StagedModel, find_model, stage_model
+from storage.staging import StagedModel, find_model, stage_model
+from tasks.engine_memory import engine_memory
 from tasks.job import RunConfig
 
 NVME_DEMAND_GB_PER_S = 1.0
@@ -39,7 +42,7 @@ def stage(
     storage: StorageConfig = DEFAULT_STORAGE,
     stage_to: str = "auto",
     dtype: Dtype = "auto",
-    reserve_bytes: int = DEFAULT_ENGINE_BYTES,
+    engine_memory: Callable[[int], EngineMemory] | None = None,
     budget_bytes: int | None = None,
     allowed_code: Iterable[str] = (),
     on_ready: Callable[[Path], None] | None = None,
@@ -66,7 +69,7 @@ def stage(
         _unpacked(source),
         config=storage,
         stage_to=stage_to,
-        reserve_bytes=reserve_bytes,
+        engine_memory=engine_memory,
         budget_bytes=budget_bytes,
         allowed_code=frozenset(allowed_code),
         convert_gguf=convert,
@@ -80,7 +83,6 @@ def stage(
 def stage_for(
     job: RunConfig,
     *,
-    reserve_bytes: int = DEFAULT_ENGINE_BYTES,
     on_ready: Callable[[Path], None] | None = None,
     on_file: Callable[[Path], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -91,7 +93,7 @@ def stage_for(
         storage=job.storage,
         stage_to=job.hardware.stage_to,
         dtype=job.model.dtype,
-        reserve_bytes=reserve_bytes,
+        engine_memory=partial(engine_memory, job),
         allowed_code=job.model.allowed_code,
         budget_bytes=parse_bytes(job.hardware.stage_budget, name="hardware.stage_budget"),
         on_ready=on_ready,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storage.checksums import file_checksum
-from storage.destinations import CACHE_VARIABLE, HostMemory
+from storage.destinations import CACHE_VARIABLE, EngineMemory, HostMemory
 from storage.errors import BadInput, CorruptObject, InputChanged, NotFound
 from storage.model_manifest import ModelManifest, StagedFile
 from storage.object_store import StorageConfig
@@ -20,6 +20,10 @@ from storage.staging import find_model, stage_model
 from tests.model_files import folder_bytes, write_model
 
 CONFIG = StorageConfig()
+
+
+def need(weight_bytes: int) -> EngineMemory:
+    return EngineMemory.sum_of({"tests": 4000, "nothing": 0})
 
 
 @pytest.fixture
@@ -310,14 +314,17 @@ def test_little_memory_sends_the_model_to_disk(
     monkeypatch.setattr("storage.in_place.disk_kind", lambda path: "network")
     monkeypatch.setenv(CACHE_VARIABLE, f"{shm}:{tmp_path}/cache")
     monkeypatch.setattr("storage.model_caches.host_memory", lambda: HostMemory(5000, "test"))
-    with stage_model(str(model), config=CONFIG, reserve_bytes=4000) as staged:
+    with stage_model(str(model), config=CONFIG, engine_memory=need) as staged:
         assert staged.path.is_relative_to(tmp_path)
-        assert "+ engine 0.0 MB = 0.0 MB > 0.0 MB of memory (test)" in staged.report.reason
+        assert (
+            "+ engine 0.0 MB (0.0 MB for tests) = 0.0 MB > 0.0 MB of memory (test)"
+            in staged.report.reason
+        )
     monkeypatch.setattr("storage.model_caches.host_memory", lambda: HostMemory(10**9, "test"))
-    with stage_model(str(model), config=CONFIG, reserve_bytes=4000) as staged:
+    with stage_model(str(model), config=CONFIG, engine_memory=need) as staged:
         assert staged.report.outcome == "hit", "it stays where it is"
     write_model(model, num_weight_files=4)
-    with stage_model(str(model), config=CONFIG, reserve_bytes=4000) as staged:
+    with stage_model(str(model), config=CONFIG, engine_memory=need) as staged:
         assert staged.path.is_relative_to(shm)
         assert staged.report.disk == "memory"
 
