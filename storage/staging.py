@@ -82,7 +82,7 @@ def stage_model(
     Args:
         source: `s3://bucket/prefix/`, `hf://org/repo@revision`, a folder, or one .gguf file (local
             or on S3).
-        stage_to: auto (the fastest disk it fits), shm (memory only), nvme (local disks only), none
+        stage_to: auto (the fastest disk it fits; a folder that fits none is read in place), shm (memory only), nvme (local disks only), none
             (read in place), or a folder.
         engine_memory: bytes of the weights -> host memory that the engine will need beside them if
             they are in /dev/shm; default: of its process and rows alone.
@@ -102,7 +102,7 @@ def stage_model(
         BadInput: the model needs what is not staged: pickles, Python, missing weight files.
         CorruptObject: bytes are not what was promised; nothing was published.
         InputChanged: the source was replaced meanwhile; nothing was published.
-        NoSpace: no disk has room for it.
+        NoSpace: no disk has room for it, and it cannot be read in place or was not to be.
     """
     staging = _Staging(
         stage_to=stage_to,
@@ -147,6 +147,10 @@ def find_model(
         stage_to=stage_to, engine_memory=process_memory, budget_bytes=None, options=options
     )
     return staging.run(source, config, only_near=True)
+
+
+def _is_folder(source: Source) -> bool:
+    return isinstance(source, LocalSource) and source.path.is_dir()
 
 
 def process_memory(weight_bytes: int) -> EngineMemory:
@@ -197,10 +201,17 @@ class _Staging:
         with self._timer("list"):
             listing = list_model(opened, gguf_dtype=self._options.gguf_dtype)
         found = self._find(places, listing)
-        return found if found or only_near else self._stage(places, listing)
+        if found or only_near:
+            return found
+        try:
+            return self._stage(places, listing)
+        except NoSpace as error:
+            if self._stage_to != "auto" or not _is_folder(opened):
+                raise
+            return self._in_place(opened, f"read in place, from a network disk: {error}")
 
     def _why_in_place(self, source: Source) -> str:
-        is_folder = isinstance(source, LocalSource) and source.path.is_dir()
+        is_folder = _is_folder(source)
         if self._stage_to == "none" and not is_folder:
             raise BadInput(f"{source.uri}: cannot be read in place; use stage_to auto or a folder")
         if self._stage_to == "none":

@@ -11,7 +11,7 @@ import pytest
 
 from storage.checksums import file_checksum
 from storage.destinations import CACHE_VARIABLE, EngineMemory, HostMemory
-from storage.errors import BadInput, CorruptObject, InputChanged, NotFound
+from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace, NotFound
 from storage.model_manifest import ModelManifest, StagedFile
 from storage.object_store import StorageConfig
 from storage.ranged_copy import BUFFER_BYTES
@@ -344,6 +344,31 @@ def test_a_disk_that_fills_up_meanwhile_sends_the_model_to_the_next_one(
         assert staged.path.is_relative_to(tmp_path)
         assert f"{shm}/models/{staged.content_id}: " in staged.report.reason
     assert list((shm / "models").iterdir()) == [], "nothing is left where it did not fit"
+
+
+def test_a_network_folder_that_fits_nowhere_is_read_in_place_and_the_arithmetic_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.in_place.disk_kind", lambda path: "network")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr("storage.destinations.free_bytes", lambda folder: 5 * 10**8)
+    with stage_model(str(model), config=CONFIG) as staged:
+        assert (staged.path, staged.report.outcome) == (model, "in place")
+        assert "fits nowhere: weights 0.0 MB + 1.1 GB spare > 0.5 GB free" in staged.report.reason
+    for stage_to in ("nvme", str(tmp_path / "full")):
+        monkeypatch.setattr("storage.model_cache.free_bytes", lambda folder: 10)
+        with pytest.raises(NoSpace):
+            stage_model(str(model), config=CONFIG, stage_to=stage_to)
+
+
+def test_a_machine_without_a_folder_to_stage_to_reads_in_place(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.in_place.disk_kind", lambda path: "network")
+    monkeypatch.setenv(CACHE_VARIABLE, "/proc/nowhere")
+    with stage_model(str(model), config=CONFIG) as staged:
+        assert (staged.path, staged.report.outcome) == (model, "in place")
+        assert "no folder to stage to can be written" in staged.report.reason
 
 
 @pytest.mark.parametrize(
