@@ -68,7 +68,7 @@ def peek_model(
     Raises:
         As `stage_model`, but for want of room.
     """
-    listing = list_model(open_source(source, config, open_places("auto")))
+    listing = list_model(open_source(source, config, open_places("auto"), retry))
     num_weight_files = sum(is_weights(file.name) for file in listing.files)
     is_hub = isinstance(listing.source, HubSource)
     if listing.is_gguf or (is_hub and num_weight_files > MAX_HUB_FILES):

@@ -71,6 +71,12 @@ class RetryPolicy:
     base_s: float = 0.1
     cap_s: float = 5.0
 
+    stall_s: float = 20.0
+    """A body of which half a megabyte takes longer is cut off and asked for again."""
+
+    patience_s: float = 150.0
+    """Nothing is tried again once so long has passed without anything done."""
+
     def delay_s(self, attempt: int) -> float:
         """Exponential with jitter, so that many replicas do not come back at once."""
         return min(self.cap_s, self.base_s * 2.0**attempt) * random.uniform(0.5, 1.0)
@@ -91,6 +97,11 @@ class Caller:
         self._retry = retry or RetryPolicy()
         self._clock = clock or SystemClock()
 
+    @property
+    def stall_s(self) -> float:
+        """How long a piece of a body may take; see `storage.stalls`."""
+        return self._retry.stall_s
+
     def __call__(self, what: str, request: Callable[[], _Result]) -> _Result:
         """Run a request that is safe to repeat; `what` names it in errors.
 
@@ -98,6 +109,7 @@ class Caller:
             StorageError: typed; StoreUnavailable or CorruptObject once the attempts are used up.
         """
         attempt = num_damaged = 0
+        began = self._clock.monotonic()
         while True:
             try:
                 return request()
@@ -111,6 +123,7 @@ class Caller:
                     is_hopeless
                     or attempt >= self._retry.max_attempts
                     or num_damaged >= _MAX_DAMAGED
+                    or self._clock.monotonic() - began >= self._retry.patience_s
                 ):
                     raise fault from error
             self._clock.sleep(self._retry.delay_s(attempt - 1))

@@ -23,6 +23,7 @@ from storage.errors import CorruptObject, NotFound, StorageError, StoreUnavailab
 from storage.local_errors import translate
 from storage.object_store import DEFAULT_STORAGE, StorageConfig
 from storage.s3_client import Again, Caller, full_checksum, status_of
+from storage.stalls import read_whole
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -229,7 +230,7 @@ class S3Transfer:
             reply = self._client.get_object(
                 Bucket=self._bucket, Key=name, Range=f"bytes={start}-{end - 1}", IfMatch=etag
             )
-            data = reply["Body"].read()
+            data = read_whole(reply["Body"], self._call.stall_s)
             place = reply.get("ContentRange")
             if len(data) != end - start or place != f"bytes {start}-{end - 1}/{size}":
                 fact = f"asked for bytes {start}-{end - 1}, {len(data)} came as {place}"

@@ -21,7 +21,8 @@ from urllib3.exceptions import HTTPError
 from storage.checksums import RANGE_ALGORITHMS, Checksum
 from storage.errors import BadInput, InputChanged, NotFound, PreconditionFailed, StoreUnavailable
 from storage.object_store import StorageConfig
-from storage.s3_client import Caller, as_storage_error, full_checksum, make_client
+from storage.s3_client import Caller, RetryPolicy, as_storage_error, full_checksum, make_client
+from storage.stalls import PIECE_BYTES, Pace, read_whole
 
 _HEAD_THREADS = 16
 _NUM_SAMPLES = 16
@@ -87,7 +88,9 @@ class RangedSource(Protocol):
 class S3Source:
     """The objects below a prefix, or one object."""
 
-    def __init__(self, uri: str, client: Any, *, endpoint: str = "") -> None:
+    def __init__(
+        self, uri: str, client: Any, *, endpoint: str = "", retry: RetryPolicy | None = None
+    ) -> None:
         """`client` is a boto3 S3 client; `endpoint` tells equal buckets of two stores apart."""
         self._bucket, _, key = uri.removeprefix("s3://").partition("/")
         if not self._bucket or not key:
@@ -97,7 +100,7 @@ class S3Source:
         self._prefix += "/" if self._prefix else ""
         self._key = key
         self._client = client
-        self._caller = Caller()
+        self._caller = Caller(retry)
         self.uri = f"s3://{self._bucket}/{key if self._is_object else self._prefix}"
         self.identity = f"{endpoint}|{self.uri}"
 
@@ -130,7 +133,7 @@ class S3Source:
     def read(self, file: SourceFile) -> bytes:
         def get() -> bytes:
             reply = self._client.get_object(**self._pinned(file))
-            return bytes(reply["Body"].read())
+            return read_whole(reply["Body"], self._caller.stall_s)
 
         with _changed_meanwhile():
             return self._caller(self._where(file), get)
@@ -144,7 +147,7 @@ class S3Source:
                 )
             except (ClientError, BotoCoreError, HTTPError) as error:
                 raise as_storage_error(error, where) from error
-        body = _HttpBody(reply["Body"], end - start, where)
+        body = _HttpBody(reply["Body"], end - start, where, self._caller.stall_s)
         expected, found = f"bytes {start}-{end - 1}/{file.size}", reply.get("ContentRange")
         if found != expected:
             body.close()
@@ -242,8 +245,9 @@ class LocalSource:
 class _HttpBody:
     """An HTTP body, read into the caller's buffer without a copy in between."""
 
-    def __init__(self, body: Any, num_bytes: int, where: str) -> None:
+    def __init__(self, body: Any, num_bytes: int, where: str, stall_s: float) -> None:
         self._stream = body._raw_stream
+        self._pace = Pace(self._stream, stall_s)
         # http.client's own readinto fills our buffer; urllib3's copies once more.
         self._reader = getattr(self._stream, "_fp", None) or self._stream
         self._left = num_bytes
@@ -251,13 +255,19 @@ class _HttpBody:
 
     def readinto(self, view: memoryview, /) -> int:
         try:
-            count = int(self._reader.readinto(view))
+            with self._pace:
+                count = int(self._reader.readinto(view[:PIECE_BYTES]))
         except (http.client.HTTPException, HTTPError, OSError) as error:
             raise StoreUnavailable(f"{self._where}: {error!r}") from error
+        if not count and self._pace.is_cut:
+            raise StoreUnavailable(
+                f"{self._where}: fewer than {PIECE_BYTES >> 10} KiB came in {self._pace.stall_s:.0f} s"
+            )
         self._left -= count
         return count
 
     def close(self) -> None:
+        self._pace.close()
         if self._left == 0:
             self._stream.release_conn()
         else:  # part of the body is still on its way: nobody can use this connection again
@@ -288,7 +298,9 @@ class _FileBody:
         self._stream.close()
 
 
-def open_ranged(source: str, config: StorageConfig) -> S3Source | LocalSource:
+def open_ranged(
+    source: str, config: StorageConfig, retry: RetryPolicy | None = None
+) -> S3Source | LocalSource:
     """Open a source that is read by ranges.
 
     Raises:
@@ -296,7 +308,9 @@ def open_ranged(source: str, config: StorageConfig) -> S3Source | LocalSource:
         NotFound: there is no such folder.
     """
     if source.startswith("s3://"):
-        return S3Source(source, make_client(config), endpoint=config.endpoint_url or "")
+        retry = retry or RetryPolicy()
+        client = make_client(config, read_timeout_s=retry.stall_s)
+        return S3Source(source, client, endpoint=config.endpoint_url or "", retry=retry)
     scheme, separator, rest = source.partition("://")
     if separator and scheme != "file":
         raise BadInput(f"{source}: unknown scheme {scheme}://; use s3://, hf:// or a folder")

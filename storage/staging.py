@@ -162,10 +162,12 @@ def _default_threads() -> int:
     return max(8, min(32, os.cpu_count() or 1))
 
 
-def open_source(source: str, config: StorageConfig, places: list[Place]) -> Source:
+def open_source(
+    source: str, config: StorageConfig, places: list[Place], retry: RetryPolicy | None = None
+) -> Source:
     """Open a model's source; the Hub's answers are kept in the first of the places."""
     if not source.startswith("hf://"):
-        return open_ranged(source, config)
+        return open_ranged(source, config, retry)
     if not places:
         raise NoSpace("no folder to stage to can be written; name one with stage_to")
     return open_hub(source, places[0].cache.sources)
@@ -194,7 +196,7 @@ class _Staging:
     ) -> StagedModel | None:
         with self._timer("resolve"):
             places = open_places(self._stage_to)
-            opened = open_source(source, config, places)
+            opened = open_source(source, config, places, self._options.retry)
             reason = self._why_in_place(opened)
         if reason:
             return self._in_place(opened, reason)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace, Store
 from storage.object_store import StorageConfig
 from storage.s3_client import RetryPolicy, make_client
 from storage.staging import StagedModel, stage_model
-from tests.faults.fault_proxy import FaultProxy
+from tests.faults.fault_proxy import FOREVER, FaultProxy, Kind
 from tests.model_files import folder_bytes, write_model
 from tests.pipeline import CASES, Nightjar, expected
 from tests.seaweed import Seaweed, put_model
@@ -53,7 +54,8 @@ def cache() -> Iterator[Path]:
 
 def stage(proxy: FaultProxy, source: str, cache: Path, **options: object) -> StagedModel:
     config = StorageConfig(endpoint_url=proxy.endpoint_url, region="us-east-1")
-    return stage_model(source, config=config, stage_to=str(cache), retry=FAST, **options)  # type: ignore[arg-type]
+    options = {"retry": FAST} | options
+    return stage_model(source, config=config, stage_to=str(cache), **options)  # type: ignore[arg-type]
 
 
 def is_whole(cache: Path) -> bool:
@@ -157,6 +159,33 @@ def test_a_body_that_stalls_is_asked_for_again(
     with stage(proxy, source, cache) as staged:
         assert folder_bytes(staged.path) == folder_bytes(model)
         assert staged.report.num_retries == 1
+
+
+@pytest.mark.parametrize("kind", ["stall", "trickle"])
+def test_a_body_that_stalls_or_trickles_without_an_end_is_cut_off_and_asked_for_again(
+    proxy: FaultProxy, source: str, cache: Path, model: Path, kind: Kind
+) -> None:
+    for name in ("config.json", "00001-of"):
+        proxy.add(kind, f"^GET .*{name}", seconds=600)
+    began = time.monotonic()
+    with stage(proxy, source, cache, retry=replace(FAST, stall_s=0.4)) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(model)
+        assert staged.report.num_retries == 2
+    assert proxy.injected[kind] == 2
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("kind", ["stall", "trickle"])
+def test_a_store_that_only_stalls_is_given_up_in_bounded_time(
+    proxy: FaultProxy, source: str, cache: Path, kind: Kind
+) -> None:
+    proxy.add(kind, r"^GET .*-of-00002", seconds=600, count=FOREVER, kept=0.0)
+    retry = replace(FAST, max_attempts=1000, stall_s=0.3, patience_s=1.0)
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match=r"-of-00002.*s without progress"):
+        stage(proxy, source, cache, retry=retry)
+    assert time.monotonic() - began < 20
+    assert not is_whole(cache)
 
 
 def test_a_store_that_stays_down_is_given_up_and_resumed_later(

@@ -2,6 +2,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from storage.probe import probe_store
 from storage.s3_client import RetryPolicy, make_client
 from storage.s3_store import S3Store
 from storage.s3_transfer import S3Transfer
-from tests.faults.fault_proxy import FaultProxy, Kind
+from tests.faults.fault_proxy import FOREVER, FaultProxy, Kind
 from tests.seaweed import Seaweed
 
 MiB = 1 << 20
@@ -145,6 +146,23 @@ def test_cut_and_stalled_replies_are_asked_for_again(
     assert proxy.pending() == 0
     proxy.add("truncate", match="^GET .*/k", count=1)
     assert store.get_range("k", 5, 4 * MiB) == data[5 : 4 * MiB]
+
+
+def test_a_body_that_trickles_is_cut_off_and_asked_for_again_but_not_for_ever(
+    seaweed: Seaweed, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    config = StorageConfig(endpoint_url=proxy.endpoint_url, region="us-east-1")
+    store = S3Store(f"{seaweed.uri}/run", config, retry=replace(QUICK, stall_s=0.3, patience_s=2.0))
+    data = os.urandom(20 * MiB)
+    (tmp_path / "source").write_bytes(data)
+    store.upload(tmp_path / "source", "k")
+    rule = proxy.add("trickle", match="^GET .*/k", count=3, seconds=600)
+    store.download("k", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == data
+    assert store.get_range("k", 5, 4 * MiB) == data[5 : 4 * MiB]
+    rule.count = FOREVER
+    with pytest.raises(StoreUnavailable):
+        store.get("k")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5])
