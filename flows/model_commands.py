@@ -61,9 +61,13 @@ def stage(args: argparse.Namespace) -> int:
         budget_bytes=budget_bytes,
         allowed_code=args.allowed_code,
     ) as staged:
-        if args.pin:
-            model_caches.pin(staged.content_id, roots=roots)
-        print_document(args, _plain(as_json(staged.report)), describe(staged.report))
+        text, is_in_cache = describe(staged.report), staged.lock is not None
+        if args.pin and is_in_cache:
+            model_caches.pin(staged.content_id, roots=[staged.path.resolve().parents[1]])
+        elif args.pin:
+            text += " Nothing to pin: it lies in no cache, so nothing evicts it."
+        document = _plain(as_json(staged.report)) | {"is_pinned": args.pin and is_in_cache}
+        print_document(args, document, text)
     return EXIT_OK
 
 

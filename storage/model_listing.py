@@ -6,7 +6,7 @@ from typing import NamedTuple
 from storage.checksums import KNOWN_ALGORITHMS, SHA256, Checksum
 from storage.errors import CorruptObject
 from storage.hub_source import HubSource
-from storage.model_manifest import ModelManifest, StagedFile, content_id
+from storage.model_manifest import ModelManifest, StagedFile, content_id, is_ours
 from storage.stage_sources import LocalSource, S3Source, SourceFile
 from storage.weight_files import MANIFEST, RECORDS, SHA256_SUMS, read_sha256_sums, select
 
@@ -100,7 +100,7 @@ def recorded_checksums(listing: Listing) -> dict[str, tuple[Checksum, str]]:
         if record.name == SHA256_SUMS:
             sums = read_sha256_sums(data.decode(errors="replace"), source=source.uri)
             found |= {name: (Checksum(SHA256, value), SHA256_SUMS) for name, value in sums.items()}
-        elif record.name == MANIFEST:
+        elif record.name == MANIFEST and is_ours(data):
             manifest = ModelManifest.from_json(data, source=where)
             checksums = {file.name: _promise(file, where) for file in manifest.files}
             found |= {name: (value, MANIFEST) for name, value in checksums.items() if value}

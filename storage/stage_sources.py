@@ -5,9 +5,11 @@ s3://bucket/prefix/     any endpoint; ranges pinned by ETag
 hf://repo@revision      see storage.hub_source, which downloads whole files
 """
 
+import errno
 import hashlib
 import http.client
 import os
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from storage.errors import BadInput, InputChanged, NotFound, PreconditionFailed,
 from storage.object_store import StorageConfig
 from storage.s3_client import Caller, RetryPolicy, as_storage_error, full_checksum, make_client
 from storage.stalls import PIECE_BYTES, Pace, read_whole
+from storage.weight_files import is_read, is_weights
 
 _HEAD_THREADS = 16
 _NUM_SAMPLES = 16
@@ -197,12 +200,17 @@ class LocalSource:
                 f"{path}: no such folder; give a model folder, s3://bucket/prefix/, hf://ORG/REPO "
                 "or a GGUF file"
             )
+        if not path.is_dir() and not path.is_file():
+            raise BadInput(f"{path}: neither a folder nor a file; give a model folder")
         self.path = path
         self.uri = str(path)
         self.identity = f"file|{path.resolve()}"
 
     def list_files(self) -> list[SourceFile]:
-        names = [self._only] if self._only else sorted(_walk(self._folder))
+        if self._only:
+            names = [self._only]
+        else:
+            names = [name for name in sorted(_walk(self._folder)) if self._is_file(name)]
         return [replace(self._stat(name), fingerprint=self._sample(name)) for name in names]
 
     def describe(self, files: list[SourceFile]) -> list[SourceFile]:
@@ -221,6 +229,32 @@ class LocalSource:
             raise InputChanged(
                 f"{self._folder / file.name}: changed while it was copied; stage it again"
             )
+
+    def _is_file(self, name: str) -> bool:
+        """Whether a name is a file's, which a link to nothing is not.
+
+        Raises:
+            BadInput: it would be read, and is a pipe or a device, or a small file's link that leads outside.
+        """
+        path = self._folder / name
+        try:
+            is_regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            return error.errno not in (errno.ENOENT, errno.ELOOP)  # another one is said by `_stat`
+        if not is_read(name):
+            return is_regular
+        if not is_regular:
+            raise BadInput(f"{path}: no regular file; remove it, or put the file itself there")
+        if path.is_symlink() and not is_weights(name):
+            folder = self._folder.resolve()
+            # In a Hub cache the files of a snapshot are links to blobs beside it.
+            blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+            target = path.resolve()
+            if not (target.is_relative_to(folder) or target.is_relative_to(blobs)):
+                raise BadInput(
+                    f"{path}: a link to {target}, outside the model folder; put the file itself there"
+                )
+        return True
 
     def _stat(self, name: str) -> SourceFile:
         try:

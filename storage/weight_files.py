@@ -82,6 +82,11 @@ def is_weights(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
+def is_read(name: str) -> bool:
+    """Whether a file of that name is looked into at all."""
+    return name in RECORDS or _is_wanted(name)
+
+
 def _second_copies(files: list[str], weights: list[str]) -> set[str]:
     """Weight files that hold the same weights once more, in another layout."""
     if INDEX in files:

@@ -36,6 +36,20 @@ def test_models_in_a_named_folder_are_listed_pinned_and_evicted_there(
     assert nightjar.call("stage", "--list", *there, "--json").document["models"] == []
 
 
+def test_a_model_read_in_place_has_nothing_to_pin_and_says_so(
+    nightjar: Nightjar, tmp_path: Path
+) -> None:
+    model, there = str(write_model(tmp_path / "m")), ["--to", str(tmp_path / "there")]
+    said = nightjar.call("stage", model, "--pin")
+    assert said.code == 0, said.err
+    assert "Nothing to pin: it lies in no cache" in said.out
+    copy = nightjar.call("stage", model, *there, "--json").document
+    assert not copy["is_pinned"]
+    assert nightjar.call("stage", copy["path"], "--pin", "--json").document["is_pinned"]
+    (entry,) = nightjar.call("stage", "--list", *there, "--json").document["models"]
+    assert entry["is_pinned"], "it lies in a cache, wherever that is"
+
+
 @pytest.mark.parametrize("folder", ["ours", "there"])
 def test_gc_takes_what_an_abandoned_staging_left(
     nightjar: Nightjar, tmp_path: Path, folder: str

@@ -278,6 +278,75 @@ def test_a_promise_of_an_unknown_kind_is_none(model: Path, tmp_path: Path, stage
         stage_model(str(model), config=CONFIG, stage_to=target)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "not JSON", '{"manifest_version": 3}'])
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_a_manifest_of_another_tool_is_no_record(
+    model: Path, tmp_path: Path, stage_to: str, content: str
+) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    (model / "MANIFEST.json").write_text(content)
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert staged.report.verified_by == {"": 7}
+    (model / "MANIFEST.json").write_text('{"content_id": "cut off')
+    with pytest.raises(CorruptObject, match="not a model manifest"):
+        stage_model(str(model), config=CONFIG, stage_to=target)
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_a_link_to_nothing_is_no_file_and_a_pipe_is_refused_at_once(
+    model: Path, tmp_path: Path, stage_to: str
+) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    (model / "generation_config.json").symlink_to("gone")
+    os.mkfifo(model / "not-read.sock")
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert len(staged.manifest.files) == 7
+    for name in ("tokenizer_config.json", "SHA256SUMS"):
+        os.mkfifo(model / name)
+        with pytest.raises(BadInput, match=f"{name}: no regular file"):
+            stage_model(str(model), config=CONFIG, stage_to=target)
+        (model / name).unlink()
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(BadInput, match=r"pipe\.gguf: neither a folder nor a file"):
+        stage_model(str(tmp_path / "pipe.gguf"), config=CONFIG, stage_to=target)
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_a_small_file_that_links_out_of_its_folder_is_refused(
+    model: Path, tmp_path: Path, stage_to: str
+) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    secret = tmp_path / "credentials"
+    secret.write_text("secret")
+    (model / "extra_template.jinja").symlink_to(secret)
+    with pytest.raises(BadInput, match=r"extra_template\.jinja: a link to .*/credentials, outside"):
+        stage_model(str(model), config=CONFIG, stage_to=target)
+    (model / "extra_template.jinja").unlink()
+    (model / "extra_template.jinja").symlink_to("chat_template.jinja")
+    weights = model / "model-00001-of-00003.safetensors"
+    weights.rename(tmp_path / "w")
+    weights.symlink_to(tmp_path / "w")
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert len(staged.manifest.files) == 8
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_a_snapshot_in_a_hub_cache_is_read_through_its_links(
+    model: Path, tmp_path: Path, stage_to: str
+) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    repo = tmp_path / "models--org--name"
+    model.rename(repo.parent / "blobs")
+    repo.mkdir()
+    (repo.parent / "blobs").rename(repo / "blobs")
+    snapshot = repo / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for blob in (repo / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    with stage_model(str(snapshot), config=CONFIG, stage_to=target) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(repo / "blobs")
+
+
 def test_a_partial_or_missing_manifest_is_never_a_hit(model: Path, tmp_path: Path) -> None:
     with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as first:
         manifest = first.path / "MANIFEST.json"
