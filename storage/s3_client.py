@@ -6,10 +6,12 @@ timeouts, resets, damaged replies. boto3's transfer manager is not used at all: 
 switches to CRT by itself, which ignores the endpoint, and it does not check what it downloads.
 """
 
+import base64
 import logging
 import os
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +31,7 @@ from botocore.exceptions import (
 )
 from urllib3.exceptions import HTTPError
 
+from storage.checksums import RANGE_ALGORITHMS, SHA256, Checksum
 from storage.clock import Clock, SystemClock
 from storage.endpoints import check_endpoint, is_aws
 from storage.errors import (
@@ -237,6 +240,17 @@ def full_checksum(reply: Any, algorithm: str = "crc64nvme") -> str | None:
     if not value or "-" in value or reply.get("ChecksumType") == "COMPOSITE":
         return None
     return value
+
+
+def promised_checksum(reply: Any) -> Checksum | None:
+    """Return the checksum of the whole object that costs least to compare, where a HEAD tells one."""
+    for algorithm in RANGE_ALGORITHMS:
+        if value := full_checksum(reply, algorithm):
+            return Checksum(algorithm, value)
+    if value := full_checksum(reply, SHA256):
+        with suppress(ValueError):  # no base64: the store tells none
+            return Checksum(SHA256, base64.b64decode(value, validate=True).hex())
+    return None
 
 
 def status_of(error: ClientError) -> int:

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
-from storage.checksums import RANGE_ALGORITHMS, Checksum
+from storage.checksums import Checksum
 from storage.errors import BadInput, InputChanged, NotFound, PreconditionFailed, StoreUnavailable
 from storage.object_store import StorageConfig
-from storage.s3_client import Caller, RetryPolicy, as_storage_error, full_checksum, make_client
+from storage.s3_client import Caller, RetryPolicy, as_storage_error, make_client, promised_checksum
 from storage.stalls import PIECE_BYTES, Pace, read_whole
 from storage.weight_files import is_read, is_weights
 
@@ -183,10 +183,8 @@ class S3Source:
             raise InputChanged(
                 f"{where}: changed while it was listed: ETag {file.etag} became {etag}"
             )
-        for algorithm in RANGE_ALGORITHMS:
-            if value := full_checksum(reply, algorithm):
-                return replace(file, checksum=Checksum(algorithm, value), promised_by="the store")
-        return file
+        checksum = promised_checksum(reply)
+        return replace(file, checksum=checksum, promised_by="the store") if checksum else file
 
 
 class LocalSource:

@@ -213,6 +213,27 @@ def test_one_flipped_bit_is_refused_with_nothing_published(
         assert folder_bytes(staged.path) == folder_bytes(model)
 
 
+def test_a_sha256_that_the_store_keeps_of_the_whole_object_is_compared(
+    seaweed: Seaweed, proxy: FaultProxy, cache: Path, tmp_path: Path
+) -> None:
+    write_model(tmp_path, num_weight_files=1)
+    client = make_client(seaweed.config)
+    for path in tmp_path.iterdir():
+        client.put_object(
+            Bucket=seaweed.bucket,
+            Key=f"sha/{path.name}",
+            Body=path.read_bytes(),
+            ChecksumAlgorithm="SHA256",
+        )
+    client.close()
+    rule = proxy.add("flip", r"^GET .*tokenizer\.json")
+    with pytest.raises(CorruptObject, match="SHA-256 is not the one in the store"):
+        stage(proxy, f"{seaweed.uri}/sha", cache)
+    assert rule.count == 0
+    with stage(proxy, f"{seaweed.uri}/sha", cache) as staged:
+        assert staged.report.verified_by == {"the store": 5}
+
+
 def test_an_object_replaced_midway_ends_in_a_clean_error(
     proxy: FaultProxy, seaweed: Seaweed, source: str, cache: Path, model: Path
 ) -> None:

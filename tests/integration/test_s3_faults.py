@@ -117,9 +117,25 @@ def test_one_flipped_bit_never_reaches_the_file(
     assert target.read_bytes() == source.read_bytes()
     target.unlink()
     proxy.add("flip", match="^GET .*/k", count=100)
-    with pytest.raises(CorruptObject, match="CRC64NVME"):
+    with pytest.raises(CorruptObject, match="the store says crc64nvme:"):
         store.download("k", target)
     assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("algorithm", ["SHA256", "CRC32"])
+def test_a_flipped_bit_is_noticed_by_whatever_checksum_of_the_whole_the_store_keeps(
+    seaweed: Seaweed, store: S3Store, proxy: FaultProxy, tmp_path: Path, algorithm: Any
+) -> None:
+    client = make_client(seaweed.config)
+    client.put_object(
+        Bucket=seaweed.bucket, Key="run/k", Body=b"x" * 1000, ChecksumAlgorithm=algorithm
+    )
+    client.close()
+    store.download("k", tmp_path / "whole")
+    proxy.add("flip", match="^GET .*/k", count=100)
+    with pytest.raises(CorruptObject, match=f"the store says {algorithm.lower()}:"):
+        store.download("k", tmp_path / "flipped")
+    assert not (tmp_path / "flipped").exists()
 
 
 def test_one_flipped_bit_in_an_object_read_whole_is_noticed(
