@@ -16,6 +16,7 @@ from storage.checksums import CRC64NVME, Checksum, file_checksum
 from storage.disk_space import NO_SPACE, no_space, used_bytes
 from storage.errors import BadInput
 from storage.hub_source import WORK_FOLDER, HubSource
+from storage.local_source import LocalSource
 from storage.model_cache import ModelCache
 from storage.model_listing import Listing, with_promises
 from storage.model_manifest import ModelManifest, StagedFile
@@ -23,7 +24,7 @@ from storage.partial_file import JOURNAL_SUFFIX
 from storage.ranged_copy import RangedCopy, sync_folder
 from storage.s3_client import RetryPolicy
 from storage.stage_report import PhaseTimer
-from storage.stage_sources import LocalSource, SourceFile
+from storage.stage_sources import SourceFile
 from storage.weight_files import MANIFEST, check_safetensors, check_small_files, is_weights
 
 

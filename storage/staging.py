@@ -18,17 +18,16 @@ from typing import Literal
 from storage.destinations import EngineMemory, disk_kind
 from storage.disk_speed import disk_speed
 from storage.errors import BadInput, NoSpace
-from storage.hub_source import open_hub
 from storage.in_place import good_disk, read_in_place, with_own_id
+from storage.local_source import LocalSource
 from storage.model_cache import FileLock, ModelCache, use_entry
 from storage.model_caches import ANYWHERE, Place, open_places, place_model
 from storage.model_fill import Fill, Filled, FillOptions
-from storage.model_listing import Listing, Source, list_model
+from storage.model_listing import Listing, Source, list_model, open_source
 from storage.model_manifest import ModelManifest
 from storage.object_store import StorageConfig
 from storage.s3_client import RetryPolicy
 from storage.stage_report import PhaseTimer, StageReport, wire_gb_per_s
-from storage.stage_sources import LocalSource, open_ranged
 
 logger = logging.getLogger(__name__)
 
@@ -160,17 +159,6 @@ def process_memory(weight_bytes: int) -> EngineMemory:
 
 def _default_threads() -> int:
     return max(8, min(32, os.cpu_count() or 1))
-
-
-def open_source(
-    source: str, config: StorageConfig, places: list[Place], retry: RetryPolicy | None = None
-) -> Source:
-    """Open a model's source; the Hub's answers are kept in the first of the places."""
-    if not source.startswith("hf://"):
-        return open_ranged(source, config, retry)
-    if not places:
-        raise NoSpace("no folder to stage to can be written; name one with stage_to")
-    return open_hub(source, places[0].cache.sources)
 
 
 class _Staging:

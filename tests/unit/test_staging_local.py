@@ -12,10 +12,10 @@ import pytest
 from storage.checksums import file_checksum
 from storage.destinations import CACHE_VARIABLE, EngineMemory, HostMemory
 from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace, NotFound
+from storage.local_source import _FileBody
 from storage.model_manifest import ModelManifest, StagedFile
 from storage.object_store import StorageConfig
 from storage.ranged_copy import BUFFER_BYTES
-from storage.stage_sources import _FileBody
 from storage.staging import find_model, stage_model
 from tests.model_files import folder_bytes, write_model
 
