@@ -4,6 +4,7 @@
     <root>/models/<content_id>/...             its files, and partials while it is being staged
     <root>/locks/<content_id>.use              LOCK_SH by readers and stagers, LOCK_EX by who deletes
     <root>/locks/<content_id>.stage            LOCK_EX by the one process that moves the bytes
+    <root>/locks/<content_id>.ready            LOCK_EX by it while what has a weight file's name is verified
     <root>/locks/space                         LOCK_EX while room is made and reserved
     <root>/pins/<content_id>                   never evicted
     <root>/sources/<digest>.json               which commit a moving source was resolved to
@@ -132,13 +133,24 @@ class ModelCache:
         os.utime(self._locks / f"{content_id}.use")
         return lock
 
-    def stage(self, content_id: str) -> FileLock:
-        """Become the one process that stages this model; waits for whoever is at it."""
+    def stage(self, content_id: str) -> FileLock | None:
+        """Become the one process that stages this model; None while another is at it."""
         try:
             return self._lock(f"{content_id}.stage", fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("waiting for the process that stages content_id=%s", content_id)
-        return self._lock(f"{content_id}.stage", fcntl.LOCK_EX)
+            return None
+
+    def tell_ready(self, content_id: str) -> FileLock:
+        """Say, while the lock is held, that small files are here and weight files get their names once verified."""
+        return self._lock(f"{content_id}.ready", fcntl.LOCK_EX)
+
+    def is_ready(self, content_id: str) -> bool:
+        """Whether the process that stages this model says so."""
+        try:
+            self._lock(f"{content_id}.ready", fcntl.LOCK_SH | fcntl.LOCK_NB).close()
+        except BlockingIOError:
+            return True
+        return False
 
     def reserve(self) -> FileLock:
         """Become the one process that makes room; held only until the room is reserved."""

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,10 +84,15 @@ class Fill:
         self._checksums: dict[str, Checksum] = {}
         self._done_bytes = 0
         self._lock = threading.Lock()
+        self._is_ready = ExitStack()
         self.filled = Filled()
 
     def run(self) -> Filled:
         """Copy, check and publish; raises as `stage_model` does, with nothing published."""
+        with self._is_ready:
+            return self._run()
+
+    def _run(self) -> Filled:
         self._start()
         with self._timer("describe"):
             files = with_promises(self._listing)
@@ -108,8 +114,13 @@ class Fill:
             allowed_code=self._options.allowed_code,
         )
         wanted = [file for file in weights if file.name in needed]
-        self._copy(self._folder, wanted, on_ready=lambda: self._options.on_ready(self._folder))
+        self._copy(self._folder, wanted, on_ready=self._tell_ready)
         return [self._describe(file) for file in (*small, *wanted)]
+
+    def _tell_ready(self) -> None:
+        """Tell those who wait for this model in other processes, and our own caller."""
+        self._is_ready.enter_context(self._cache.tell_ready(self._listing.content_id))
+        self._options.on_ready(self._folder)
 
     def _convert(self, file: SourceFile) -> list[StagedFile]:
         """Unpack a GGUF file into a model folder, next to the copy of it where it is not local."""

@@ -3,12 +3,13 @@
     with stage_model("s3://bucket/models/qwen3-8b/", config=config) as staged:
         load(staged.path)
 
-Many processes may call this at once: one moves the bytes, the others wait and share them. A model is
-whole when its MANIFEST.json is there, which is written last; nothing else is ever returned.
+Many processes may call this at once: one moves the bytes, the others share them, and are told of each
+file as it is verified. A model is whole when its MANIFEST.json is there, which is written last; nothing else is ever returned.
 """
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ PROCESS_BYTES = 4 << 30
 """Of host memory, for an engine's process and its rows."""
 
 _WORTH_MEASURING_BYTES = 1 << 30
+_LOOK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,7 +264,7 @@ class _Staging:
         lock = cache.use(name)
         try:
             with self._timer("wait"):
-                turn = cache.stage(name)
+                turn = self._take_turn(cache, listing)
             with turn:
                 if cache.manifest(name):
                     return self._staged(listing, cache, lock, "hit", "another process staged it")
@@ -271,6 +273,24 @@ class _Staging:
         except BaseException:
             lock.close()
             raise
+
+    def _take_turn(self, cache: ModelCache, listing: Listing) -> FileLock:
+        """Become the one process that stages the model; meanwhile tell of the files that another has verified."""
+        told: set[str] = set()
+        while (turn := cache.stage(listing.content_id)) is None:
+            self._options.on_progress(0, listing.num_bytes)
+            if cache.is_ready(listing.content_id):
+                self._tell(cache.path(listing.content_id), listing, told)
+            time.sleep(_LOOK_EVERY_S)
+        return turn
+
+    def _tell(self, folder: Path, listing: Listing, told: set[str]) -> None:
+        if not told:
+            self._options.on_ready(folder)
+        there = {file.name for file in listing.files if (folder / file.name).exists()}
+        for name in sorted(there - told):
+            self._options.on_file(folder / name)
+        told |= there
 
     def _fill(self, place: Place, listing: Listing) -> Filled:
         return Fill(

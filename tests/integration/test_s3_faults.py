@@ -168,7 +168,7 @@ def test_a_body_that_trickles_is_cut_off_and_asked_for_again_but_not_for_ever(
     seaweed: Seaweed, proxy: FaultProxy, tmp_path: Path
 ) -> None:
     config = StorageConfig(endpoint_url=proxy.endpoint_url, region="us-east-1")
-    store = S3Store(f"{seaweed.uri}/run", config, retry=replace(QUICK, stall_s=0.3, patience_s=2.0))
+    store = S3Store(f"{seaweed.uri}/run", config, retry=replace(QUICK, stall_s=1.0, patience_s=6.0))
     data = os.urandom(20 * MiB)
     (tmp_path / "source").write_bytes(data)
     store.upload(tmp_path / "source", "k")
