@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from storage.destinations import EngineMemory
 from storage.staging import PROCESS_BYTES
+from tasks.gpu_sample import gpu_bytes
 from tasks.job import RunConfig
 from tasks.provision import MEMORY_BYTES_PER_GPU
 
 _MAX_WEIGHT_SHARE = 0.85
 """Of a GPU's memory, what weights may take before the backends look for another place."""
+
+_GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
 
 
 def engine_memory(
@@ -48,10 +52,13 @@ def _host_weight_bytes(job: RunConfig, weight_bytes: int, gpus: Sequence[int]) -
 
 
 def _visible_gpus(job: RunConfig) -> list[int]:
-    import torch  # heavy, and only to ask for devices
+    found = gpu_bytes()
+    if found is None and any(list(Path("/dev").glob(pattern)) for pattern in _GPU_FILES):
+        import torch  # heavy, and the model's first byte waits for it
 
-    count = torch.cuda.device_count()
-    if job.engine.tensor_parallel_size != "auto":
-        ranks_here = math.ceil(job.engine.tensor_parallel_size / job.engine.distributed.num_hosts)
-        count = min(count, ranks_here)
-    return [torch.cuda.get_device_properties(gpu).total_memory for gpu in range(count)]
+        gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        found = [gpu.total_memory for gpu in gpus]
+    found = found or []
+    if job.engine.tensor_parallel_size == "auto":
+        return found
+    return found[: math.ceil(job.engine.tensor_parallel_size / job.engine.distributed.num_hosts)]

@@ -1,5 +1,7 @@
 """What is kept free for the engine when weights are staged to memory follows from the job, and is said."""
 
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -53,11 +55,24 @@ def test_weights_count_once_more_where_the_engine_holds_them_in_host_memory(
     assert ("pinned buffers" in need.parts) == bool(gpus)
 
 
+def test_gpus_are_counted_without_importing_torch_and_as_many_as_the_replica_has() -> None:
+    program = """
+import sys
+from tests.unit.test_host_memory_of_engine import job_of
+import tasks.engine_memory
+tasks.engine_memory.gpu_bytes = lambda: [80 * 10**9] * 8
+print(tasks.engine_memory.engine_memory(job_of(tensor_parallel_size=2), 10**9).parts)
+assert "torch" not in sys.modules
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "pinned buffers of 2 GPUs" in said.stdout, said.stderr
+
+
 def test_a_job_whose_engine_needs_the_memory_has_its_weights_on_disk_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_model(tmp_path / "m", weight_bytes=60_000_000)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("tasks.engine_memory.gpu_bytes", list)
     monkeypatch.setattr("storage.in_place.disk_kind", lambda path: "network")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
         monkeypatch.setenv(CACHE_VARIABLE, f"{shm}:{tmp_path}/cache")
