@@ -164,6 +164,11 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     gc.add_argument("run", nargs="?", help=f"{_RUN_HELP}; without it, this machine's staged models")
     gc.add_argument("--dry-run", action="store_true", help="only list what would be deleted")
     gc.add_argument("--to", default="auto", help="the folder that models were staged to, if named")
+    gc.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="most that staged models may take in one cache, such as 200GB: least recently used go",
+    )
     for command in (status, retry, verify, report, drain, cancel, gc):
         _add_storage(command)
 
@@ -178,6 +183,11 @@ def _add_models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--to",
         default="auto",
         help="auto (default), shm, nvme, none or a folder; also where --list, --pin and --evict look",
+    )
+    stage.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="most that staged models may take there, such as 200GB: least recently used go",
     )
     stage.add_argument("--list", action="store_true", help="list what is staged")
     stage.add_argument("--pin", action="store_true", help="stage, and never evict")
@@ -199,6 +209,15 @@ def _add_models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         commands, "bench", "measure an engine on this machine, completions of forced lengths"
     )
     _add_bench(bench)
+    for command in (stage, bench):
+        command.add_argument(
+            "--allow-code",
+            action="append",
+            default=[],
+            dest="allowed_code",
+            metavar="SHA256",
+            help="of a config file that may name code: it is not run, transformers' own class is loaded",
+        )
     for command in (stage, tiers, bench):
         _add_storage(command)
 

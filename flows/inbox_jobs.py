@@ -21,7 +21,9 @@ _OURS = (
     "reuse_from",
     "hardware.provider",
     "hardware.placement",
+    "model.allowed_code",
     "hardware.stage_to",
+    "hardware.stage_budget",
 )
 
 

@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from inference.errors import printable
 from storage.endpoints import refuse_password
 from storage.errors import BadInput
+from storage.sizes import parse_bytes
 from tasks.job import InputConfig, ModelConfig, OutputConfig, RunConfig
 
 _SECRET = re.compile(r"(?i)token|secret|passw|credential|(api|access|private)_?key")
@@ -55,6 +56,12 @@ def check_job(job: RunConfig) -> None:
             "model.trust_remote_code: Python code from model folders is never run; remove the key "
             "and use a model class that transformers ships"
         )
+    for digest in job.model.allowed_code:
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise JobError(
+                f"model.allowed_code: {clipped(digest)} is no SHA-256; give 64 digits of 0-9a-f, as "
+                "sha256sum prints them"
+            )
     _check_prompt(job)
     _check_names(job)
     _check_amounts(job)
@@ -128,6 +135,10 @@ def _check_amounts(job: RunConfig) -> None:
         value = attrgetter(name)(job)
         if value is not None and not 0 <= value <= 1:
             raise refuse(name, "a share from 0 to 1")
+    try:
+        parse_bytes(job.hardware.stage_budget, name="hardware.stage_budget")
+    except BadInput as error:
+        raise JobError(str(error)) from None
     port = job.metrics.port
     if port is not None and not 1 <= port <= _MAX_PORT:
         raise refuse("metrics.port", f"from 1 to {_MAX_PORT}")

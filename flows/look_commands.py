@@ -98,6 +98,8 @@ def gc(args: argparse.Namespace) -> int:
     """Delete what lost attempts of a run, or abandoned staging on this machine, left behind."""
     if args.run is None:
         return _gc_models(args)
+    if args.budget is not None:
+        raise JobError("gc --budget: is for staged models; leave out the run folder")
     from storage.garbage import collect_garbage
 
     store, _ = open_run(args)
@@ -110,13 +112,17 @@ def gc(args: argparse.Namespace) -> int:
 
 def _gc_models(args: argparse.Namespace) -> int:
     from storage import model_caches
+    from storage.sizes import parse_bytes
     from tasks.stage import describe_evictions
 
-    if args.dry_run:
-        raise JobError(
-            "gc --dry-run: give a run folder; `nightjar stage --list` shows staged models"
-        )
-    removed = model_caches.gc(roots=model_caches.roots_of(args.to))
-    document = {"evicted": [eviction._asdict() for eviction in removed]}
-    print_document(args, document, describe_evictions(removed))
+    removed = model_caches.gc(
+        budget_bytes=parse_bytes(args.budget, name="--budget"),
+        dry_run=args.dry_run,
+        roots=model_caches.roots_of(args.to),
+    )
+    document = {
+        "dry_run": args.dry_run,
+        "evicted": [eviction._asdict() for eviction in removed],
+    }
+    print_document(args, document, describe_evictions(removed, dry_run=args.dry_run))
     return EXIT_OK

@@ -32,6 +32,7 @@ _ENGINE_FIELDS = (
 def stage(args: argparse.Namespace) -> int:
     """Stage, list, pin or evict models on this machine."""
     from storage import model_caches
+    from storage.sizes import parse_bytes
     from tasks.stage import as_json, describe, describe_entries, describe_evictions
     from tasks.stage import stage as stage_model
 
@@ -52,10 +53,21 @@ def stage(args: argparse.Namespace) -> int:
         model_caches.pin(args.model, pinned=False, roots=roots)
         print_document(args, {"unpinned": args.model}, f"{args.model}: may be evicted again")
         return EXIT_OK
-    with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
-        if args.pin:
-            model_caches.pin(staged.content_id, roots=roots)
-        print_document(args, _plain(as_json(staged.report)), describe(staged.report))
+    budget_bytes = parse_bytes(args.budget, name="--budget")
+    with stage_model(
+        args.model,
+        storage=storage_of(args),
+        stage_to=args.to,
+        budget_bytes=budget_bytes,
+        allowed_code=args.allowed_code,
+    ) as staged:
+        text, is_in_cache = describe(staged.report), staged.lock is not None
+        if args.pin and is_in_cache:
+            model_caches.pin(staged.content_id, roots=[staged.path.resolve().parents[1]])
+        elif args.pin:
+            text += " Nothing to pin: it lies in no cache, so nothing evicts it."
+        document = _plain(as_json(staged.report)) | {"is_pinned": args.pin and is_in_cache}
+        print_document(args, document, text)
     return EXIT_OK
 
 
@@ -115,16 +127,22 @@ def _measure(args: argparse.Namespace) -> tuple[BackendInfo, list[MixResult]]:
     mixes = [parse_mix(text) for text in args.mixes or ["chat:64"]]
     if args.repeat < 1:
         raise JobError(f"--repeat is {args.repeat}; give 1 or more")
-    with stage_model(args.model, storage=storage_of(args), stage_to=args.to) as staged:
+    with stage_model(
+        args.model,
+        storage=storage_of(args),
+        stage_to=args.to,
+        allowed_code=args.allowed_code,
+    ) as staged:
         config = EngineConfig(
             model=str(staged.path),
             backend=args.backend,
             dtype=args.dtype,
+            allowed_code=tuple(args.allowed_code),
             quantization=args.quantization,
             kv_cache_dtype=args.kv_cache_dtype,
             tensor_parallel_size=args.tensor_parallel_size,
         )
-        vocab_size = vocab_size_of(check_small_files(staged.path).config)
+        vocab_size = vocab_size_of(check_small_files(staged.path, args.allowed_code).config)
         if vocab_size is None:
             raise JobError(f"{args.model}: its config.json has no vocab_size; give a text model")
         backend = create_backend(config)

@@ -1,14 +1,14 @@
 """The chat template in force, and the tokenizer it comes with. No code from a model folder is run."""
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inference.backends.dummy_tokenizer import DUMMY_MODEL_DIR, DummyTokenizer
 from inference.errors import EngineConfigError, ModelError
+from inference.weights import refuse_code
 
 # Arguments of the template call that are not the job's to set.
 _RESERVED = frozenset(
@@ -121,7 +121,7 @@ def _variables(source: str) -> set[str]:
         return set(re.findall(r"\w+", source))
 
 
-def load_tokenizer(model_dir: Path) -> Any:
+def load_tokenizer(model_dir: Path, allowed_code: Collection[str] = ()) -> Any:
     """Load a model folder's tokenizer without running any code from it.
 
     Raises:
@@ -131,16 +131,7 @@ def load_tokenizer(model_dir: Path) -> Any:
         return DummyTokenizer()
     if not model_dir.is_dir():
         raise ModelError(f"model folder {model_dir} does not exist")
-    settings = model_dir / "tokenizer_config.json"
-    try:
-        is_custom = settings.exists() and "auto_map" in json.loads(settings.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{settings} is not readable JSON: {error}") from None
-    if is_custom:
-        raise ModelError(
-            f"{settings} asks for its own Python code (auto_map), which is never run; use a model "
-            "whose tokenizer transformers knows"
-        )
+    refuse_code(model_dir / "tokenizer_config.json", allowed_code)
     from transformers import AutoTokenizer
 
     try:

@@ -81,6 +81,9 @@ class EngineConfig:
     dtype: Dtype = "auto"
     """auto: what the model's config says."""
 
+    allowed_code: tuple[str, ...] = ()
+    """SHA-256 of config files whose `auto_map` is ignored: transformers' own class is loaded, no code is run."""
+
     quantization: Quantization = "none"
     """fp8 for speed; int8 and nf4 (bitsandbytes) for capacity."""
 
@@ -143,4 +146,5 @@ class EngineConfig:
 def config_from_json(values: dict[str, Any]) -> EngineConfig:
     """The config whose `dataclasses.asdict` went through JSON."""
     distributed = DistributedConfig(**values["distributed"])
-    return EngineConfig(**{**values, "distributed": distributed})
+    allowed_code = tuple(values["allowed_code"])
+    return EngineConfig(**{**values, "distributed": distributed, "allowed_code": allowed_code})

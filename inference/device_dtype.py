@@ -52,7 +52,7 @@ def with_dtype_of_device(config: EngineConfig) -> EngineConfig:
 def _dtype(config: EngineConfig) -> str:
     if config.dtype != "auto":
         return config.dtype
-    found: dict[str, Any] = check_small_files(config.model).config
+    found: dict[str, Any] = check_small_files(config.model, config.allowed_code).config
     found = {**found, **(found.get("text_config") or {})}
     return str(found.get("dtype") or found.get("torch_dtype")).removeprefix("torch.")
 
@@ -70,7 +70,9 @@ def _is_native_on_cpu(dtype: str) -> bool:
 
 def _fits_in_float32(config: EngineConfig) -> bool:
     try:
-        weights = model_shape(check_small_files(config.model).config).weight_bytes("float32")
+        weights = model_shape(
+            check_small_files(config.model, config.allowed_code).config
+        ).weight_bytes("float32")
         return weights <= HOST_MEMORY_SHARE * free_host_bytes()
     except (ModelError, OSError):  # a family whose size is not known, or a system without /proc
         return False

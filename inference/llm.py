@@ -231,5 +231,5 @@ def _load_tokenizer(config: EngineConfig) -> tuple[Any, int | None]:
     from inference.loading import load_tokenizer
     from inference.weights import check_model_folder
 
-    folder = check_model_folder(config.model)
+    folder = check_model_folder(config.model, config.allowed_code)
     return load_tokenizer(folder), vocab_size_of(folder.config)

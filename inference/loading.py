@@ -95,12 +95,14 @@ def load_arriving(files: Arriving, config: EngineConfig, device: torch.device) -
         As `load_model`; and the error of who fills the folder.
     """
     if _wants_plain_way(files, config, device):
-        folder = check_model_folder(files.wait_for_all())
+        folder = check_model_folder(files.wait_for_all(), config.allowed_code)
         return load_model(folder, config, {"": device} if device.type == "cuda" else None)
     path = files.folder()
     transformers = _transformers()
     try:
-        model_config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
+        model_config = transformers.AutoConfig.from_pretrained(
+            str(path), trust_remote_code=False, local_files_only=True
+        )
         loader = transformers.AutoModelForCausalLM._model_mapping[type(model_config)]
         with LazyWeights(files, device=device) as weights, _no_progress_bar():
             try:
@@ -129,7 +131,7 @@ def _wants_plain_way(files: Arriving, config: EngineConfig, device: torch.device
     """Whether transformers should read the files itself, once all are there."""
     if files.is_done and device.type != "cuda":
         return True
-    model_config = check_small_files(files.folder()).config
+    model_config = check_small_files(files.folder(), config.allowed_code).config
     is_quantised = config.quantization != "none" or "quantization_config" in model_config
     # Without it transformers looks for the dtype in the weights, which may not be there yet.
     has_dtype = bool(model_config.get("dtype") or model_config.get("torch_dtype"))

@@ -44,7 +44,7 @@ def load_partition(
         ModelError: weights are missing or of another shape than config.json says; or the error of who
             fills the folder.
     """
-    folder = check_small_files(files.folder())
+    folder = check_small_files(files.folder(), config.allowed_code)
     check_quantization(folder, config, "paged")
     model = empty_model(folder, config)
     text = model.config.get_text_config()

@@ -37,6 +37,9 @@ class PromptConfig:
 
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     on_overlong: OnOverlong = "error"
+    allowed_code: tuple[str, ...] = ()
+    """As in `EngineConfig`."""
+
     has_messages: bool = False
     """Whether rows hold messages, which only a chat template can turn into text."""
 
@@ -66,7 +69,7 @@ class PromptBuilder:
             EngineConfigError: the chat template is missing, unreadable or wrong.
         """
         self.config = config
-        self._tokenizer = load_tokenizer(model_dir)
+        self._tokenizer = load_tokenizer(model_dir, config.allowed_code)
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         self._num_known = _num_known(model_dir, self._tokenizer)
         if self._backend is not None:

@@ -1,15 +1,17 @@
 """Weights: is this folder a model we can load, and which one is it? Standard library only.
 
 A folder is used only if it holds `config.json` and whole `.safetensors` files. Pickled weights and models
-that bring their own Python code are refused: loading either runs code from the folder.
+that bring their own Python code are refused: loading either runs code from the folder. A config file whose SHA-256 is
+in `allowed_code` may name code, which is not run: the class that transformers ships is loaded.
 
 Layout of a safetensors file: 8 bytes N (little endian), N bytes of JSON header, then the tensors' bytes,
 each at the `data_offsets` its header entry gives, without gaps.
 """
 
+import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,20 +69,20 @@ class ModelFolder(SmallFiles):
         return sum(file.num_bytes for file in self.weight_files)
 
 
-def check_model_folder(path: str | Path) -> ModelFolder:
+def check_model_folder(path: str | Path, allowed_code: Collection[str] = ()) -> ModelFolder:
     """Return what the folder holds, having read every header and no weights but a sample.
 
     Raises:
         ModelError: it is not a whole, safe model; the message names the file.
     """
-    small = check_small_files(path)
+    small = check_small_files(path, allowed_code)
     folder = small.path
     weight_files = tuple(check_weight_file(folder / name) for name in _weight_file_names(folder))
     _check_index(folder, weight_files)
     return ModelFolder(folder, small.config, weight_files, content_id_of(folder, weight_files))
 
 
-def check_small_files(path: str | Path) -> SmallFiles:
+def check_small_files(path: str | Path, allowed_code: Collection[str] = ()) -> SmallFiles:
     """Return what the folder holds besides weights.
 
     Raises:
@@ -93,7 +95,8 @@ def check_small_files(path: str | Path) -> SmallFiles:
             "`nightjar stage hf://ORG/REPO` brings"
         )
     config = _read_json(folder / "config.json")
-    _refuse_remote_code(folder, config)
+    for name in ("config.json", "tokenizer_config.json"):
+        refuse_code(folder / name, allowed_code)
     if not any((folder / name).is_file() for name in _TOKENIZER_NAMES):
         # transformers would make up an empty one.
         raise ModelError(
@@ -157,7 +160,9 @@ def check_weight_file(path: Path) -> WeightFile:
     return _weight_file(path, num_bytes, header)
 
 
-def check_sampled_folder(path: str | Path, samples: Iterable[WeightSample]) -> SampledFolder:
+def check_sampled_folder(
+    path: str | Path, samples: Iterable[WeightSample], allowed_code: Collection[str] = ()
+) -> SampledFolder:
     """Return what a model is whose small files are in a folder and whose weights were only sampled.
 
     Samples are taken one by one, in the order of their names, and not kept.
@@ -165,7 +170,7 @@ def check_sampled_folder(path: str | Path, samples: Iterable[WeightSample]) -> S
     Raises:
         ModelError: as `check_model_folder`.
     """
-    small = check_small_files(path)
+    small = check_small_files(path, allowed_code)
     files: list[WeightFile] = []
 
     def seen() -> Iterator[WeightSample]:
@@ -248,20 +253,21 @@ def _check_index(folder: Path, weight_files: Iterable[WeightFile]) -> None:
             )
 
 
-def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
-    tokenizer_config = folder / "tokenizer_config.json"
-    for name, found in (
-        ("config.json", config),
-        (
-            "tokenizer_config.json",
-            _read_json(tokenizer_config) if tokenizer_config.exists() else {},
-        ),
-    ):
-        if found.get("auto_map"):
-            raise ModelError(
-                f"{folder}: {name} has auto_map, code of the model's own, which is never run; "
-                f"use a model whose class transformers ships"
-            )
+def refuse_code(path: Path, allowed_code: Collection[str]) -> None:
+    """Refuse a config file that names code of the model's own, unless its SHA-256 is among the allowed.
+
+    Raises:
+        ModelError: with that SHA-256; or the file is there and cannot be read.
+    """
+    if not path.exists() or "auto_map" not in _read_json(path):
+        return
+    digest = hashlib.sha256(_read_small_file(path)).hexdigest()
+    if digest not in allowed_code:
+        raise ModelError(
+            f"{path}: has auto_map, code of the model's own, which is never run; use a model whose class "
+            f"transformers ships, or, to load the shipped class in its place, give "
+            f"model.allowed_code: [{digest}] in the job, or --allow-code {digest}"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

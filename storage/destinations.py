@@ -6,6 +6,7 @@ to the fastest local disk with room.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -49,6 +50,20 @@ class HostMemory(NamedTuple):
     limited_by: str
 
 
+class EngineMemory(NamedTuple):
+    """Host memory that the engine will need beside weights in memory."""
+
+    num_bytes: int
+    parts: str
+    """What for, such as `4.3 GB for the process and its rows`."""
+
+    @classmethod
+    def sum_of(cls, parts: Mapping[str, int]) -> "EngineMemory":
+        """Add up bytes by what they are for; what needs none is left out."""
+        said = [f"{_gb(num_bytes)} for {name}" for name, num_bytes in parts.items() if num_bytes]
+        return cls(sum(parts.values()), ", ".join(said))
+
+
 class Choice(NamedTuple):
     """Where a model goes, and why."""
 
@@ -57,18 +72,18 @@ class Choice(NamedTuple):
 
 
 def choose(
-    num_bytes: int, *, engine_bytes: int, memory: HostMemory, destinations: list[Destination]
+    num_bytes: int, *, engine: EngineMemory, memory: HostMemory, destinations: list[Destination]
 ) -> Choice:
     """Pick the fastest destination that the model fits, without starving the engine.
 
     Args:
         num_bytes: still to be written.
-        engine_bytes: host memory that the engine will need besides.
+        engine: what it will need besides.
     """
     reasons = []
     for place in sorted(destinations, key=lambda place: _RANK[place.kind]):
         if place.kind == "memory":
-            fits, arithmetic = _memory_fits(num_bytes, engine_bytes, memory, place)
+            fits, arithmetic = _memory_fits(num_bytes, engine, memory, place)
         else:
             fits = num_bytes + _DISK_MARGIN_BYTES <= place.free_bytes
             sign = "<=" if fits else ">"
@@ -83,21 +98,19 @@ def choose(
 
 
 def _memory_fits(
-    num_bytes: int, engine_bytes: int, memory: HostMemory, place: Destination
+    num_bytes: int, engine: EngineMemory, memory: HostMemory, place: Destination
 ) -> tuple[bool, str]:
-    total = num_bytes + engine_bytes
-    if total > memory.available_bytes:
-        return False, (
-            f"weights {_gb(num_bytes)} + engine {_gb(engine_bytes)} = {_gb(total)} > "
-            f"{_gb(memory.available_bytes)} of memory ({memory.limited_by})"
-        )
+    total = num_bytes + engine.num_bytes
+    fits = total <= memory.available_bytes
+    arithmetic = (
+        f"weights {_gb(num_bytes)} + engine {_gb(engine.num_bytes)} ({engine.parts}) = {_gb(total)} "
+        f"{'<=' if fits else '>'} {_gb(memory.available_bytes)} of memory ({memory.limited_by})"
+    )
+    if not fits:
+        return False, arithmetic
     if num_bytes + _MARGIN_BYTES > place.free_bytes:
         return False, f"weights {_gb(num_bytes)} > {_gb(place.free_bytes)} free in {place.root}"
-    return True, (
-        f"weights {_gb(num_bytes)} + engine {_gb(engine_bytes)} = {_gb(total)} <= "
-        f"{_gb(memory.available_bytes)} of memory ({memory.limited_by}), and "
-        f"{place.root} has {_gb(place.free_bytes)} free"
-    )
+    return True, f"{arithmetic}, and {place.root} has {_gb(place.free_bytes)} free"
 
 
 def _gb(num_bytes: int) -> str:

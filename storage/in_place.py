@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 from storage.checksums import file_checksum
 from storage.destinations import disk_kind
 from storage.errors import CorruptObject
+from storage.local_source import LocalSource
 from storage.model_listing import Listing, recorded_checksums
-from storage.model_manifest import ModelManifest, StagedFile
-from storage.stage_sources import LocalSource, SourceFile
+from storage.model_manifest import ModelManifest, StagedFile, is_ours
+from storage.stage_sources import SourceFile
 from storage.weight_files import MANIFEST, check_safetensors, check_small_files, is_weights
 
 _THREADS = 4
@@ -102,5 +103,6 @@ def _manifest_beside(listing: Listing) -> ModelManifest | None:
     for record in listing.records:
         if record.name == MANIFEST:
             data = listing.source.read(record)
-            return ModelManifest.from_json(data, source=listing.source.uri)
+            if is_ours(data):
+                return ModelManifest.from_json(data, source=listing.source.uri)
     return None

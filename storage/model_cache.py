@@ -4,6 +4,7 @@
     <root>/models/<content_id>/...             its files, and partials while it is being staged
     <root>/locks/<content_id>.use              LOCK_SH by readers and stagers, LOCK_EX by who deletes
     <root>/locks/<content_id>.stage            LOCK_EX by the one process that moves the bytes
+    <root>/locks/<content_id>.ready            LOCK_EX by it while what has a weight file's name is verified
     <root>/locks/space                         LOCK_EX while room is made and reserved
     <root>/pins/<content_id>                   never evicted
     <root>/sources/<digest>.json               which commit a moving source was resolved to
@@ -132,13 +133,24 @@ class ModelCache:
         os.utime(self._locks / f"{content_id}.use")
         return lock
 
-    def stage(self, content_id: str) -> FileLock:
-        """Become the one process that stages this model; waits for whoever is at it."""
+    def stage(self, content_id: str) -> FileLock | None:
+        """Become the one process that stages this model; None while another is at it."""
         try:
             return self._lock(f"{content_id}.stage", fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("waiting for the process that stages content_id=%s", content_id)
-        return self._lock(f"{content_id}.stage", fcntl.LOCK_EX)
+            return None
+
+    def tell_ready(self, content_id: str) -> FileLock:
+        """Say, while the lock is held, that small files are here and weight files get their names once verified."""
+        return self._lock(f"{content_id}.ready", fcntl.LOCK_EX)
+
+    def is_ready(self, content_id: str) -> bool:
+        """Whether the process that stages this model says so."""
+        try:
+            self._lock(f"{content_id}.ready", fcntl.LOCK_SH | fcntl.LOCK_NB).close()
+        except BlockingIOError:
+            return True
+        return False
 
     def reserve(self) -> FileLock:
         """Become the one process that makes room; held only until the room is reserved."""
@@ -222,18 +234,46 @@ class ModelCache:
             raise self._no_room(num_bytes, used, budget_bytes)
         return gone
 
-    def gc(self, *, min_age_s: float = 3600.0) -> list[Eviction]:
-        """Delete what was left behind: half-deleted models, and partial ones nobody works on."""
+    def gc(
+        self,
+        *,
+        min_age_s: float = 3600.0,
+        budget_bytes: int | None = None,
+        dry_run: bool = False,
+    ) -> list[Eviction]:
+        """Delete what was left behind: half-deleted models, and partial ones nobody works on.
+
+        With `budget_bytes`, idle models go too, least recently used first, until the rest keeps to
+        it; those that are kept though it does not are listed. `dry_run` deletes nothing.
+        """
         gone = []
         if self.models.is_dir():
             for trash in self.models.glob(f"{_TRASH_PREFIX}*"):
                 gone.append(Eviction(trash.name, used_bytes(trash), ""))
-                shutil.rmtree(trash, ignore_errors=True)
-        for entry in self.entries():
-            if not entry.is_whole and time.time() - entry.last_used_at >= min_age_s:
-                eviction = self.evict(entry.content_id)
-                gone += [eviction] if not eviction.kept_because else []
-        return gone
+                if not dry_run:
+                    shutil.rmtree(trash, ignore_errors=True)
+        entries = self.entries()
+        left_behind = {
+            entry.content_id
+            for entry in entries
+            if not entry.is_whole and time.time() - entry.last_used_at >= min_age_s
+        }
+        used = sum(entry.num_bytes for entry in entries)
+        kept: list[Eviction] = []
+        for entry in sorted(entries, key=lambda entry: entry.content_id not in left_behind):
+            is_over = budget_bytes is not None and used > budget_bytes
+            if not is_over and entry.content_id not in left_behind:
+                continue
+            eviction = self._would_evict(entry) if dry_run else self.evict(entry.content_id)
+            used -= eviction.freed_bytes
+            (kept if eviction.kept_because else gone).append(eviction)
+        return gone + kept if budget_bytes is not None and used > budget_bytes else gone
+
+    def _would_evict(self, entry: CacheEntry) -> Eviction:
+        reason = "it is pinned" if entry.is_pinned else "a process is using it"
+        return Eviction(
+            entry.content_id, *((entry.num_bytes, "") if entry.is_idle else (0, reason))
+        )
 
     def _fits(self, num_bytes: int, used_bytes: int, budget_bytes: int | None) -> bool:
         if budget_bytes is not None and used_bytes + num_bytes > budget_bytes:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from storage.destinations import (
     Destination,
+    EngineMemory,
     choose,
     describe,
     find_destinations,
@@ -87,9 +88,24 @@ def evict(model: str, *, roots: Iterable[Path] | None = None) -> list[Eviction]:
     ]
 
 
-def gc(*, min_age_s: float = 3600.0, roots: Iterable[Path] | None = None) -> list[Eviction]:
-    """Delete partial models that nobody has worked on for `min_age_s`, and half-deleted ones."""
-    return [eviction for cache in _caches(roots) for eviction in cache.gc(min_age_s=min_age_s)]
+def gc(
+    *,
+    min_age_s: float = 3600.0,
+    budget_bytes: int | None = None,
+    dry_run: bool = False,
+    roots: Iterable[Path] | None = None,
+) -> list[Eviction]:
+    """Delete partial models that nobody has worked on for `min_age_s`, and half-deleted ones.
+
+    Args:
+        budget_bytes: most bytes of a cache; its least recently used models go until it keeps to that.
+        dry_run: only say what would go.
+    """
+    return [
+        eviction
+        for cache in _caches(roots)
+        for eviction in cache.gc(min_age_s=min_age_s, budget_bytes=budget_bytes, dry_run=dry_run)
+    ]
 
 
 def _caches(roots: Iterable[Path] | None) -> list[ModelCache]:
@@ -126,7 +142,7 @@ def place_model(
     content_id: str,
     *,
     num_bytes: int,
-    engine_bytes: int,
+    engine: EngineMemory,
     budget_bytes: int | None = None,
     is_named: bool = False,
 ) -> Placement:
@@ -147,13 +163,13 @@ def place_model(
         if is_named:
             placement = Placement(places[0], f"staged to {places[0].cache.root}, as asked")
         else:
-            placement = _best(places, num_bytes, engine_bytes, budget_bytes)
+            placement = _best(places, num_bytes, engine, budget_bytes)
         placement.place.cache.path(content_id).mkdir(mode=0o700)
         return placement
 
 
 def _best(
-    places: list[Place], num_bytes: int, engine_bytes: int, budget_bytes: int | None
+    places: list[Place], num_bytes: int, engine: EngineMemory, budget_bytes: int | None
 ) -> Placement:
     memory = host_memory()
     destinations = []
@@ -165,7 +181,7 @@ def _best(
         destinations.append(replace(destination, free_bytes=room))
         if destination.kind == "memory":
             memory = memory._replace(available_bytes=memory.available_bytes + evictable)
-    choice = choose(num_bytes, engine_bytes=engine_bytes, memory=memory, destinations=destinations)
+    choice = choose(num_bytes, engine=engine, memory=memory, destinations=destinations)
     if choice.destination is None:
         raise NoSpace(f"the model fits nowhere: {choice.reason}; make room or add a disk")
     roots = [destination.root for destination in destinations]

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from storage.checksums import CRC64NVME, Checksum, file_checksum
 from storage.disk_space import NO_SPACE, no_space, used_bytes
 from storage.errors import BadInput
 from storage.hub_source import WORK_FOLDER, HubSource
+from storage.local_source import LocalSource
 from storage.model_cache import ModelCache
 from storage.model_listing import Listing, with_promises
 from storage.model_manifest import ModelManifest, StagedFile
@@ -23,7 +25,7 @@ from storage.partial_file import JOURNAL_SUFFIX
 from storage.ranged_copy import RangedCopy, sync_folder
 from storage.s3_client import RetryPolicy
 from storage.stage_report import PhaseTimer
-from storage.stage_sources import LocalSource, SourceFile
+from storage.stage_sources import SourceFile
 from storage.weight_files import MANIFEST, check_safetensors, check_small_files, is_weights
 
 
@@ -82,10 +84,15 @@ class Fill:
         self._checksums: dict[str, Checksum] = {}
         self._done_bytes = 0
         self._lock = threading.Lock()
+        self._is_ready = ExitStack()
         self.filled = Filled()
 
     def run(self) -> Filled:
         """Copy, check and publish; raises as `stage_model` does, with nothing published."""
+        with self._is_ready:
+            return self._run()
+
+    def _run(self) -> Filled:
         self._start()
         with self._timer("describe"):
             files = with_promises(self._listing)
@@ -107,8 +114,13 @@ class Fill:
             allowed_code=self._options.allowed_code,
         )
         wanted = [file for file in weights if file.name in needed]
-        self._copy(self._folder, wanted, on_ready=lambda: self._options.on_ready(self._folder))
+        self._copy(self._folder, wanted, on_ready=self._tell_ready)
         return [self._describe(file) for file in (*small, *wanted)]
+
+    def _tell_ready(self) -> None:
+        """Tell those who wait for this model in other processes, and our own caller."""
+        self._is_ready.enter_context(self._cache.tell_ready(self._listing.content_id))
+        self._options.on_ready(self._folder)
 
     def _convert(self, file: SourceFile) -> list[StagedFile]:
         """Unpack a GGUF file into a model folder, next to the copy of it where it is not local."""

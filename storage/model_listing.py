@@ -1,13 +1,18 @@
 """What a source's model consists of: files to stage, files left out, and every promise about bytes."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from storage.checksums import KNOWN_ALGORITHMS, SHA256, Checksum
-from storage.errors import CorruptObject
-from storage.hub_source import HubSource
-from storage.model_manifest import ModelManifest, StagedFile, content_id
-from storage.stage_sources import LocalSource, S3Source, SourceFile
+from storage.errors import BadInput, CorruptObject, NoSpace
+from storage.hub_source import HubSource, open_hub
+from storage.local_source import LocalSource
+from storage.model_caches import Place
+from storage.model_manifest import ModelManifest, StagedFile, content_id, is_ours
+from storage.object_store import StorageConfig
+from storage.s3_client import RetryPolicy
+from storage.stage_sources import S3Source, SourceFile, open_s3
 from storage.weight_files import MANIFEST, RECORDS, SHA256_SUMS, read_sha256_sums, select
 
 GGUF_SUFFIX = ".gguf"
@@ -42,6 +47,28 @@ class Listing(NamedTuple):
     def staged_bytes(self) -> int:
         """What it will take on disk; for GGUF an estimate: the file beside its unpacked weights."""
         return self.num_bytes * (1 + _GGUF_EXPANSION) if self.is_gguf else self.num_bytes
+
+
+def open_source(
+    source: str, config: StorageConfig, places: list[Place], retry: RetryPolicy | None = None
+) -> Source:
+    """Open a model's source; the Hub's answers are kept in the first of the places.
+
+    Raises:
+        BadInput: the scheme is unknown.
+        NotFound: there is no such folder.
+        NoSpace: there is no place to keep the Hub's answers.
+    """
+    if source.startswith("s3://"):
+        return open_s3(source, config, retry)
+    if source.startswith("hf://"):
+        if not places:
+            raise NoSpace("no folder to stage to can be written; name one with stage_to")
+        return open_hub(source, places[0].cache.sources)
+    scheme, separator, rest = source.partition("://")
+    if separator and scheme != "file":
+        raise BadInput(f"{source}: unknown scheme {scheme}://; use s3://, hf:// or a folder")
+    return LocalSource(Path(rest if separator else source).expanduser())
 
 
 def list_model(source: Source, *, gguf_dtype: str = "") -> Listing:
@@ -100,7 +127,7 @@ def recorded_checksums(listing: Listing) -> dict[str, tuple[Checksum, str]]:
         if record.name == SHA256_SUMS:
             sums = read_sha256_sums(data.decode(errors="replace"), source=source.uri)
             found |= {name: (Checksum(SHA256, value), SHA256_SUMS) for name, value in sums.items()}
-        elif record.name == MANIFEST:
+        elif record.name == MANIFEST and is_ours(data):
             manifest = ModelManifest.from_json(data, source=where)
             checksums = {file.name: _promise(file, where) for file in manifest.files}
             found |= {name: (value, MANIFEST) for name, value in checksums.items() if value}

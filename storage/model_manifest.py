@@ -77,6 +77,11 @@ class ModelManifest:
             raise CorruptObject(f"{source}: not a model manifest: {error}") from error
 
 
+def is_ours(data: bytes) -> bool:
+    """Whether a MANIFEST.json means to be one of these, whole or damaged; other tools use the name too."""
+    return b'"content_id"' in data
+
+
 def content_id(files: Iterable[SourceFile], *, identity: str, dtype: str = "") -> str:
     """Name a model by what it is.
 

@@ -60,9 +60,9 @@ class PartialFile:
         self._checksums: dict[int, int] = {}
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if self.path.exists():  # whole, but its model never was: check it again
-            self.path.rename(self._partial)
-        self._fd, self._direct = _open_for_writing(self._partial, direct)
+        # Whole, but its model never was: it is checked again, under the name by which others may read it by now.
+        self._place = self.path if self.path.exists() else self._partial
+        self._fd, self._direct = _open_for_writing(self._place, direct)
         descriptor = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._journal = os.fdopen(descriptor, "a+", encoding="utf-8")
 
@@ -82,12 +82,14 @@ class PartialFile:
     def resume(self) -> int:
         """Keep the journaled ranges whose bytes on disk still have the noted checksum; return their bytes."""
         kept = 0
-        with self._partial.open("rb") as partial:
+        with self._place.open("rb") as partial:
             for index, noted in self._noted().items():
                 start, end = self.span(index)
                 if _checksum(partial, start, end, self.algorithm) == noted:
                     self._checksums[index] = noted
                     kept += end - start
+        if self.missing() and self._place == self.path:
+            self._place = self.path.rename(self._partial)
         self._journal.seek(0)
         self._journal.truncate()
         lines = [self._header, *(f"{index} {crc}" for index, crc in self._checksums.items())]
@@ -97,6 +99,8 @@ class PartialFile:
 
     def allocate(self, huge: HugePages) -> int:
         """Reserve the file's blocks, so that a full disk shows now; return bytes on huge pages. Raises OSError."""
+        if self._place == self.path:
+            return 0
         huge_bytes = huge.reserve(self._fd, self.file.size)
         if self.file.size:
             os.posix_fallocate(
@@ -137,14 +141,14 @@ class PartialFile:
             self.discard()
             raise
         os.fsync(self._fd)
-        os.rename(self._partial, self.path)
+        os.rename(self._place, self.path)
         self.close()
         return found
 
     def discard(self) -> None:
         """Delete what was copied so far."""
         self.close()
-        self._partial.unlink(missing_ok=True)
+        self._place.unlink(missing_ok=True)
         self._journal_path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -162,13 +166,13 @@ class PartialFile:
                 "it was deleted; stage again, and check the source if it differs once more"
             )
         digest = _DIGESTS.get(want.algorithm) if want else None
-        if want and digest and file_checksum(self._partial, want.algorithm) != want:
+        if want and digest and file_checksum(self._place, want.algorithm) != want:
             raise CorruptObject(
                 f"{self.file.name}: its {digest} is not the one in {self.file.promised_by}; "
                 "the copy was deleted; stage again, and check the source if it differs once more"
             )
         if weight_files.is_weights(self.file.name):
-            weight_files.check_safetensors(self._partial, name=self.file.name)
+            weight_files.check_safetensors(self._place, name=self.file.name)
 
     def _noted(self) -> dict[int, int]:
         self._journal.seek(0)

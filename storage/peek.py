@@ -13,12 +13,11 @@ from typing import NamedTuple
 from storage.errors import StoreUnavailable
 from storage.hub_source import WORK_FOLDER, HubSource
 from storage.model_caches import open_places
-from storage.model_listing import Listing, Source, list_model, with_promises
+from storage.model_listing import Listing, Source, list_model, open_source, with_promises
 from storage.object_store import StorageConfig
 from storage.ranged_copy import RangedCopy, fill
 from storage.s3_client import RetryPolicy
 from storage.stage_sources import SourceFile
-from storage.staging import open_source
 from storage.weight_files import check_header, check_small_files, header_length, is_weights
 
 MAX_HUB_FILES = 8
@@ -68,7 +67,7 @@ def peek_model(
     Raises:
         As `stage_model`, but for want of room.
     """
-    listing = list_model(open_source(source, config, open_places("auto")))
+    listing = list_model(open_source(source, config, open_places("auto"), retry))
     num_weight_files = sum(is_weights(file.name) for file in listing.files)
     is_hub = isinstance(listing.source, HubSource)
     if listing.is_gguf or (is_hub and num_weight_files > MAX_HUB_FILES):

@@ -54,6 +54,7 @@ class _Progress:
 
     position: int
     checksum: int = 0
+    moved_at: float = field(default_factory=time.monotonic)
 
 
 class RangedCopy:
@@ -148,8 +149,11 @@ class RangedCopy:
                 self._stream(copied, progress, end)
             except StoreUnavailable as error:
                 failures += 1
-                if failures >= self._retry.max_attempts:
-                    raise StoreUnavailable(f"{error}; gave up after {failures} attempts") from error
+                waited_s = time.monotonic() - progress.moved_at
+                if failures >= self._retry.max_attempts or waited_s >= self._retry.patience_s:
+                    raise StoreUnavailable(
+                        f"{error}; gave up after {failures} attempts, {waited_s:.0f} s without progress"
+                    ) from error
                 self.stats.add(num_retries=1)
                 self._stop.wait(self._retry.delay_s(failures - 1))
         if self._stop.is_set():
@@ -173,6 +177,7 @@ class RangedCopy:
                 wrote = time.perf_counter()
                 progress.position += count
                 progress.checksum = checksum
+                progress.moved_at = wrote
                 self.stats.add(
                     bytes_moved=count,
                     read_s=read - began,

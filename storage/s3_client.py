@@ -6,10 +6,12 @@ timeouts, resets, damaged replies. boto3's transfer manager is not used at all: 
 switches to CRT by itself, which ignores the endpoint, and it does not check what it downloads.
 """
 
+import base64
 import logging
 import os
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +31,7 @@ from botocore.exceptions import (
 )
 from urllib3.exceptions import HTTPError
 
+from storage.checksums import RANGE_ALGORITHMS, SHA256, Checksum
 from storage.clock import Clock, SystemClock
 from storage.endpoints import check_endpoint, is_aws
 from storage.errors import (
@@ -71,6 +74,12 @@ class RetryPolicy:
     base_s: float = 0.1
     cap_s: float = 5.0
 
+    stall_s: float = 30.0
+    """A body of which half a megabyte takes longer is cut off and asked for again."""
+
+    patience_s: float = 150.0
+    """Nothing is tried again once so long has passed without anything done."""
+
     def delay_s(self, attempt: int) -> float:
         """Exponential with jitter, so that many replicas do not come back at once."""
         return min(self.cap_s, self.base_s * 2.0**attempt) * random.uniform(0.5, 1.0)
@@ -91,6 +100,11 @@ class Caller:
         self._retry = retry or RetryPolicy()
         self._clock = clock or SystemClock()
 
+    @property
+    def stall_s(self) -> float:
+        """How long a piece of a body may take; see `storage.stalls`."""
+        return self._retry.stall_s
+
     def __call__(self, what: str, request: Callable[[], _Result]) -> _Result:
         """Run a request that is safe to repeat; `what` names it in errors.
 
@@ -98,6 +112,7 @@ class Caller:
             StorageError: typed; StoreUnavailable or CorruptObject once the attempts are used up.
         """
         attempt = num_damaged = 0
+        began = self._clock.monotonic()
         while True:
             try:
                 return request()
@@ -111,6 +126,7 @@ class Caller:
                     is_hopeless
                     or attempt >= self._retry.max_attempts
                     or num_damaged >= _MAX_DAMAGED
+                    or self._clock.monotonic() - began >= self._retry.patience_s
                 ):
                     raise fault from error
             self._clock.sleep(self._retry.delay_s(attempt - 1))
@@ -224,6 +240,17 @@ def full_checksum(reply: Any, algorithm: str = "crc64nvme") -> str | None:
     if not value or "-" in value or reply.get("ChecksumType") == "COMPOSITE":
         return None
     return value
+
+
+def promised_checksum(reply: Any) -> Checksum | None:
+    """Return the checksum of the whole object that costs least to compare, where a HEAD tells one."""
+    for algorithm in RANGE_ALGORITHMS:
+        if value := full_checksum(reply, algorithm):
+            return Checksum(algorithm, value)
+    if value := full_checksum(reply, SHA256):
+        with suppress(ValueError):  # no base64: the store tells none
+            return Checksum(SHA256, base64.b64decode(value, validate=True).hex())
+    return None
 
 
 def status_of(error: ClientError) -> int:

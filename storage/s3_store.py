@@ -29,6 +29,7 @@ from storage.errors import (
 from storage.object_store import DEFAULT_STORAGE, ObjectInfo, StorageConfig
 from storage.s3_client import Again, Caller, RetryPolicy, full_checksum, make_client, status_of
 from storage.s3_transfer import S3Transfer, crc64
+from storage.stalls import read_whole
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -93,7 +94,7 @@ class S3Store:
                 if status_of(error) == 416:
                     return b""
                 raise
-            return _whole_body(reply, f"{self.uri}/{key}")
+            return _whole_body(reply, f"{self.uri}/{key}", self._call.stall_s)
 
         return self._call(f"GET {self.uri}/{key}", request)
 
@@ -227,7 +228,7 @@ class S3Store:
 
         def request() -> tuple[bytes, ObjectInfo]:
             reply = self._client.get_object(Bucket=self._bucket, Key=name, ChecksumMode="ENABLED")
-            data = _whole_body(reply, f"{self.uri}/{key}")
+            data = _whole_body(reply, f"{self.uri}/{key}", self._call.stall_s)
             wanted = full_checksum(reply)
             if wanted is not None and crc64(data) != wanted:
                 raise Again(CorruptObject(f"{self.uri}/{key}: CRC64NVME is not {wanted}"))
@@ -296,8 +297,8 @@ class S3Store:
         )
 
 
-def _whole_body(reply: Any, what: str) -> bytes:
-    data: bytes = reply["Body"].read()
+def _whole_body(reply: Any, what: str, stall_s: float) -> bytes:
+    data = read_whole(reply["Body"], stall_s)
     if len(data) != reply["ContentLength"]:
         raise Again(StoreUnavailable(f"{what}: {len(data)} of {reply['ContentLength']} bytes came"))
     return data

@@ -1,8 +1,8 @@
 """Whole objects to and from S3: checked downloads, multipart uploads, copies within the store.
 
 A download is ranges of one ETag, written in place into a hidden file. Their CRC64NVMEs are combined
-and compared with the store's, where it keeps one for the whole object; only then the file gets
-its name.
+and compared with the store's, where it keeps one for the whole object; where it keeps another checksum
+of the whole, the file is read once more for it. Only then it gets its name.
 """
 
 import base64
@@ -19,10 +19,12 @@ from awscrt.checksums import combine_crc64nvme, crc64nvme
 from botocore.exceptions import BotoCoreError, ClientError
 
 from storage import encryption
+from storage.checksums import CRC64NVME, file_checksum
 from storage.errors import CorruptObject, NotFound, StorageError, StoreUnavailable
 from storage.local_errors import translate
 from storage.object_store import DEFAULT_STORAGE, StorageConfig
-from storage.s3_client import Again, Caller, full_checksum, status_of
+from storage.s3_client import Again, Caller, full_checksum, promised_checksum, status_of
+from storage.stalls import read_whole
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -100,20 +102,22 @@ class S3Transfer:
             NoSpace: there is no room for it.
         """
         hidden = path.with_name(f".{os.urandom(12).hex()}.partial")
-        wanted = full_checksum(found)
+        wanted = promised_checksum(found)
         size = found["ContentLength"]
         try:
             with translate(path, size), hidden.open("xb") as file:
                 if size:
                     os.posix_fallocate(file.fileno(), 0, size)
                 for left in reversed(range(tries)):
-                    crc = self._fill(name, file.fileno(), size, found["ETag"])
-                    if wanted is None or _spell(crc) == wanted:
+                    came = CRC64NVME.encode(self._fill(name, file.fileno(), size, found["ETag"]))
+                    if wanted is not None and wanted.algorithm != came.algorithm:
+                        came = file_checksum(hidden, wanted.algorithm)
+                    if wanted in (None, came):
                         break
                     if not left:
                         raise CorruptObject(
-                            f"s3://{self._bucket}/{name}: CRC64NVME is {_spell(crc)}, the store says "
-                            f"{wanted}, {tries} times; nothing was kept"
+                            f"s3://{self._bucket}/{name}: {came} came, the store says {wanted}, "
+                            f"{tries} times; nothing was kept"
                         )
                 os.fsync(file.fileno())
                 hidden.replace(path)
@@ -229,7 +233,7 @@ class S3Transfer:
             reply = self._client.get_object(
                 Bucket=self._bucket, Key=name, Range=f"bytes={start}-{end - 1}", IfMatch=etag
             )
-            data = reply["Body"].read()
+            data = read_whole(reply["Body"], self._call.stall_s)
             place = reply.get("ContentRange")
             if len(data) != end - start or place != f"bytes {start}-{end - 1}/{size}":
                 fact = f"asked for bytes {start}-{end - 1}, {len(data)} came as {place}"

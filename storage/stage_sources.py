@@ -1,31 +1,27 @@
 """Where a model comes from: what files it has, what is promised of them, and how to read a range.
 
 s3://bucket/prefix/     any endpoint; ranges pinned by ETag
-/folder or file://      a local or network folder; pinned by size and modification time
+/folder or file://      see storage.local_source
 hf://repo@revision      see storage.hub_source, which downloads whole files
 """
 
-import hashlib
 import http.client
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
-from storage.checksums import RANGE_ALGORITHMS, Checksum
+from storage.checksums import Checksum
 from storage.errors import BadInput, InputChanged, NotFound, PreconditionFailed, StoreUnavailable
 from storage.object_store import StorageConfig
-from storage.s3_client import Caller, as_storage_error, full_checksum, make_client
+from storage.s3_client import Caller, RetryPolicy, as_storage_error, make_client, promised_checksum
+from storage.stalls import PIECE_BYTES, Pace, read_whole
 
 _HEAD_THREADS = 16
-_NUM_SAMPLES = 16
-_SAMPLE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +83,9 @@ class RangedSource(Protocol):
 class S3Source:
     """The objects below a prefix, or one object."""
 
-    def __init__(self, uri: str, client: Any, *, endpoint: str = "") -> None:
+    def __init__(
+        self, uri: str, client: Any, *, endpoint: str = "", retry: RetryPolicy | None = None
+    ) -> None:
         """`client` is a boto3 S3 client; `endpoint` tells equal buckets of two stores apart."""
         self._bucket, _, key = uri.removeprefix("s3://").partition("/")
         if not self._bucket or not key:
@@ -97,7 +95,7 @@ class S3Source:
         self._prefix += "/" if self._prefix else ""
         self._key = key
         self._client = client
-        self._caller = Caller()
+        self._caller = Caller(retry)
         self.uri = f"s3://{self._bucket}/{key if self._is_object else self._prefix}"
         self.identity = f"{endpoint}|{self.uri}"
 
@@ -130,7 +128,7 @@ class S3Source:
     def read(self, file: SourceFile) -> bytes:
         def get() -> bytes:
             reply = self._client.get_object(**self._pinned(file))
-            return bytes(reply["Body"].read())
+            return read_whole(reply["Body"], self._caller.stall_s)
 
         with _changed_meanwhile():
             return self._caller(self._where(file), get)
@@ -144,7 +142,7 @@ class S3Source:
                 )
             except (ClientError, BotoCoreError, HTTPError) as error:
                 raise as_storage_error(error, where) from error
-        body = _HttpBody(reply["Body"], end - start, where)
+        body = _HttpBody(reply["Body"], end - start, where, self._caller.stall_s)
         expected, found = f"bytes {start}-{end - 1}/{file.size}", reply.get("ContentRange")
         if found != expected:
             body.close()
@@ -177,73 +175,16 @@ class S3Source:
             raise InputChanged(
                 f"{where}: changed while it was listed: ETag {file.etag} became {etag}"
             )
-        for algorithm in RANGE_ALGORITHMS:
-            if value := full_checksum(reply, algorithm):
-                return replace(file, checksum=Checksum(algorithm, value), promised_by="the store")
-        return file
-
-
-class LocalSource:
-    """A folder on some file system, or one file."""
-
-    def __init__(self, path: Path) -> None:
-        self._folder = path if path.is_dir() else path.parent
-        self._only = None if path.is_dir() else path.name
-        if not path.exists():
-            raise NotFound(
-                f"{path}: no such folder; give a model folder, s3://bucket/prefix/, hf://ORG/REPO "
-                "or a GGUF file"
-            )
-        self.path = path
-        self.uri = str(path)
-        self.identity = f"file|{path.resolve()}"
-
-    def list_files(self) -> list[SourceFile]:
-        names = [self._only] if self._only else sorted(_walk(self._folder))
-        return [replace(self._stat(name), fingerprint=self._sample(name)) for name in names]
-
-    def describe(self, files: list[SourceFile]) -> list[SourceFile]:
-        return files
-
-    def read(self, file: SourceFile) -> bytes:
-        return (self._folder / file.name).read_bytes()
-
-    def open_range(self, file: SourceFile, start: int, end: int) -> "_FileBody":
-        self.refuse_change(file)
-        return _FileBody(self._folder / file.name, start, end, lambda: self.refuse_change(file))
-
-    def refuse_change(self, file: SourceFile) -> None:
-        """Raise InputChanged unless a file still has the size and time it was listed with."""
-        if self._stat(file.name).etag != file.etag:
-            raise InputChanged(
-                f"{self._folder / file.name}: changed while it was copied; stage it again"
-            )
-
-    def _stat(self, name: str) -> SourceFile:
-        try:
-            found = (self._folder / name).stat()
-        except OSError as error:
-            raise InputChanged(f"{self._folder / name}: vanished: {error.strerror}") from error
-        return SourceFile(
-            name=name, size=found.st_size, etag=f"{found.st_size}-{found.st_mtime_ns}"
-        )
-
-    def _sample(self, name: str) -> str:
-        """Digest of a file's beginning, end and blocks in between: all of it when it is small."""
-        digest = hashlib.sha256()
-        with (self._folder / name).open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            step = max(_SAMPLE_BYTES, size // _NUM_SAMPLES)
-            for offset in (*range(0, size, step), max(0, size - _SAMPLE_BYTES)):
-                digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
-        return digest.hexdigest()
+        checksum = promised_checksum(reply)
+        return replace(file, checksum=checksum, promised_by="the store") if checksum else file
 
 
 class _HttpBody:
     """An HTTP body, read into the caller's buffer without a copy in between."""
 
-    def __init__(self, body: Any, num_bytes: int, where: str) -> None:
+    def __init__(self, body: Any, num_bytes: int, where: str, stall_s: float) -> None:
         self._stream = body._raw_stream
+        self._pace = Pace(self._stream, stall_s)
         # http.client's own readinto fills our buffer; urllib3's copies once more.
         self._reader = getattr(self._stream, "_fp", None) or self._stream
         self._left = num_bytes
@@ -251,63 +192,30 @@ class _HttpBody:
 
     def readinto(self, view: memoryview, /) -> int:
         try:
-            count = int(self._reader.readinto(view))
+            with self._pace:
+                count = int(self._reader.readinto(view[:PIECE_BYTES]))
         except (http.client.HTTPException, HTTPError, OSError) as error:
             raise StoreUnavailable(f"{self._where}: {error!r}") from error
+        if not count and self._pace.is_cut:
+            raise StoreUnavailable(
+                f"{self._where}: fewer than {PIECE_BYTES >> 10} KiB came in {self._pace.stall_s:.0f} s"
+            )
         self._left -= count
         return count
 
     def close(self) -> None:
+        self._pace.close()
         if self._left == 0:
             self._stream.release_conn()
         else:  # part of the body is still on its way: nobody can use this connection again
             self._stream.close()
 
 
-class _FileBody:
-    """A range of a file; what was read is good only if the file is still the same at its end."""
-
-    def __init__(self, path: Path, start: int, end: int, refuse_change: Callable[[], None]) -> None:
-        self._path = path
-        self._refuse_change = refuse_change
-        self._left = end - start
-        self._stream = path.open("rb", buffering=0)
-        self._stream.seek(start)
-
-    def readinto(self, view: memoryview, /) -> int:
-        try:
-            count = self._stream.readinto(view[: self._left]) or 0
-        except OSError as error:  # a network file system's hiccup, or a disk's: tried again
-            raise StoreUnavailable(f"{self._path}: {error.strerror}") from error
-        self._left -= count
-        if self._left == 0:
-            self._refuse_change()
-        return count
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-def open_ranged(source: str, config: StorageConfig) -> S3Source | LocalSource:
-    """Open a source that is read by ranges.
-
-    Raises:
-        BadInput: the scheme is unknown.
-        NotFound: there is no such folder.
-    """
-    if source.startswith("s3://"):
-        return S3Source(source, make_client(config), endpoint=config.endpoint_url or "")
-    scheme, separator, rest = source.partition("://")
-    if separator and scheme != "file":
-        raise BadInput(f"{source}: unknown scheme {scheme}://; use s3://, hf:// or a folder")
-    return LocalSource(Path(rest if separator else source).expanduser())
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            yield (Path(root) / name).relative_to(folder).as_posix()
+def open_s3(source: str, config: StorageConfig, retry: RetryPolicy | None = None) -> S3Source:
+    """Open a source on S3. Raises BadInput."""
+    retry = retry or RetryPolicy()
+    client = make_client(config, read_timeout_s=retry.stall_s)
+    return S3Source(source, client, endpoint=config.endpoint_url or "", retry=retry)
 
 
 @contextmanager

@@ -3,37 +3,40 @@
     with stage_model("s3://bucket/models/qwen3-8b/", config=config) as staged:
         load(staged.path)
 
-Many processes may call this at once: one moves the bytes, the others wait and share them. A model is
-whole when its MANIFEST.json is there, which is written last; nothing else is ever returned.
+Many processes may call this at once: one moves the bytes, the others share them, and are told of each
+file as it is verified. A model is whole when its MANIFEST.json is there, which is written last; nothing else is ever returned.
 """
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from storage.destinations import disk_kind
+from storage.destinations import EngineMemory, disk_kind
 from storage.disk_speed import disk_speed
 from storage.errors import BadInput, NoSpace
-from storage.hub_source import open_hub
 from storage.in_place import good_disk, read_in_place, with_own_id
+from storage.local_source import LocalSource
 from storage.model_cache import FileLock, ModelCache, use_entry
 from storage.model_caches import ANYWHERE, Place, open_places, place_model
 from storage.model_fill import Fill, Filled, FillOptions
-from storage.model_listing import Listing, Source, list_model
+from storage.model_listing import Listing, Source, list_model, open_source
 from storage.model_manifest import ModelManifest
 from storage.object_store import StorageConfig
 from storage.s3_client import RetryPolicy
 from storage.stage_report import PhaseTimer, StageReport, wire_gb_per_s
-from storage.stage_sources import LocalSource, open_ranged
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ENGINE_BYTES = 4 << 30
+PROCESS_BYTES = 4 << 30
+"""Of host memory, for an engine's process and its rows."""
+
 _WORTH_MEASURING_BYTES = 1 << 30
+_LOOK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,7 @@ def stage_model(
     *,
     config: StorageConfig,
     stage_to: str = "auto",
-    reserve_bytes: int = DEFAULT_ENGINE_BYTES,
+    engine_memory: Callable[[int], EngineMemory] | None = None,
     budget_bytes: int | None = None,
     allowed_code: Collection[str] = (),
     convert_gguf: Callable[[Path, Path], object] | None = None,
@@ -80,9 +83,10 @@ def stage_model(
     Args:
         source: `s3://bucket/prefix/`, `hf://org/repo@revision`, a folder, or one .gguf file (local
             or on S3).
-        stage_to: auto (the fastest disk it fits), shm (memory only), nvme (local disks only), none
+        stage_to: auto (the fastest disk it fits; a folder that fits none is read in place), shm (memory only), nvme (local disks only), none
             (read in place), or a folder.
-        reserve_bytes: host memory that the engine will need beside weights in /dev/shm.
+        engine_memory: bytes of the weights -> host memory that the engine will need beside them if
+            they are in /dev/shm; default: of its process and rows alone.
         budget_bytes: most bytes that staged models may take in the chosen cache.
         allowed_code: SHA-256 of config files that may name Python classes (`auto_map`).
         convert_gguf: makes a model folder (second argument, to be created) from a GGUF file (first).
@@ -99,11 +103,11 @@ def stage_model(
         BadInput: the model needs what is not staged: pickles, Python, missing weight files.
         CorruptObject: bytes are not what was promised; nothing was published.
         InputChanged: the source was replaced meanwhile; nothing was published.
-        NoSpace: no disk has room for it.
+        NoSpace: no disk has room for it, and it cannot be read in place or was not to be.
     """
     staging = _Staging(
         stage_to=stage_to,
-        engine_bytes=reserve_bytes,
+        engine_memory=engine_memory or process_memory,
         budget_bytes=budget_bytes,
         options=FillOptions(
             allowed_code=frozenset(allowed_code),
@@ -140,21 +144,23 @@ def find_model(
     Args and errors are those of `stage_model`.
     """
     options = FillOptions(allowed_code=frozenset(allowed_code), gguf_dtype=gguf_dtype)
-    staging = _Staging(stage_to=stage_to, engine_bytes=0, budget_bytes=None, options=options)
+    staging = _Staging(
+        stage_to=stage_to, engine_memory=process_memory, budget_bytes=None, options=options
+    )
     return staging.run(source, config, only_near=True)
+
+
+def _is_folder(source: Source) -> bool:
+    return isinstance(source, LocalSource) and source.path.is_dir()
+
+
+def process_memory(weight_bytes: int) -> EngineMemory:
+    """What an engine needs whose weights are on a device."""
+    return EngineMemory.sum_of({"the process and its rows": PROCESS_BYTES})
 
 
 def _default_threads() -> int:
     return max(8, min(32, os.cpu_count() or 1))
-
-
-def open_source(source: str, config: StorageConfig, places: list[Place]) -> Source:
-    """Open a model's source; the Hub's answers are kept in the first of the places."""
-    if not source.startswith("hf://"):
-        return open_ranged(source, config)
-    if not places:
-        raise NoSpace("no folder to stage to can be written; name one with stage_to")
-    return open_hub(source, places[0].cache.sources)
 
 
 class _Staging:
@@ -164,12 +170,12 @@ class _Staging:
         self,
         *,
         stage_to: str,
-        engine_bytes: int,
+        engine_memory: Callable[[int], EngineMemory],
         budget_bytes: int | None,
         options: FillOptions,
     ) -> None:
         self._stage_to = stage_to
-        self._engine_bytes = engine_bytes
+        self._engine_memory = engine_memory
         self._budget_bytes = budget_bytes
         self._options = options
         self._timer = PhaseTimer()
@@ -180,17 +186,24 @@ class _Staging:
     ) -> StagedModel | None:
         with self._timer("resolve"):
             places = open_places(self._stage_to)
-            opened = open_source(source, config, places)
+            opened = open_source(source, config, places, self._options.retry)
             reason = self._why_in_place(opened)
         if reason:
             return self._in_place(opened, reason)
         with self._timer("list"):
             listing = list_model(opened, gguf_dtype=self._options.gguf_dtype)
         found = self._find(places, listing)
-        return found if found or only_near else self._stage(places, listing)
+        if found or only_near:
+            return found
+        try:
+            return self._stage(places, listing)
+        except NoSpace as error:
+            if self._stage_to != "auto" or not _is_folder(opened):
+                raise
+            return self._in_place(opened, f"read in place, from a network disk: {error}")
 
     def _why_in_place(self, source: Source) -> str:
-        is_folder = isinstance(source, LocalSource) and source.path.is_dir()
+        is_folder = _is_folder(source)
         if self._stage_to == "none" and not is_folder:
             raise BadInput(f"{source.uri}: cannot be read in place; use stage_to auto or a folder")
         if self._stage_to == "none":
@@ -233,7 +246,7 @@ class _Staging:
                 places,
                 listing.content_id,
                 num_bytes=listing.staged_bytes,
-                engine_bytes=self._engine_bytes,
+                engine=self._engine_memory(listing.staged_bytes),
                 budget_bytes=self._budget_bytes,
                 is_named=self._stage_to not in ANYWHERE,
             )
@@ -251,7 +264,7 @@ class _Staging:
         lock = cache.use(name)
         try:
             with self._timer("wait"):
-                turn = cache.stage(name)
+                turn = self._take_turn(cache, listing)
             with turn:
                 if cache.manifest(name):
                     return self._staged(listing, cache, lock, "hit", "another process staged it")
@@ -260,6 +273,24 @@ class _Staging:
         except BaseException:
             lock.close()
             raise
+
+    def _take_turn(self, cache: ModelCache, listing: Listing) -> FileLock:
+        """Become the one process that stages the model; meanwhile tell of the files that another has verified."""
+        told: set[str] = set()
+        while (turn := cache.stage(listing.content_id)) is None:
+            self._options.on_progress(0, listing.num_bytes)
+            if cache.is_ready(listing.content_id):
+                self._tell(cache.path(listing.content_id), listing, told)
+            time.sleep(_LOOK_EVERY_S)
+        return turn
+
+    def _tell(self, folder: Path, listing: Listing, told: set[str]) -> None:
+        if not told:
+            self._options.on_ready(folder)
+        there = {file.name for file in listing.files if (folder / file.name).exists()}
+        for name in sorted(there - told):
+            self._options.on_file(folder / name)
+        told |= there
 
     def _fill(self, place: Place, listing: Listing) -> Filled:
         return Fill(

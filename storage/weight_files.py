@@ -82,6 +82,11 @@ def is_weights(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
+def is_read(name: str) -> bool:
+    """Whether a file of that name is looked into at all."""
+    return name in RECORDS or _is_wanted(name)
+
+
 def _second_copies(files: list[str], weights: list[str]) -> set[str]:
     """Weight files that hold the same weights once more, in another layout."""
     if INDEX in files:
@@ -111,7 +116,7 @@ def check_small_files(
 ) -> set[str]:
     """Check what can be checked before any weights are moved; return the weight files that are needed.
 
-    `allowed_code`: SHA-256 (hex) of config files that may name Python classes.
+    `allowed_code`: SHA-256 (hex) of config files that may name Python classes, which are never staged.
 
     Raises:
         BadInput: a config asks for Python code, or the index names a file that is not there.
@@ -142,8 +147,9 @@ def _refuse_code(path: Path, name: str, source: str, allowed_code: Collection[st
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest not in allowed_code:
         raise BadInput(
-            f"{source}: {name} has an auto_map, which loads Python code from the model folder; "
-            f"review it and allow this very file by its SHA-256 {digest}, or remove auto_map"
+            f"{source}: {name} has auto_map, code of the model's own, which is never run; use a model whose "
+            f"class transformers ships, or, to load the shipped class in its place, give "
+            f"model.allowed_code: [{digest}] in the job, or --allow-code {digest}"
         )
 
 

@@ -43,6 +43,7 @@ class FeedSpec:
     """One run's settings, as far as they make prompts."""
 
     model_dir: str
+    allowed_code: list[str]
     max_model_len: int
     input: dict[str, Any]
     sampling: dict[str, Any]
@@ -59,6 +60,7 @@ class FeedSpec:
     ) -> "FeedSpec":
         return cls(
             model_dir=model_dir,
+            allowed_code=job.model.allowed_code,
             max_model_len=max_model_len,
             input=dataclasses.asdict(job.input),
             sampling=dataclasses.asdict(job.sampling),
@@ -86,6 +88,7 @@ class FeedSpec:
             chat_template=self.input["chat_template"],
             chat_template_kwargs=self.input["chat_template_kwargs"],
             on_overlong=self.input["on_overlong"],
+            allowed_code=tuple(self.allowed_code),
             has_messages=has_messages,
         )
 

@@ -1,4 +1,4 @@
-"""What the driver says of this replica's first GPU: utilisation, memory, power. Silent without one."""
+"""What the driver says of this replica's GPUs: of the first, utilisation, memory, power. Silent without one."""
 
 import os
 import threading
@@ -28,11 +28,34 @@ def open_gpu() -> Any | None:
     try:
         pynvml.nvmlInit()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
-        if visible.isdigit():
-            return pynvml.nvmlDeviceGetHandleByIndex(int(visible))
-        return pynvml.nvmlDeviceGetHandleByUUID(visible)
+        return _handle(visible)
     except pynvml.NVMLError:
         return None
+
+
+def gpu_bytes() -> list[int] | None:
+    """Return the memory of each GPU this process may use; None: no driver or library to ask."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        everyone = ",".join(map(str, range(pynvml.nvmlDeviceGetCount())))
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", everyone).split(",")
+        handles = [_handle(name.strip()) for name in names if name.strip()]
+        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+    except pynvml.NVMLError:
+        return None
+
+
+def _handle(name: str) -> Any:
+    """The driver's handle of a GPU, by what CUDA_VISIBLE_DEVICES calls it. Raises NVMLError."""
+    import pynvml
+
+    if name.isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def sample(handle: Any) -> GpuSample | None:

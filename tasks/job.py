@@ -30,6 +30,10 @@ class ModelConfig:
     quantization: Quantization = "none"
     """fp8 for speed, int8 and nf4 (bitsandbytes) for capacity."""
 
+    allowed_code: list[str] = field(default_factory=list)
+    """SHA-256 of config files that may name Python code (`auto_map`): it is not run, and the class that
+    transformers ships is loaded in its place. A refusal names the hash to give."""
+
     trust_remote_code: bool = False
     """Only `false` is accepted: Python code from model folders is never run."""
 

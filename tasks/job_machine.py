@@ -73,7 +73,12 @@ class HardwareConfig:
     """Image, node selector, launcher and job variables that the platform's owner fixes."""
 
     stage_to: str = "auto"
-    """auto, none (read weights in place), or a folder."""
+    """auto (the fastest local disk that the weights fit; a folder that fits none is read in place), none (read
+    weights in place), shm, nvme, or a folder."""
+
+    stage_budget: str | int | None = None
+    """Most bytes that staged models may take in one cache, such as `200GB`: the least recently used go, pinned ones
+    stay. null: what the disk holds."""
 
     price_per_hour: float | None = None
     """US dollars for one GPU (or one replica without one) and hour; default: the hardware file's."""

@@ -7,7 +7,7 @@ begin_model   as soon as config and tokenizer are here  a replica: weights arriv
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,9 @@ class RunModel:
 
     content_id: str | None = None
     """What it is known, or expected, to be; None while neither is said."""
+
+    allowed_code: Collection[str] = ()
+    """SHA-256 of config files that may name code; see `inference.weights`."""
 
     num_weight_bytes: int = 0
     stage_s: float = 0.0
@@ -93,7 +96,7 @@ class RunModel:
             return
         self.staged = self.staging.result()
         self.staging = self.start = None
-        folder = check_model_folder(self.staged.path)
+        folder = check_model_folder(self.staged.path, self.allowed_code)
         self.path, self.num_weight_bytes = folder.path, folder.num_weight_bytes
         self.expect(folder.content_id)
 
@@ -151,14 +154,17 @@ def peek_model(job: RunConfig, *, work_dir: Path, progress: Progress) -> RunMode
     if seen is None:
         log.info("%s: is staged whole, for nothing less tells which model it is", job.model.source)
         return open_model(job, progress=progress)
-    found = check_sampled_folder(folder, (WeightSample(*file) for file in seen.files))
+    found = check_sampled_folder(
+        folder, (WeightSample(*file) for file in seen.files), job.model.allowed_code
+    )
     _check_ranks(job, folder)
-    _check_engine(job, check_small_files(folder))
+    _check_engine(job, check_small_files(folder, job.model.allowed_code))
     return RunModel(
         path=folder,
         content_id=found.content_id,
         max_model_len=_max_model_len(job, found.config),
         uri=seen.uri,
+        allowed_code=job.model.allowed_code,
         num_weight_bytes=found.num_weight_bytes,
         start=lambda: StageThread(job, progress),
     )
@@ -178,11 +184,12 @@ def begin_model(job: RunConfig, *, progress: Progress) -> RunModel:
         path = staging.files.folder()
         if staging.files.is_done:
             return _whole(job, staging.result(), time.monotonic() - started)
-        small = check_small_files(path)
+        small = check_small_files(path, job.model.allowed_code)
         _check_ranks(job, path)
         _check_engine(job, small)
         return RunModel(
             path=path,
+            allowed_code=job.model.allowed_code,
             max_model_len=_max_model_len(job, small.config),
             stage_s=time.monotonic() - started,
             staging=staging,
@@ -207,7 +214,7 @@ def _dummy(job: RunConfig) -> RunModel:
 
 def _whole(job: RunConfig, staged: Any, stage_s: float) -> RunModel:
     try:
-        folder = check_model_folder(staged.path)
+        folder = check_model_folder(staged.path, job.model.allowed_code)
         max_model_len = _max_model_len(job, folder.config)
         _check_ranks(job, folder.path)
         _check_engine(job, folder)
@@ -249,6 +256,7 @@ def _check_engine(job: RunConfig, folder: SmallFiles) -> None:
         model=str(folder.path),
         backend=knobs.backend,
         dtype=job.model.dtype,
+        allowed_code=tuple(job.model.allowed_code),
         quantization=job.model.quantization,
         kv_cache_dtype=knobs.kv_cache_dtype,
         tensor_parallel_size=knobs.num_ranks,

@@ -56,6 +56,7 @@ def engine_config(run: Run) -> EngineConfig:
         model=str(run.model.path),
         backend=run.backend,
         dtype=run.job.model.dtype,
+        allowed_code=tuple(run.job.model.allowed_code),
         quantization=run.job.model.quantization,
         max_num_seqs=knobs.max_num_seqs,
         max_num_batched_tokens=knobs.max_num_batched_tokens,

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from inference.config import Dtype
+from storage.destinations import EngineMemory
 from storage.errors import AccessDenied, NoSpace
 from storage.model_cache import CacheEntry, Eviction
 from storage.object_store import DEFAULT_STORAGE, StorageConfig
 from storage.peek import Peeked, Spans, peek_model
+from storage.sizes import parse_bytes
 from storage.stage_report import StageReport
-from storage.staging import DEFAULT_ENGINE_BYTES, StagedModel, find_model, stage_model
+from storage.staging import StagedModel, find_model, stage_model
+from tasks.engine_memory import engine_memory
 from tasks.job import RunConfig
 
 NVME_DEMAND_GB_PER_S = 1.0
@@ -38,7 +42,7 @@ def stage(
     storage: StorageConfig = DEFAULT_STORAGE,
     stage_to: str = "auto",
     dtype: Dtype = "auto",
-    reserve_bytes: int = DEFAULT_ENGINE_BYTES,
+    engine_memory: Callable[[int], EngineMemory] | None = None,
     budget_bytes: int | None = None,
     allowed_code: Iterable[str] = (),
     on_ready: Callable[[Path], None] | None = None,
@@ -65,7 +69,7 @@ def stage(
         _unpacked(source),
         config=storage,
         stage_to=stage_to,
-        reserve_bytes=reserve_bytes,
+        engine_memory=engine_memory,
         budget_bytes=budget_bytes,
         allowed_code=frozenset(allowed_code),
         convert_gguf=convert,
@@ -79,7 +83,6 @@ def stage(
 def stage_for(
     job: RunConfig,
     *,
-    reserve_bytes: int = DEFAULT_ENGINE_BYTES,
     on_ready: Callable[[Path], None] | None = None,
     on_file: Callable[[Path], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -90,7 +93,9 @@ def stage_for(
         storage=job.storage,
         stage_to=job.hardware.stage_to,
         dtype=job.model.dtype,
-        reserve_bytes=reserve_bytes,
+        engine_memory=partial(engine_memory, job),
+        allowed_code=job.model.allowed_code,
+        budget_bytes=parse_bytes(job.hardware.stage_budget, name="hardware.stage_budget"),
         on_ready=on_ready,
         on_file=on_file,
         on_progress=on_progress,
@@ -104,6 +109,7 @@ def find_for(job: RunConfig) -> StagedModel | None:
             _unpacked(job.model.source),
             config=job.storage,
             stage_to=job.hardware.stage_to,
+            allowed_code=job.model.allowed_code,
             gguf_dtype=job.model.dtype,
         )
     except (AccessDenied, NoSpace):  # `stage_to` may be a folder that only replicas' machines have
@@ -112,7 +118,13 @@ def find_for(job: RunConfig) -> StagedModel | None:
 
 def look_at(job: RunConfig, folder: Path, spans: Spans) -> Peeked | None:
     """Look at the model of a job; see `storage.peek.peek_model`."""
-    return peek_model(_unpacked(job.model.source), folder, config=job.storage, spans=spans)
+    return peek_model(
+        _unpacked(job.model.source),
+        folder,
+        config=job.storage,
+        spans=spans,
+        allowed_code=job.model.allowed_code,
+    )
 
 
 def _unpacked(source: str) -> str:
@@ -198,12 +210,13 @@ def describe_entries(entries: list[CacheEntry]) -> str:
     return "\n".join(lines)
 
 
-def describe_evictions(evictions: list[Eviction]) -> str:
-    """What `--evict` and `gc` did, a line each."""
+def describe_evictions(evictions: list[Eviction], *, dry_run: bool = False) -> str:
+    """What `--evict` and `gc` did, or would do, a line each."""
+    verb = "would be evicted, {} to be freed" if dry_run else "evicted, {} freed"
     lines = [
         f"{eviction.content_id}: kept, {eviction.kept_because}"
         if eviction.kept_because
-        else f"{eviction.content_id}: evicted, {_gb(eviction.freed_bytes)} freed"
+        else f"{eviction.content_id}: {verb.format(_gb(eviction.freed_bytes))}"
         for eviction in evictions
     ]
     return "\n".join(lines) or "nothing to evict"

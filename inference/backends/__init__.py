@@ -34,8 +34,13 @@ def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = Tr
 
     Raises:
         EngineConfigError: with the remedy.
+        ModelError: only the folder's own code could load the model.
     """
     name = resolve_backend(config.backend, config.tensor_parallel_size)
+    if name != "dummy" and "auto_map" in folder.config:
+        from inference.model_classes import refuse_unknown_class
+
+        refuse_unknown_class(folder)
     if name == "zero":
         from inference.zero import check_zero
 

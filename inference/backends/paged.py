@@ -71,8 +71,10 @@ class PagedBackend:
             )
         _check_fp8(config)
         is_fp8 = config.quantization == "fp8"
-        files = arriving or Arriving.whole(check_model_folder(config.model).path)
-        folder = check_small_files(files.folder())
+        files = arriving or Arriving.whole(
+            check_model_folder(config.model, config.allowed_code).path
+        )
+        folder = check_small_files(files.folder(), config.allowed_code)
         check_engine(folder, replace(config, backend="paged"))
         device = current_device()
         with Precompile.beside(folder.config, config, device) as kernels:

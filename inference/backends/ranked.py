@@ -72,8 +72,10 @@ class RankedBackend:
             EngineFault: a rank ended while it loaded.
         """
         started_at = time.perf_counter()
-        self._files = arriving or Arriving.whole(check_model_folder(config.model).path)
-        check_ranks(check_small_files(self._files.folder()), config)
+        self._files = arriving or Arriving.whole(
+            check_model_folder(config.model, config.allowed_code).path
+        )
+        check_ranks(check_small_files(self._files.folder(), config.allowed_code), config)
         self._config = config
         self._module = module
         self._stats = EngineStats()

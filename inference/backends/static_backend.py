@@ -66,7 +66,7 @@ class StaticBackend(ABC):
             EngineConfigError: the settings cannot work on this model or machine.
         """
         started_at = time.perf_counter()
-        folder = check_model_folder(config.model)
+        folder = check_model_folder(config.model, config.allowed_code)
         max_model_len = _max_model_len(folder, config)
         self._check(folder, config)
         self.tokenizer = load_tokenizer(folder)

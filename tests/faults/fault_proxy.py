@@ -9,6 +9,7 @@ drop_after   let the upstream do it, then close: the reply is lost
 flip         one bit of the reply's body is wrong
 truncate     `kept` of the body, half by default, then close
 stall        half of the body, then silence for `seconds`, then close
+trickle      half of the body, then a byte every tenth of a second for `seconds`, then close
 unless       take If-None-Match out and sign anew: a store that ignores the condition
 """
 
@@ -28,7 +29,9 @@ from botocore.credentials import Credentials
 
 from tests.seaweed import ACCESS_KEY, SECRET_KEY
 
-Kind = Literal["status", "drop_before", "drop_after", "flip", "truncate", "stall", "unless"]
+Kind = Literal[
+    "status", "drop_before", "drop_after", "flip", "truncate", "stall", "trickle", "unless"
+]
 _LIMIT = 1 << 20
 _CHANCES: tuple[Kind, ...] = (
     *("status", "status", "status", "drop_before", "drop_after", "drop_after", "drop_after"),
@@ -214,10 +217,16 @@ class FaultProxy:
             middle = len(reply.body) // 2
             flipped = bytes([reply.body[middle] ^ 1])
             reply.body = reply.body[:middle] + flipped + reply.body[middle + 1 :]
-        if rule and kind in ("truncate", "stall") and reply.body:
-            writer.write(reply.head + reply.body[: int(len(reply.body) * rule.kept)])
+        if rule and kind in ("truncate", "stall", "trickle") and reply.body:
+            kept = int(len(reply.body) * rule.kept)
+            writer.write(reply.head + reply.body[:kept])
             await writer.drain()
-            await asyncio.sleep(rule.seconds if kind == "stall" else 0)
+            if kind == "stall":
+                await asyncio.sleep(rule.seconds)
+            for place in range(kept, kept + int(10 * rule.seconds) if kind == "trickle" else kept):
+                writer.write(reply.body[place : place + 1])
+                await writer.drain()
+                await asyncio.sleep(0.1)
             return False
         await self._reply(writer, reply.head + reply.body)
         return True

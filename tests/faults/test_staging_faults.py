@@ -8,7 +8,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -17,7 +20,7 @@ from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace, Store
 from storage.object_store import StorageConfig
 from storage.s3_client import RetryPolicy, make_client
 from storage.staging import StagedModel, stage_model
-from tests.faults.fault_proxy import FaultProxy
+from tests.faults.fault_proxy import FOREVER, FaultProxy, Kind
 from tests.model_files import folder_bytes, write_model
 from tests.pipeline import CASES, Nightjar, expected
 from tests.seaweed import Seaweed, put_model
@@ -53,7 +56,8 @@ def cache() -> Iterator[Path]:
 
 def stage(proxy: FaultProxy, source: str, cache: Path, **options: object) -> StagedModel:
     config = StorageConfig(endpoint_url=proxy.endpoint_url, region="us-east-1")
-    return stage_model(source, config=config, stage_to=str(cache), retry=FAST, **options)  # type: ignore[arg-type]
+    options = {"retry": FAST} | options
+    return stage_model(source, config=config, stage_to=str(cache), **options)  # type: ignore[arg-type]
 
 
 def is_whole(cache: Path) -> bool:
@@ -63,10 +67,12 @@ def is_whole(cache: Path) -> bool:
 PROGRAM = """
 import sys
 from storage.object_store import StorageConfig
+from storage.s3_client import RetryPolicy
 from storage.staging import stage_model
 source, endpoint, cache = sys.argv[1:]
 config = StorageConfig(endpoint_url=endpoint, region="us-east-1")
-with stage_model(source, config=config, stage_to=cache, num_threads=2) as staged:
+retry = RetryPolicy(stall_s=1.0)
+with stage_model(source, config=config, stage_to=cache, num_threads=2, retry=retry) as staged:
     print(staged.report.outcome, staged.path)
 """
 
@@ -139,6 +145,36 @@ def test_four_processes_at_once_move_the_bytes_once(
     assert proxy.count(r"^GET .*config\.json") == 1
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_who_waits_for_another_process_is_told_of_each_file_that_it_has_verified(
+    proxy: FaultProxy, source: str, cache: Path, model: Path, is_killed: bool
+) -> None:
+    rule = proxy.add("stall", r"^GET .*00002-of", count=FOREVER, kept=0.0, seconds=600)
+    first, told = start(proxy, source, cache), SimpleQueue[Path]()
+    while not proxy.injected["stall"]:
+        time.sleep(0.01)
+    with ThreadPoolExecutor(1) as pool:
+        options = {"on_ready": told.put, "on_file": told.put}
+        second = pool.submit(stage, proxy, source, cache, **options)
+        folder, files = told.get(timeout=60), {told.get(timeout=60).name for _ in range(5)}
+        assert folder.parent.parent == cache
+        weights = "model-00001-of-00002.safetensors"
+        assert weights in files
+        assert (folder / weights).read_bytes() == (model / weights).read_bytes()
+        assert not is_whole(cache)
+        rule.count = 0
+        if is_killed:
+            first.kill()
+        while not second.done():
+            assert (folder / weights).exists(), "an engine may be reading it"
+            time.sleep(0.0005)
+        with second.result() as staged:
+            assert staged.report.outcome == ("staged" if is_killed else "hit")
+            assert folder_bytes(staged.path) == folder_bytes(model)
+    first.kill()
+    first.communicate()
+
+
 def test_truncations_refusals_and_drops_are_outlived(
     proxy: FaultProxy, source: str, cache: Path, model: Path
 ) -> None:
@@ -157,6 +193,33 @@ def test_a_body_that_stalls_is_asked_for_again(
     with stage(proxy, source, cache) as staged:
         assert folder_bytes(staged.path) == folder_bytes(model)
         assert staged.report.num_retries == 1
+
+
+@pytest.mark.parametrize("kind", ["stall", "trickle"])
+def test_a_body_that_stalls_or_trickles_without_an_end_is_cut_off_and_asked_for_again(
+    proxy: FaultProxy, source: str, cache: Path, model: Path, kind: Kind
+) -> None:
+    for name in ("config.json", "00001-of"):
+        proxy.add(kind, f"^GET .*{name}", seconds=600)
+    began = time.monotonic()
+    with stage(proxy, source, cache, retry=replace(FAST, stall_s=1.5)) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(model)
+        assert staged.report.num_retries >= 2
+    assert proxy.injected[kind] == 2
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("kind", ["stall", "trickle"])
+def test_a_store_that_only_stalls_is_given_up_in_bounded_time(
+    proxy: FaultProxy, source: str, cache: Path, kind: Kind
+) -> None:
+    proxy.add(kind, r"^GET .*-of-00002", seconds=600, count=FOREVER, kept=0.0)
+    retry = replace(FAST, max_attempts=1000, stall_s=1.0, patience_s=3.0)
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match=r"-of-00002.*s without progress"):
+        stage(proxy, source, cache, retry=retry)
+    assert time.monotonic() - began < 60
+    assert not is_whole(cache)
 
 
 def test_a_store_that_stays_down_is_given_up_and_resumed_later(
@@ -182,6 +245,27 @@ def test_one_flipped_bit_is_refused_with_nothing_published(
     assert not is_whole(cache)
     with stage(proxy, source, cache) as staged:
         assert folder_bytes(staged.path) == folder_bytes(model)
+
+
+def test_a_sha256_that_the_store_keeps_of_the_whole_object_is_compared(
+    seaweed: Seaweed, proxy: FaultProxy, cache: Path, tmp_path: Path
+) -> None:
+    write_model(tmp_path, num_weight_files=1)
+    client = make_client(seaweed.config)
+    for path in tmp_path.iterdir():
+        client.put_object(
+            Bucket=seaweed.bucket,
+            Key=f"sha/{path.name}",
+            Body=path.read_bytes(),
+            ChecksumAlgorithm="SHA256",
+        )
+    client.close()
+    rule = proxy.add("flip", r"^GET .*tokenizer\.json")
+    with pytest.raises(CorruptObject, match="SHA-256 is not the one in the store"):
+        stage(proxy, f"{seaweed.uri}/sha", cache)
+    assert rule.count == 0
+    with stage(proxy, f"{seaweed.uri}/sha", cache) as staged:
+        assert staged.report.verified_by == {"the store": 5}
 
 
 def test_an_object_replaced_midway_ends_in_a_clean_error(

@@ -2,6 +2,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from storage.probe import probe_store
 from storage.s3_client import RetryPolicy, make_client
 from storage.s3_store import S3Store
 from storage.s3_transfer import S3Transfer
-from tests.faults.fault_proxy import FaultProxy, Kind
+from tests.faults.fault_proxy import FOREVER, FaultProxy, Kind
 from tests.seaweed import Seaweed
 
 MiB = 1 << 20
@@ -116,9 +117,25 @@ def test_one_flipped_bit_never_reaches_the_file(
     assert target.read_bytes() == source.read_bytes()
     target.unlink()
     proxy.add("flip", match="^GET .*/k", count=100)
-    with pytest.raises(CorruptObject, match="CRC64NVME"):
+    with pytest.raises(CorruptObject, match="the store says crc64nvme:"):
         store.download("k", target)
     assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("algorithm", ["SHA256", "CRC32"])
+def test_a_flipped_bit_is_noticed_by_whatever_checksum_of_the_whole_the_store_keeps(
+    seaweed: Seaweed, store: S3Store, proxy: FaultProxy, tmp_path: Path, algorithm: Any
+) -> None:
+    client = make_client(seaweed.config)
+    client.put_object(
+        Bucket=seaweed.bucket, Key="run/k", Body=b"x" * 1000, ChecksumAlgorithm=algorithm
+    )
+    client.close()
+    store.download("k", tmp_path / "whole")
+    proxy.add("flip", match="^GET .*/k", count=100)
+    with pytest.raises(CorruptObject, match=f"the store says {algorithm.lower()}:"):
+        store.download("k", tmp_path / "flipped")
+    assert not (tmp_path / "flipped").exists()
 
 
 def test_one_flipped_bit_in_an_object_read_whole_is_noticed(
@@ -145,6 +162,23 @@ def test_cut_and_stalled_replies_are_asked_for_again(
     assert proxy.pending() == 0
     proxy.add("truncate", match="^GET .*/k", count=1)
     assert store.get_range("k", 5, 4 * MiB) == data[5 : 4 * MiB]
+
+
+def test_a_body_that_trickles_is_cut_off_and_asked_for_again_but_not_for_ever(
+    seaweed: Seaweed, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    config = StorageConfig(endpoint_url=proxy.endpoint_url, region="us-east-1")
+    store = S3Store(f"{seaweed.uri}/run", config, retry=replace(QUICK, stall_s=1.0, patience_s=6.0))
+    data = os.urandom(20 * MiB)
+    (tmp_path / "source").write_bytes(data)
+    store.upload(tmp_path / "source", "k")
+    rule = proxy.add("trickle", match="^GET .*/k", count=3, seconds=600)
+    store.download("k", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == data
+    assert store.get_range("k", 5, 4 * MiB) == data[5 : 4 * MiB]
+    rule.count = FOREVER
+    with pytest.raises(StoreUnavailable):
+        store.get("k")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5])

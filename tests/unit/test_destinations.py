@@ -5,6 +5,7 @@ import pytest
 from storage.destinations import (
     CACHE_VARIABLE,
     Destination,
+    EngineMemory,
     HostMemory,
     choose,
     disk_kind,
@@ -25,7 +26,7 @@ def _choose(
 ) -> tuple[str, str]:
     choice = choose(
         num_bytes,
-        engine_bytes=8 * GIB,
+        engine=EngineMemory.sum_of({"rows": 8 * GIB}),
         memory=HostMemory(available_bytes, "cgroup limit 96 GB"),
         destinations=places,
     )
@@ -35,7 +36,10 @@ def _choose(
 def test_weights_go_to_memory_when_they_and_the_engine_fit() -> None:
     root, reason = _choose(16 * GIB, 24 * GIB)
     assert root == "/dev/shm/n"
-    assert "weights 17.2 GB + engine 8.6 GB = 25.8 GB <= 25.8 GB of memory (cgroup limit" in reason
+    assert (
+        "weights 17.2 GB + engine 8.6 GB (8.6 GB for rows) = 25.8 GB <= 25.8 GB of memory (cgroup limit"
+        in reason
+    )
 
 
 def test_one_byte_too_little_memory_sends_them_to_the_fastest_disk() -> None:

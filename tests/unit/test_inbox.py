@@ -192,6 +192,8 @@ def test_wrong_settings_beside_a_file_reject_it_by_name_until_they_are_right(inb
         ("hardware: {provider: command, placement: {launcher: rm}}", "hardware.provider"),
         ("hardware: {placement: {env: {LD_PRELOAD: x}}}", "hardware.placement"),
         ("hardware: {stage_to: /etc}", "hardware.stage_to"),
+        ("model: {allowed_code: []}", "model.allowed_code"),
+        ("hardware: {stage_budget: 1}", "hardware.stage_budget"),
         ("metrics: {textfile_dir: /etc}", "metrics"),
         ("input: {uri: /etc/passwd}", "input.uri"),
         ("input: {chat_template: /etc/passwd}", "input.chat_template"),

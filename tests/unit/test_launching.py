@@ -99,6 +99,7 @@ def test_a_config_survives_its_way_to_a_rank():
         model="m",
         tensor_parallel_size=2,
         max_num_seqs=7,
+        allowed_code=("a" * 64,),
         distributed=DistributedConfig(interface="eth0", timeout_s=9.5),
     )
     assert config_from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config

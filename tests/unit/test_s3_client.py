@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import io
 import secrets
 from collections.abc import Iterator
@@ -248,6 +250,28 @@ def test_a_checksum_of_the_parts_checksums_promises_nothing_of_a_source_s_bytes(
     for value, promised in (("AAAAAA==-2", None), ("AAAAAA==", Checksum("crc32c", "AAAAAA=="))):
         with Stubber(client) as stub:
             reply = {"ETag": '"e"', "ContentLength": 4, "ChecksumCRC32C": value}
+            stub.add_response("head_object", reply)
+            (found,) = S3Source("s3://b/m/", client).describe([listed])
+        assert found.checksum == promised
+
+
+def test_a_sha256_of_the_whole_object_is_a_promise_where_there_is_none_that_is_faster() -> None:
+    client = boto3.client(
+        "s3", region_name="us-east-1", aws_access_key_id="k", aws_secret_access_key="s"
+    )
+    listed = SourceFile(name="w", size=4, etag="e")
+    digest = hashlib.sha256(b"abcd")
+    spelt = base64.b64encode(digest.digest()).decode()
+    whole = Checksum("sha256", digest.hexdigest())
+    for told, promised in (
+        ({"ChecksumSHA256": spelt, "ChecksumType": "FULL_OBJECT"}, whole),
+        ({"ChecksumSHA256": spelt, "ChecksumCRC32": "AAAAAA=="}, Checksum("crc32", "AAAAAA==")),
+        ({"ChecksumSHA256": spelt, "ChecksumType": "COMPOSITE"}, None),
+        ({"ChecksumSHA256": f"{spelt}-2"}, None),
+        ({"ChecksumSHA256": "no base64"}, None),
+    ):
+        with Stubber(client) as stub:
+            reply = {"ETag": '"e"', "ContentLength": 4, **told}
             stub.add_response("head_object", reply)
             (found,) = S3Source("s3://b/m/", client).describe([listed])
         assert found.checksum == promised

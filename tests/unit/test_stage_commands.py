@@ -36,6 +36,20 @@ def test_models_in_a_named_folder_are_listed_pinned_and_evicted_there(
     assert nightjar.call("stage", "--list", *there, "--json").document["models"] == []
 
 
+def test_a_model_read_in_place_has_nothing_to_pin_and_says_so(
+    nightjar: Nightjar, tmp_path: Path
+) -> None:
+    model, there = str(write_model(tmp_path / "m")), ["--to", str(tmp_path / "there")]
+    said = nightjar.call("stage", model, "--pin")
+    assert said.code == 0, said.err
+    assert "Nothing to pin: it lies in no cache" in said.out
+    copy = nightjar.call("stage", model, *there, "--json").document
+    assert not copy["is_pinned"]
+    assert nightjar.call("stage", copy["path"], "--pin", "--json").document["is_pinned"]
+    (entry,) = nightjar.call("stage", "--list", *there, "--json").document["models"]
+    assert entry["is_pinned"], "it lies in a cache, wherever that is"
+
+
 @pytest.mark.parametrize("folder", ["ours", "there"])
 def test_gc_takes_what_an_abandoned_staging_left(
     nightjar: Nightjar, tmp_path: Path, folder: str
@@ -51,3 +65,29 @@ def test_gc_takes_what_an_abandoned_staging_left(
     (gone,) = nightjar.call("gc", *where, "--json").document["evicted"]
     assert gone["content_id"] == "abandoned"
     assert not cache.path("abandoned").exists()
+
+
+def test_a_budget_evicts_the_least_recently_used_models(nightjar: Nightjar, tmp_path: Path) -> None:
+    models = [write_model(tmp_path / name, weight_bytes=100_000) for name in ("a", "b", "c")]
+    there = ["--to", str(tmp_path / "there")]
+    for seconds, model in enumerate(models[:2]):
+        content_id = nightjar.call("stage", str(model), *there, "--json").document["content_id"]
+        os.utime(tmp_path / "there" / "locks" / f"{content_id}.use", (seconds, seconds))
+    staged = nightjar.call("stage", str(models[2]), *there, "--budget", "500kB", "--json")
+    assert len(staged.document["evicted"]) == 1
+
+    def names() -> list[str]:
+        found = nightjar.call("stage", "--list", *there, "--json").document["models"]
+        return [Path(entry["source"]).name for entry in found]
+
+    assert names() == ["b", "c"]
+    said = nightjar.call("gc", *there, "--budget", "300kB", "--dry-run")
+    assert "would be evicted, 0.2 MB to be freed" in said.out
+    assert names() == ["b", "c"], "only said"
+    (gone,) = nightjar.call("gc", *there, "--budget", "300kB", "--json").document["evicted"]
+    assert gone["kept_because"] == ""
+    assert names() == ["c"]
+    assert nightjar.call("stage", str(models[2]), *there, "--pin").code == 0
+    assert "kept, it is pinned" in nightjar.call("gc", *there, "--budget", "1kB").out
+    assert nightjar.call("gc", "some/run", "--budget", "1kB").code == 2
+    assert "--budget: 'x' is no size" in nightjar.call("gc", "--budget", "x").err

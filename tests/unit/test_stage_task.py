@@ -6,7 +6,9 @@ import pytest
 
 from inference.errors import ModelError
 from inference.weights import check_model_folder, content_id_of
+from storage.errors import BadInput
 from storage.model_caches import evict, list_staged
+from storage.sizes import parse_bytes
 from storage.stage_report import StageReport, wire_gb_per_s
 from tasks.job import InputConfig, ModelConfig, OutputConfig, RunConfig
 from tasks.job_machine import HardwareConfig
@@ -148,6 +150,34 @@ def test_staged_models_are_listed_and_evicted_in_words(tmp_path: Path) -> None:
         assert "kept, a process is using it" in describe_evictions(evict(str(model), roots=[root]))
     assert "evicted" in describe_evictions(evict(str(model), roots=[root]))
     assert describe_evictions([]) == "nothing to evict"
+
+
+def test_a_job_s_budget_is_kept_when_its_model_is_staged(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    job = RunConfig(
+        model=ModelConfig(source=str(write_model(tmp_path / "new", weight_bytes=100_000))),
+        input=InputConfig(uri="in"),
+        output=OutputConfig(uri="out"),
+        hardware=HardwareConfig(stage_to=str(cache), stage_budget="300 kB"),
+    )
+    stage(str(write_model(tmp_path / "old", weight_bytes=100_000)), stage_to=str(cache)).close()
+    with stage_for(job) as staged:
+        assert len(staged.report.evicted) == 1
+    assert [Path(entry.source).name for entry in list_staged([cache])] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("200GB", 200e9), ("1.5 TiB", 1.5 * 2**40), ("64g", 64e9), (7, 7), ("512 B", 512)],
+)
+def test_a_size_is_read_as_people_write_it(text: str | int, num_bytes: float) -> None:
+    assert parse_bytes(text, name="x") == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "many", "0", "-3GB", "3XB", "1e9", "٣"])
+def test_what_is_no_size_is_refused_by_name(text: str) -> None:
+    with pytest.raises(BadInput, match=r"--budget: .* is no size above 0; write it as 200GB"):
+        parse_bytes(text, name="--budget")
 
 
 def test_a_package_without_a_gguf_file_is_refused() -> None:

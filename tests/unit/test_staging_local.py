@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 
 from storage.checksums import file_checksum
-from storage.destinations import CACHE_VARIABLE, HostMemory
-from storage.errors import BadInput, CorruptObject, InputChanged, NotFound
+from storage.destinations import CACHE_VARIABLE, EngineMemory, HostMemory
+from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace, NotFound
+from storage.local_source import _FileBody
 from storage.model_manifest import ModelManifest, StagedFile
 from storage.object_store import StorageConfig
 from storage.ranged_copy import BUFFER_BYTES
-from storage.stage_sources import _FileBody
 from storage.staging import find_model, stage_model
 from tests.model_files import folder_bytes, write_model
 
 CONFIG = StorageConfig()
+
+
+def need(weight_bytes: int) -> EngineMemory:
+    return EngineMemory.sum_of({"tests": 4000, "nothing": 0})
 
 
 @pytest.fixture
@@ -274,6 +278,75 @@ def test_a_promise_of_an_unknown_kind_is_none(model: Path, tmp_path: Path, stage
         stage_model(str(model), config=CONFIG, stage_to=target)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "not JSON", '{"manifest_version": 3}'])
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_a_manifest_of_another_tool_is_no_record(
+    model: Path, tmp_path: Path, stage_to: str, content: str
+) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    (model / "MANIFEST.json").write_text(content)
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert staged.report.verified_by == {"": 7}
+    (model / "MANIFEST.json").write_text('{"content_id": "cut off')
+    with pytest.raises(CorruptObject, match="not a model manifest"):
+        stage_model(str(model), config=CONFIG, stage_to=target)
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_a_link_to_nothing_is_no_file_and_a_pipe_is_refused_at_once(
+    model: Path, tmp_path: Path, stage_to: str
+) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    (model / "generation_config.json").symlink_to("gone")
+    os.mkfifo(model / "not-read.sock")
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert len(staged.manifest.files) == 7
+    for name in ("tokenizer_config.json", "SHA256SUMS"):
+        os.mkfifo(model / name)
+        with pytest.raises(BadInput, match=f"{name}: no regular file"):
+            stage_model(str(model), config=CONFIG, stage_to=target)
+        (model / name).unlink()
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(BadInput, match=r"pipe\.gguf: neither a folder nor a file"):
+        stage_model(str(tmp_path / "pipe.gguf"), config=CONFIG, stage_to=target)
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_a_small_file_that_links_out_of_its_folder_is_refused(
+    model: Path, tmp_path: Path, stage_to: str
+) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    secret = tmp_path / "credentials"
+    secret.write_text("secret")
+    (model / "extra_template.jinja").symlink_to(secret)
+    with pytest.raises(BadInput, match=r"extra_template\.jinja: a link to .*/credentials, outside"):
+        stage_model(str(model), config=CONFIG, stage_to=target)
+    (model / "extra_template.jinja").unlink()
+    (model / "extra_template.jinja").symlink_to("chat_template.jinja")
+    weights = model / "model-00001-of-00003.safetensors"
+    weights.rename(tmp_path / "w")
+    weights.symlink_to(tmp_path / "w")
+    with stage_model(str(model), config=CONFIG, stage_to=target) as staged:
+        assert len(staged.manifest.files) == 8
+
+
+@pytest.mark.parametrize("stage_to", ["auto", "cache"])
+def test_a_snapshot_in_a_hub_cache_is_read_through_its_links(
+    model: Path, tmp_path: Path, stage_to: str
+) -> None:
+    target = stage_to if stage_to == "auto" else str(tmp_path / stage_to)
+    repo = tmp_path / "models--org--name"
+    model.rename(repo.parent / "blobs")
+    repo.mkdir()
+    (repo.parent / "blobs").rename(repo / "blobs")
+    snapshot = repo / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for blob in (repo / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    with stage_model(str(snapshot), config=CONFIG, stage_to=target) as staged:
+        assert folder_bytes(staged.path) == folder_bytes(repo / "blobs")
+
+
 def test_a_partial_or_missing_manifest_is_never_a_hit(model: Path, tmp_path: Path) -> None:
     with stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")) as first:
         manifest = first.path / "MANIFEST.json"
@@ -310,14 +383,17 @@ def test_little_memory_sends_the_model_to_disk(
     monkeypatch.setattr("storage.in_place.disk_kind", lambda path: "network")
     monkeypatch.setenv(CACHE_VARIABLE, f"{shm}:{tmp_path}/cache")
     monkeypatch.setattr("storage.model_caches.host_memory", lambda: HostMemory(5000, "test"))
-    with stage_model(str(model), config=CONFIG, reserve_bytes=4000) as staged:
+    with stage_model(str(model), config=CONFIG, engine_memory=need) as staged:
         assert staged.path.is_relative_to(tmp_path)
-        assert "+ engine 0.0 MB = 0.0 MB > 0.0 MB of memory (test)" in staged.report.reason
+        assert (
+            "+ engine 0.0 MB (0.0 MB for tests) = 0.0 MB > 0.0 MB of memory (test)"
+            in staged.report.reason
+        )
     monkeypatch.setattr("storage.model_caches.host_memory", lambda: HostMemory(10**9, "test"))
-    with stage_model(str(model), config=CONFIG, reserve_bytes=4000) as staged:
+    with stage_model(str(model), config=CONFIG, engine_memory=need) as staged:
         assert staged.report.outcome == "hit", "it stays where it is"
     write_model(model, num_weight_files=4)
-    with stage_model(str(model), config=CONFIG, reserve_bytes=4000) as staged:
+    with stage_model(str(model), config=CONFIG, engine_memory=need) as staged:
         assert staged.path.is_relative_to(shm)
         assert staged.report.disk == "memory"
 
@@ -337,6 +413,31 @@ def test_a_disk_that_fills_up_meanwhile_sends_the_model_to_the_next_one(
         assert staged.path.is_relative_to(tmp_path)
         assert f"{shm}/models/{staged.content_id}: " in staged.report.reason
     assert list((shm / "models").iterdir()) == [], "nothing is left where it did not fit"
+
+
+def test_a_network_folder_that_fits_nowhere_is_read_in_place_and_the_arithmetic_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.in_place.disk_kind", lambda path: "network")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr("storage.destinations.free_bytes", lambda folder: 5 * 10**8)
+    with stage_model(str(model), config=CONFIG) as staged:
+        assert (staged.path, staged.report.outcome) == (model, "in place")
+        assert "fits nowhere: weights 0.0 MB + 1.1 GB spare > 0.5 GB free" in staged.report.reason
+    for stage_to in ("nvme", str(tmp_path / "full")):
+        monkeypatch.setattr("storage.model_cache.free_bytes", lambda folder: 10)
+        with pytest.raises(NoSpace):
+            stage_model(str(model), config=CONFIG, stage_to=stage_to)
+
+
+def test_a_machine_without_a_folder_to_stage_to_reads_in_place(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.in_place.disk_kind", lambda path: "network")
+    monkeypatch.setenv(CACHE_VARIABLE, "/proc/nowhere")
+    with stage_model(str(model), config=CONFIG) as staged:
+        assert (staged.path, staged.report.outcome) == (model, "in place")
+        assert "no folder to stage to can be written" in staged.report.reason
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Only whole, safe model folders are used, and what is wrong is named."""
 
+import hashlib
 import json
 import shutil
 import struct
@@ -101,7 +102,14 @@ def test_parts_without_an_index_are_refused(parts):
 def test_code_in_the_folder_is_refused(folder, name):
     config = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
-    assert f"{name} has auto_map" in refusal(folder)
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    message = refusal(folder)
+    assert f"{name}: has auto_map" in message
+    assert f"model.allowed_code: [{digest}] in the job, or --allow-code {digest}" in message
+    check_model_folder(folder, [digest])
+    (folder / name).write_text((folder / name).read_text() + " ")
+    with pytest.raises(ModelError, match="has auto_map"):
+        check_model_folder(folder, [digest])
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 200, -1])
