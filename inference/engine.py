@@ -20,6 +20,7 @@ from inference.backends.base import EngineStats
 from inference.backends.row import Row
 from inference.errors import EngineFault, OutOfMemory
 from inference.in_flight import InFlight
+from inference.memory import is_out_of_memory
 from inference.model_runner import ModelRunner
 from inference.sampler import SamplerRow
 from inference.scheduler import Scheduler
@@ -117,8 +118,7 @@ class PagedEngine:
         try:
             self._in_flight.append(self.runner.launch(step))
         except RuntimeError as error:
-            # Beside torch's own allocator, as NCCL, cuBLAS and Triton's loader say it.
-            if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise EngineFault(f"the device failed on step {step.number}: {error}") from error
             if self.runner.has_peers:
                 raise self._full_among_peers() from error

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from inference.memory import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,9 +48,9 @@ class GraphPool:
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=self._error_mode):
                 launch()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             # Some modules of others wait for the device; they run as they are.
             logger.warning("%s cannot be captured and is launched each time: %s", key, error)
             self._uncapturable.add(key)

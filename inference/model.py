@@ -131,6 +131,10 @@ class PagedModel:
         """Use this cache from now on, for positions below `max_model_len`."""
         self._cache = cache
 
+    def detach(self) -> None:
+        """Let go of the cache, so that another may take its memory."""
+        self._cache = None
+
     def hidden(self, batch: Batch, last_token: Tensor) -> Tensor:
         """Return the final hidden states [T,D] of a batch, storing its keys and values."""
         self._batch, self._num_attended = batch, 0

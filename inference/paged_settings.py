@@ -1,6 +1,6 @@
 """PagedSettings: the sizes of one paged engine, with every `auto` of a config resolved for a model on its device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -57,6 +57,27 @@ class PagedSettings:
             may_shorten=config.max_model_len == "auto",
             use_graphs=not config.enforce_eager and model.can_be_captured,
             spare_bytes=config.spare_bytes,
+        )
+
+    def smaller_steps(self) -> "PagedSettings | None":
+        """Return what needs less memory a step; None: it is one token of one sequence.
+
+        First `fewer_batched_tokens`, then half as many tokens; where they would not do for one of every sequence, half
+        as many sequences.
+        """
+        num_seqs, limit = self.max_num_seqs, self.max_num_batched_tokens
+        tokens = self.fewer_batched_tokens
+        if tokens is None:
+            if limit <= num_seqs:
+                num_seqs //= 2
+            tokens = max(num_seqs, limit // 2)
+        if not num_seqs:
+            return None
+        return replace(
+            self,
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=tokens,
+            fewer_batched_tokens=None,
         )
 
 
