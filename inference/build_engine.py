@@ -132,7 +132,9 @@ def _build(
         ),
         is_async=is_cuda or model.uses_kernels,
     )
-    engine.runner.warm_up(_captured_sizes(settings), row_sizes=sizes(settings.max_num_seqs))
+    engine.runner.warm_up(
+        _captured_sizes(settings), row_sizes=sizes(settings.max_num_seqs), needs=settings.needs
+    )
     return engine, replace(plan, num_blocks=cache.num_blocks, kv_cache=cache.num_bytes)
 
 

@@ -7,6 +7,7 @@ import torch
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.model import PagedModel
+from inference.sampling_needs import GREEDY, SamplingNeeds
 
 FEWER_BATCHED_TOKENS = 2048
 """Enough for products of a large model to run at their full rate."""
@@ -33,6 +34,8 @@ class PagedSettings:
     max_num_blocks: int | None = None
     use_graphs: bool = True
     spare_bytes: int = 0
+    needs: SamplingNeeds = GREEDY
+    """What is sampled from the start."""
 
     @classmethod
     def of(cls, config: EngineConfig, model: PagedModel) -> "PagedSettings":
@@ -57,6 +60,7 @@ class PagedSettings:
             may_shorten=config.max_model_len == "auto",
             use_graphs=not config.enforce_eager and model.can_be_captured,
             spare_bytes=config.spare_bytes,
+            needs=config.sampling_needs,
         )
 
     def smaller_steps(self) -> "PagedSettings | None":

@@ -8,6 +8,8 @@ from typing import Any
 
 from inference.backends import create_backend
 from inference.config import EngineConfig
+from inference.openai_batch import SAMPLING_FIELDS
+from inference.sampling_needs import SamplingNeeds
 from tasks.ranks import distributed_of, num_ranks
 from tasks.run import Run
 
@@ -66,5 +68,13 @@ def engine_config(run: Run) -> EngineConfig:
         enforce_eager=knobs.enforce_eager,
         offload=knobs.offload,
         nvme_path=knobs.nvme_path,
+        sampling_needs=sampling_needs(run),
         seed=run.job.sampling.seed,
     )
+
+
+def sampling_needs(run: Run) -> SamplingNeeds:
+    """Return what the rows of a run may ask of the sampler, by the job and by the columns that override it."""
+    columns = run.plan.prompt_columns
+    by_row = SAMPLING_FIELDS if columns["kind"] == "openai" else columns["sampling"]
+    return SamplingNeeds.of(run.job.sampling.params(), by_row)
