@@ -55,6 +55,9 @@ class MemoryPlan:
     tally: int
     """Kept for rows with penalties, see `inference.tally`."""
 
+    spare: int = 0
+    """Left alone, after ranks ran out of memory."""
+
     kv_cache: int
     num_blocks: int
 
@@ -65,6 +68,7 @@ class MemoryPlan:
             "step": self.step,
             "graphs": self.graphs,
             "tally": self.tally,
+            "spare": self.spare,
             "kv_cache": self.kv_cache,
         }
 
@@ -123,6 +127,7 @@ def plan_cuda(
         step=2 * step_bytes,
         graphs=graphs,
         tally=tally_bytes,
+        spare=spare_bytes,
         kv_cache=num_blocks * shape.block_bytes,
         num_blocks=num_blocks,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from inference.backends import create_backend
+from inference.backends.base import BackendInfo
 from inference.config import EngineConfig
 from inference.openai_batch import SAMPLING_FIELDS
 from inference.sampling_needs import SamplingNeeds
@@ -23,6 +24,20 @@ def build_engine(run: Run, build_backend: Callable[..., Any] = create_backend) -
         ModelError: the weights are not those that the run was planned with.
         StorageError: they could not be staged.
     """
+    backend = _build(run, build_backend)
+    log.info("%s", describe_memory(backend.info))
+    return backend
+
+
+def describe_memory(info: BackendInfo) -> str:
+    """Say what an engine reserves on each device."""
+    if not info.memory:
+        return f"engine on {info.device}: memory is not planned"
+    parts = ", ".join(f"{name} {count / 1e9:.2f} GB" for name, count in info.memory.items())
+    return f"engine on {info.device}, reserved on each device: {parts}"
+
+
+def _build(run: Run, build_backend: Callable[..., Any]) -> Any:
     files = run.model.files()
     if files is None:
         return build_backend(engine_config(run))

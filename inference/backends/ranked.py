@@ -192,7 +192,8 @@ class RankedBackend:
         self._make_smaller(error)
         self._stats_before = dataclasses.replace(self._stats)
         self._num_submitted = self._num_received = self._reported_waiting = 0
-        self._started()
+        info = self._started()
+        self._built = dataclasses.replace(self.info, memory=info.memory)
         self._heard_at = time.monotonic()
         self._send(self._unfinished.values())
 
