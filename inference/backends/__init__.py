@@ -38,6 +38,7 @@ def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = Tr
 
     Raises:
         EngineConfigError: with the remedy.
+        ModelError: the model is of a kind that transformers does not know.
     """
     name = resolve_backend(config.backend, config.tensor_parallel_size)
     if name == "zero":
@@ -50,6 +51,10 @@ def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = Tr
 
         check_offload(config, name, is_here=is_here)
         check_quantization(folder, config, name, is_here=is_here)
+        if name == "paged":
+            from inference.family_check import check_family
+
+            check_family(folder, config)
 
 
 def with_dtype_of_device(config: EngineConfig) -> EngineConfig:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable
 
 from inference.arriving import Arriving
+from inference.backends import check_engine
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequences
 from inference.config import EngineConfig
@@ -24,7 +25,6 @@ from inference.errors import EngineConfigError, EngineFault, OutOfMemory
 from inference.heads import check_heads
 from inference.launch import Launch
 from inference.model_config import read_model_shape
-from inference.quantization import check_quantization
 from inference.rank_files import FileNews, no_more
 from inference.rank_group import RankGroup
 from inference.rank_messages import (
@@ -293,7 +293,7 @@ def check_ranks(folder: SmallFiles, config: EngineConfig) -> None:
         check_heads(
             size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads
         )
-        check_quantization(folder, config, "paged")
+        check_engine(folder, dataclasses.replace(config, backend="paged"))
     here = size // config.distributed.num_hosts
     if torch.cuda.is_available() and torch.cuda.device_count() < here:
         raise EngineConfigError(
