@@ -6,9 +6,7 @@ a traceback may quote what it was working on.
 """
 
 import time
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from prefect import State, task
@@ -27,6 +25,7 @@ from tasks.orchestrate import Ended
 from tasks.progress import Progress
 from tasks.replica import Outcome, Replica, ShardOutcome
 from tasks.stop import Broken, Stopped
+from tasks.unforeseen import told
 
 T = TypeVar("T")
 
@@ -137,11 +136,4 @@ def _stopped() -> State[Any]:
 def _failed(error: Exception) -> State[Any]:
     if isinstance(error, FAULTS):
         return Failed(message=str(error))
-    # Not the exception's own words: a library may quote the row it choked on.
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
-    get_run_logger().error("%s at %s", type(error).__name__, " > ".join(places))
-    where = places[-1] if places else "an unknown place"
-    return Failed(
-        message=f"{type(error).__name__} at {where}: a fault of Nightjar's own; see the log"
-    )
+    return Failed(message=told(error))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from inference.errors import EngineConfigError
+from inference.sampling_needs import GREEDY, SamplingNeeds
 
 Auto = Literal["auto"]
 Backend = Literal["auto", "paged", "zero", "transformers", "dummy"]
@@ -117,6 +118,9 @@ class EngineConfig:
     spare_bytes: int = 0
     """Device memory that the KV cache leaves alone; set when ranks start again after running out of it."""
 
+    sampling_needs: SamplingNeeds = GREEDY
+    """What the run is expected to sample with, so that no graph is captured in the middle of it. Changes no token."""
+
     seed: int = 0
     """The run's seed; a sequence's own draw comes from `Sequence.draw_seed`."""
 
@@ -146,5 +150,13 @@ class EngineConfig:
 def config_from_json(values: dict[str, Any]) -> EngineConfig:
     """The config whose `dataclasses.asdict` went through JSON."""
     distributed = DistributedConfig(**values["distributed"])
+    needs = SamplingNeeds(*values["sampling_needs"])
     allowed_code = tuple(values["allowed_code"])
-    return EngineConfig(**{**values, "distributed": distributed, "allowed_code": allowed_code})
+    return EngineConfig(
+        **{
+            **values,
+            "distributed": distributed,
+            "sampling_needs": needs,
+            "allowed_code": allowed_code,
+        }
+    )

@@ -6,7 +6,7 @@ from typing import Any
 Decode = Callable[[Sequence[int]], str]
 """Ids to text, special tokens skipped."""
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
+BROKEN = "\N{REPLACEMENT CHARACTER}"
 _MAX_PENDING_TOKENS = 16  # a character spans at most four tokens; more than this is not one
 THINK_START, THINK_END = "<think>", "</think>"
 
@@ -52,7 +52,7 @@ class StopChecker:
             text.find(stop, max(0, len(self._tail) - len(stop) + 1)) >= 0 for stop in self._stop
         )
         num_pending = len(self._token_ids) - self._read
-        if new_text and (not window.endswith(_BROKEN) or num_pending > _MAX_PENDING_TOKENS):
+        if new_text and (not window.endswith(BROKEN) or num_pending > _MAX_PENDING_TOKENS):
             self._tail = text[-self._num_kept :] if self._num_kept else ""
             self._prefix, self._read = self._read, len(self._token_ids)
             self._prefix_text = self._decode(self._token_ids[self._prefix :])

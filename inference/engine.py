@@ -20,12 +20,14 @@ from inference.backends.base import EngineStats
 from inference.backends.row import Row
 from inference.errors import EngineFault, OutOfMemory
 from inference.in_flight import InFlight
+from inference.memory import is_out_of_memory
 from inference.model_runner import ModelRunner
 from inference.sampler import SamplerRow
 from inference.scheduler import Scheduler
 from inference.sequence import Completion, Sequence, TokenLogprob
 from inference.slot_params import STOPPED
 from inference.steps import Running, Step
+from inference.stop_strings import StopSlots
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class _Lane:
 
     row: Row
     is_watched: bool
-    """Whether each token must be looked at: for stop strings, or logprobs to keep."""
+    """Whether each token must be looked at: for logprobs to keep, or stop strings that any may end."""
 
 
 class PagedEngine:
@@ -66,6 +68,7 @@ class PagedEngine:
         num_slots = self.scheduler.max_num_seqs
         self._history: Any = np.zeros((num_slots, 512), np.int32)
         self._num_seen: Any = np.zeros(num_slots, np.int32)
+        self._stops = StopSlots(num_slots)
         self._num_launched = 0
         self.stats = EngineStats(extra={"wait_s": 0.0})
 
@@ -86,8 +89,8 @@ class PagedEngine:
             row = self._make_row(sequence)
             is_watched = (
                 self._depth == 0
-                or bool(sequence.sampling.stop)
                 or sequence.sampling.logprobs is not None
+                or (bool(sequence.sampling.stop) and row.stop_watch is None)
             )
             self._lanes[sequence.seq_id] = _Lane(row, is_watched)
             self._num_watched += is_watched
@@ -117,8 +120,7 @@ class PagedEngine:
         try:
             self._in_flight.append(self.runner.launch(step))
         except RuntimeError as error:
-            # Beside torch's own allocator, as NCCL, cuBLAS and Triton's loader say it.
-            if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise EngineFault(f"the device failed on step {step.number}: {error}") from error
             if self.runner.has_peers:
                 raise self._full_among_peers() from error
@@ -137,7 +139,9 @@ class PagedEngine:
     def _set_up(self, admitted: list[Running]) -> None:
         """Bring what the host keeps per slot in line with the sequences that start there."""
         for running in admitted:
-            row = self._lanes[running.sequence.seq_id].row
+            lane = self._lanes[running.sequence.seq_id]
+            row = lane.row
+            self._stops.set(running.slot, None if lane.is_watched else row.stop_watch)
             width = running.max_tokens + 8
             if width > self._history.shape[1]:
                 wider = np.zeros((self._history.shape[0], max(width, 1024)), np.int32)
@@ -168,6 +172,8 @@ class PagedEngine:
         else:
             if self._num_watched:
                 self._watch(flight, tokens, finished)
+            for index in self._stops.candidates(slots, tokens):
+                self._look_for_stop(sampled[index], finished)
             for index in np.flatnonzero((tokens < 0) | (tokens >= STOPPED)).tolist():
                 self._end(sampled[index], int(tokens[index]), finished)
         for running in step.finishing:
@@ -192,6 +198,20 @@ class PagedEngine:
             token_id, num_top = int(tokens[index]), running.sequence.sampling.logprobs
             logprob = None if num_top is None else flight.logprob(index, token_id, num_top)
             self._append(running, token_id, logprob, finished)
+
+    def _look_for_stop(self, running: Running, finished: list[Completion]) -> None:
+        """End a sequence whose last token completes a stop string."""
+        if not self._is_open(running):
+            return
+        row, num_seen = self._lanes[running.sequence.seq_id].row, self._num_seen[running.slot]
+        assert row.stop_watch is not None, "no token of such a row is a candidate"
+        begin = max(0, num_seen - row.stop_watch.num_tail_tokens)
+        if not row.stop_watch.is_near(self._history[running.slot, begin:num_seen].tolist()):
+            return
+        row.token_ids = self._history[running.slot, :num_seen].tolist()
+        if row.is_stopped:
+            row.finish_reason = "stop"
+            self._return(running, row, finished)
 
     def _append(
         self,

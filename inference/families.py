@@ -18,6 +18,8 @@ UNCUT_MODEL_TYPES = frozenset(
 )
 """Whose linears no rule of tensor parallel covers (fused q, k and v, other names), or whose norms are over all heads."""
 
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 UNSUPPORTED_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -33,13 +35,34 @@ def rope_types(rope: Mapping[str, Any]) -> set[str]:
 
 def is_paged(config: Mapping[str, Any]) -> bool:
     """Whether the paged backend can run a text model of this config.json; the transformers backend can anyway."""
-    scales = (config.get(name) for name in (*UNSUPPORTED_SCALES, "attn_logit_softcapping"))
-    return (
-        config.get("model_type") not in _SCALED_MODEL_TYPES
-        and all(scale in (None, 1) for scale in scales)
-        and set(config.get("layer_types") or ()) <= PAGED_LAYER_TYPES
-        and not rope_types(_rope(config)) & ROPE_BY_LONGEST_ROW
-    )
+    return not paged_refusal(config)
+
+
+def paged_refusal(config: Mapping[str, Any]) -> str:
+    """Say what of a text model of this config.json the paged backend cannot do; empty if that shows nothing."""
+    for name in (*UNSUPPORTED_SCALES, "attn_logit_softcapping"):
+        if config.get(name) not in (None, 1):
+            return f"scales its logits or attention scores ({name}), which it cannot do yet"
+    if config.get("model_type") in _SCALED_MODEL_TYPES:
+        return "scales its logits or attention scores, which it cannot do yet"
+    if others := set(config.get("layer_types") or ()) - PAGED_LAYER_TYPES:
+        return f"has layers of type {sorted(others)}"
+    if by_longest_row := rope_types(_rope(config)) & ROPE_BY_LONGEST_ROW:
+        return f"has rope_type {min(by_longest_row)}, whose frequencies depend on the longest row of a batch"
+    return ""
+
+
+def partition_refusal(config: Mapping[str, Any]) -> str:
+    """Say what of a text model of this config.json ranks cannot share; empty if that shows nothing."""
+    kind = config.get("model_type")
+    if kind in UNCUT_MODEL_TYPES:
+        return f"no rule of tensor parallel covers layers of model_type {kind}"
+    if any(config.get(name) for name in _EXPERT_COUNTS) and kind not in EXPERT_MODEL_TYPES:
+        return (
+            f"experts of model_type {kind} cannot be partitioned yet, those of "
+            f"{', '.join(EXPERT_MODEL_TYPES)} can"
+        )
+    return ""
 
 
 def is_fused(config: Mapping[str, Any]) -> bool:

@@ -2,10 +2,13 @@
 
 import logging
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from inference.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +19,9 @@ class GraphPool:
     def __init__(self, *, is_on: bool, has_collectives: bool = False) -> None:
         """`has_collectives`: launches speak to other ranks, whose library polls events in a thread of its own."""
         self.is_on = is_on
+        self.is_warm = False
+        """Whether the run has begun, in which no graph should be missing."""
+
         self._error_mode = "thread_local" if has_collectives else "global"
         self._graphs: dict[Hashable, Any] = {}
         self._uncapturable: set[Hashable] = set()
@@ -26,6 +32,15 @@ class GraphPool:
         """Graphs captured so far."""
         return len(self._graphs)
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Run launches as they are meanwhile."""
+        self.is_on, was_on = False, self.is_on
+        try:
+            yield
+        finally:
+            self.is_on = was_on
+
     def run(self, key: Hashable, launch: Callable[[], None]) -> None:
         """Do what `launch` does. The key must hold every number that is baked into its launches."""
         if not self.is_on or key in self._uncapturable:
@@ -33,6 +48,8 @@ class GraphPool:
             return
         graph = self._graphs.get(key)
         if graph is None:
+            if self.is_warm:
+                logger.info("a graph is captured in the middle of the run: %s", key)
             launch()  # compiles kernels and picks algorithms, which must not happen during capture
             self._capture(key, launch)
             return
@@ -46,9 +63,9 @@ class GraphPool:
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=self._error_mode):
                 launch()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             # Some modules of others wait for the device; they run as they are.
             logger.warning("%s cannot be captured and is launched each time: %s", key, error)
             self._uncapturable.add(key)

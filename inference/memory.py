@@ -22,6 +22,25 @@ CLASS_EXPERT_LAYER_BYTES = 64 * MIB
 1.0 GB, steps included; a model class that is run unmodified has five times as many launches."""
 
 CPU_CACHE_BYTES = 512 * MIB
+LEAST_BLOCKS = 8
+"""A smaller cache is of no use."""
+
+
+class NoRoom(EngineConfigError):
+    """Weights and a step leave the KV cache no room."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device is full, by torch's own allocator or as NCCL, cuBLAS and Triton's loader say it."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in str(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error))
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return what fits a log line of an error of torch, which may go on with pages of advice."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +55,9 @@ class MemoryPlan:
     tally: int
     """Kept for rows with penalties, see `inference.tally`."""
 
+    spare: int = 0
+    """Left alone, after ranks ran out of memory."""
+
     kv_cache: int
     num_blocks: int
 
@@ -46,6 +68,7 @@ class MemoryPlan:
             "step": self.step,
             "graphs": self.graphs,
             "tally": self.tally,
+            "spare": self.spare,
             "kv_cache": self.kv_cache,
         }
 
@@ -84,7 +107,7 @@ def plan_cuda(
     `expert_layer_bytes` are kept for a layer's graphs beside those of a dense one.
 
     Raises:
-        EngineConfigError: not even a few blocks fit.
+        NoRoom: not even a few blocks fit.
     """
     torch.cuda.empty_cache()
     free = free_device_bytes(device)
@@ -93,8 +116,8 @@ def plan_cuda(
     graphs = GRAPH_BYTES + shape.num_layers * (layer_bytes + expert_layer_bytes)
     left = free - 2 * step_bytes - graphs - tally_bytes - spare_bytes
     num_blocks = min(max_blocks, left // shape.block_bytes)
-    if num_blocks < 8:
-        raise EngineConfigError(
+    if num_blocks < LEAST_BLOCKS:
+        raise NoRoom(
             f"no room for a KV cache: weights {weights / 1e9:.1f} GB, a step {step_bytes / 1e9:.1f} GB "
             f"twice, {free / 1e9:.1f} GB free; lower engine.max_num_batched_tokens, use "
             f"model.quantization fp8 or a larger device"
@@ -104,6 +127,7 @@ def plan_cuda(
         step=2 * step_bytes,
         graphs=graphs,
         tally=tally_bytes,
+        spare=spare_bytes,
         kv_cache=num_blocks * shape.block_bytes,
         num_blocks=num_blocks,
     )
@@ -130,7 +154,7 @@ def allocate(shape: KVShape, num_blocks: int, device: torch.device) -> KVCache:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             smaller = num_blocks * 19 // 20
-            if smaller < 8:
+            if smaller < LEAST_BLOCKS:
                 raise
             logger.warning("a KV cache of %d blocks does not fit: trying %d", num_blocks, smaller)
             num_blocks = smaller

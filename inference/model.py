@@ -17,14 +17,8 @@ from torch import Tensor
 
 from inference.batch import Batch
 from inference.errors import EngineConfigError
-from inference.families import (
-    FUSED_MODEL_TYPES,
-    FUSED_ROPE_TYPES,
-    PAGED_LAYER_TYPES,
-    ROPE_BY_LONGEST_ROW,
-    UNSUPPORTED_SCALES,
-    rope_types,
-)
+from inference.families import FUSED_MODEL_TYPES, FUSED_ROPE_TYPES
+from inference.family_check import refuse_by_config
 from inference.kernels import plain
 from inference.kv_cache import KVCache, KVShape
 from inference.layers import FusedLayer, Linear, quantised
@@ -43,7 +37,7 @@ class PagedModel:
     ) -> None:
         self.ranks = ranks or TensorParallel.alone()
         self.config = model.config.get_text_config()
-        _refuse_what_is_unknown(self.config)
+        refuse_by_config({**vars(self.config), "model_type": self.config.model_type})
         self._model = model
         self._ops = ops
         self.can_be_captured = not is_bitsandbytes(model)
@@ -130,6 +124,10 @@ class PagedModel:
     def attach(self, cache: KVCache, max_model_len: int) -> None:
         """Use this cache from now on, for positions below `max_model_len`."""
         self._cache = cache
+
+    def detach(self) -> None:
+        """Let go of the cache, so that another may take its memory."""
+        self._cache = None
 
     def hidden(self, batch: Batch, last_token: Tensor) -> Tensor:
         """Return the final hidden states [T,D] of a batch, storing its keys and values."""
@@ -275,27 +273,6 @@ def make_paged_model(
             f"model.quantization is fp8: not available for model_type {config.model_type}; use none"
         )
     return PagedModel(model, ops, ranks=ranks)
-
-
-def _refuse_what_is_unknown(config: Any) -> None:
-    for name in UNSUPPORTED_SCALES:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise EngineConfigError(
-                f"engine.backend is paged: {config.model_type} scales its logits ({name}), which it "
-                f"cannot do yet; use transformers"
-            )
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - PAGED_LAYER_TYPES:
-        raise EngineConfigError(
-            f"engine.backend is paged: {config.model_type} has layers of type "
-            f"{sorted(kinds - PAGED_LAYER_TYPES)}; use transformers"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if by_longest_row := rope_types(rope) & ROPE_BY_LONGEST_ROW:
-        raise EngineConfigError(
-            f"engine.backend is paged: {config.model_type} has rope_type {by_longest_row.pop()}, whose "
-            f"frequencies depend on the longest row of a batch; use transformers"
-        )
 
 
 def _refuse_what_does_not_fit(model: Any, config: Any) -> None:

@@ -22,6 +22,7 @@ from inference.model import PagedModel
 from inference.planner import Planner, Slots
 from inference.sampler import Sampled, SamplerRow, sample
 from inference.sampling import MAX_LOGPROBS
+from inference.sampling_needs import GREEDY, SamplingNeeds
 from inference.slot_params import SlotParams
 from inference.steps import Running, Step
 from inference.tally import TokenTally
@@ -139,10 +140,7 @@ class ModelRunner:
     def _run_head(self, num_rows: int) -> None:
         from inference.kernels import device_sampler  # Triton exists where CUDA does
 
-        params = self._params
-        has_draws, has_floors = params.has_draws, params.has_floors
-        has_penalties, has_bans = params.has_penalties, params.has_bans
-        has_logprobs = params.has_logprobs
+        params, needs = self._params, self._params.needs
 
         def head() -> None:
             device_sampler.sample(
@@ -153,17 +151,16 @@ class ModelRunner:
                 params.on_device,
                 self._last_token,
                 self._result,
-                has_draws=has_draws,
-                has_floors=has_floors,
-                has_bans=has_bans,
-                tally=self._tally.table if has_penalties else None,
-                logprobs=self._logprobs if has_logprobs else None,
+                has_draws=needs.draws,
+                has_floors=needs.floors,
+                has_bans=needs.bans,
+                tally=self._tally.table if needs.penalties else None,
+                logprobs=self._logprobs if needs.logprobs else None,
                 vocabulary=self._model.vocabulary,
                 ranks=self._model.ranks,
             )
 
-        kind = (has_draws, has_floors, has_penalties, has_bans, has_logprobs)
-        self._graphs.run(("head", num_rows, *kind), head)
+        self._graphs.run(("head", num_rows, needs), head)
 
     def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any, Tensor | None]:
         self._run_head(num_rows)
@@ -198,26 +195,47 @@ class ModelRunner:
         return sampled
 
     @torch.inference_mode()
-    def warm_up(self, sizes: Sequence[int], *, row_sizes: Sequence[int]) -> None:
-        """Capture the graphs of these token and row counts, largest first, so that they share memory."""
+    def warm_up(
+        self, sizes: Sequence[int], *, row_sizes: Sequence[int], needs: SamplingNeeds
+    ) -> None:
+        """Capture the graphs of these token and row counts, largest first, so that they share memory.
+
+        Heads are those of `needs`; another kind is captured when a row first asks for it.
+        """
         if not self._graphs.is_on:
             return
-        self.run_sizes(sizes, row_sizes=row_sizes)
-        torch.cuda.synchronize()
+        if needs.penalties:
+            self._tally.allocated()
+        self.run_sizes(sizes, row_sizes=row_sizes, needs=needs)
+        self._graphs.is_warm = True
+        if self._is_cuda:
+            torch.cuda.synchronize()
 
     @torch.inference_mode()
-    def run_sizes(self, sizes: Sequence[int], *, row_sizes: Sequence[int]) -> None:
-        """Run every kind of body and head in these sizes, largest first."""
+    def run_sizes(
+        self,
+        sizes: Sequence[int],
+        *,
+        row_sizes: Sequence[int],
+        needs: SamplingNeeds = GREEDY,
+    ) -> None:
+        """Run every kind of body, and heads of this kind, in these sizes, largest first.
+
+        Other heads run once outside graphs, so that their kernels are compiled when a row comes that needs them.
+        """
         self._packed.zero_()
+        most_decoded = padded(self._limits.max_num_seqs, self._limits.max_num_tokens)
         for num_tokens in sorted(sizes, reverse=True):
-            for num_tiles in (1, 0):
+            for num_tiles in (1, 0) if num_tokens <= most_decoded else (1,):
                 self._run_body(Plan(num_tokens, 0, 0, num_tiles), num_tokens)
+        self._params.expect(needs)
         for num_rows in sorted(row_sizes, reverse=True):
             self._run_head(num_rows)
-        for has_floors in (False, True):  # compiled now; captured for other sizes when first drawn
-            self._params.expect(draws=True, floors=has_floors)
-            self._run_head(min(row_sizes))
-        self._params.expect()
+        with self._graphs.off():
+            for has_floors in (False, True):
+                self._params.expect(SamplingNeeds(draws=True, floors=has_floors))
+                self._run_head(min(row_sizes))
+        self._params.expect(needs)
 
     @torch.inference_mode()
     def run_largest(self) -> None:
@@ -229,14 +247,14 @@ class ModelRunner:
         """
         self._packed.zero_()
         limits = self._limits
-        self._graphs.is_on, was_on = False, self._graphs.is_on
-        self._run_body(Plan(limits.max_num_tokens, 0, 0, 1), limits.max_num_tokens)
-        if self._has_kernels:
+        with self._graphs.off():
+            self._run_body(Plan(limits.max_num_tokens, 0, 0, 1), limits.max_num_tokens)
+            if not self._has_kernels:
+                return
             for has_floors in (False, True):
-                self._params.expect(draws=True, floors=has_floors, rest=True)
+                self._params.expect(SamplingNeeds(True, has_floors, True, True, True))
                 self._run_head(limits.max_num_seqs)
-            self._params.expect()
-        self._graphs.is_on = was_on
+            self._params.expect(GREEDY)
 
     def needs_host(self, step: Step) -> bool:
         """Whether this step is sampled on the host, which must know all tokens before it."""

@@ -23,6 +23,9 @@ _SAMPLING = {
     "seed": "seed",
     "ignore_eos": "ignore_eos",
 }
+SAMPLING_FIELDS = frozenset(_SAMPLING.values())
+"""What a body may set of `SamplingParams`."""
+
 # Bookkeeping of the service the file was written for; none of it can change a completion here.
 _IGNORED = frozenset({"model", "user", "metadata", "store", "service_tier", "stream_options"})
 # Asking for what happens anyway is no fault.

@@ -1,12 +1,13 @@
 """PagedSettings: the sizes of one paged engine, with every `auto` of a config resolved for a model on its device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.model import PagedModel
+from inference.sampling_needs import GREEDY, SamplingNeeds
 
 FEWER_BATCHED_TOKENS = 2048
 """Enough for products of a large model to run at their full rate."""
@@ -33,6 +34,8 @@ class PagedSettings:
     max_num_blocks: int | None = None
     use_graphs: bool = True
     spare_bytes: int = 0
+    needs: SamplingNeeds = GREEDY
+    """What is sampled from the start."""
 
     @classmethod
     def of(cls, config: EngineConfig, model: PagedModel) -> "PagedSettings":
@@ -57,6 +60,28 @@ class PagedSettings:
             may_shorten=config.max_model_len == "auto",
             use_graphs=not config.enforce_eager and model.can_be_captured,
             spare_bytes=config.spare_bytes,
+            needs=config.sampling_needs,
+        )
+
+    def smaller_steps(self) -> "PagedSettings | None":
+        """Return what needs less memory a step; None: it is one token of one sequence.
+
+        First `fewer_batched_tokens`, then half as many tokens; where they would not do for one of every sequence, half
+        as many sequences.
+        """
+        num_seqs, limit = self.max_num_seqs, self.max_num_batched_tokens
+        tokens = self.fewer_batched_tokens
+        if tokens is None:
+            if limit <= num_seqs:
+                num_seqs //= 2
+            tokens = max(num_seqs, limit // 2)
+        if not num_seqs:
+            return None
+        return replace(
+            self,
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=tokens,
+            fewer_batched_tokens=None,
         )
 
 

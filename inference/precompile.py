@@ -24,6 +24,7 @@ import torch
 
 from inference.config import EngineConfig
 from inference.families import FUSED_MODEL_TYPES
+from inference.sampling_needs import GREEDY
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ def task_for(
     task = {
         "card": dataclasses.asdict(card),
         "model_config": dict(model_config),
-        "config": dataclasses.asdict(dataclasses.replace(config, model="")),
+        # Kernels of every kind of sampling are compiled, so none is told apart.
+        "config": dataclasses.asdict(dataclasses.replace(config, model="", sampling_needs=GREEDY)),
     }
     versions = (torch.__version__, triton.__version__, sys.version)
     digest = hashlib.sha256(json.dumps([task, versions], sort_keys=True).encode())

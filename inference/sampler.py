@@ -22,6 +22,7 @@ from torch import Tensor
 
 from inference.noise import gumbel, noise_bits, noise_key
 from inference.sampling import SamplingParams
+from inference.sampling_needs import has_penalty
 from inference.sequence import TokenLogprob
 from inference.vocabulary import WholeVocabulary
 
@@ -109,15 +110,6 @@ def _banned_token_ids(row: SamplerRow, vocab_size: int) -> list[int]:
     if not sampling.ignore_eos:
         enders.update(row.end_token_ids)
     return sorted(token_id for token_id in enders if token_id < vocab_size)
-
-
-def has_penalty(sampling: SamplingParams) -> bool:
-    """Whether the next token depends on the ones before it."""
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
-    )
 
 
 def _penalise(scores_C: Tensor, row: SamplerRow, start: int) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from inference.sampler import SamplerRow, has_penalty
+from inference.sampler import SamplerRow
+from inference.sampling_needs import SamplingNeeds, has_floors, has_penalty
 from inference.tally import TokenTally
 
 TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED_LOW, SEED_HIGH = range(6)
@@ -43,10 +44,22 @@ class SlotParams:
         self.has_bans = False
         self.has_logprobs = False
 
-    def expect(self, *, draws: bool = False, floors: bool = False, rest: bool = False) -> None:
-        """Have heads sample this much and no more, until rows ask; `rest`: penalties, bans, log-probabilities."""
-        self.has_draws, self.has_floors = draws, floors
-        self.has_penalties = self.has_bans = self.has_logprobs = rest
+    @property
+    def needs(self) -> SamplingNeeds:
+        """What heads sample: what was expected, and what any slot has asked for since."""
+        return SamplingNeeds(
+            draws=self.has_draws,
+            floors=self.has_floors,
+            penalties=self.has_penalties,
+            bans=self.has_bans,
+            logprobs=self.has_logprobs,
+        )
+
+    def expect(self, needs: SamplingNeeds) -> None:
+        """Have heads sample this much and no more, until rows ask."""
+        self.has_draws, self.has_floors = needs.draws, needs.floors
+        self.has_penalties, self.has_bans = needs.penalties, needs.bans
+        self.has_logprobs = needs.logprobs
 
     def write(self, slot: int, row: SamplerRow) -> None:
         """Set a slot's parameters, and its row in the tally if it has penalties.
@@ -72,7 +85,7 @@ class SlotParams:
             fields[LOGPROBS] = 1 + sampling.logprobs
             self.has_logprobs = True
         self.has_draws |= not sampling.is_greedy
-        self.has_floors |= bool(sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0)
+        self.has_floors |= has_floors(sampling)
         self.on_device[slot].copy_(self._host[slot], non_blocking=True)
 
     def _write_past(self, slot: int, row: SamplerRow) -> None:

@@ -7,7 +7,7 @@ anywhere else, so a sequence that was preempted, or admitted with tokens, starts
 kernels count what they choose; for a step that the host samples, the host does.
 
 Memory: two bytes for each slot and column, at most MAX_BYTES (a vocabulary of 262,144 at 1,024 slots). The memory plan
-sets them aside, the first row with penalties has them allocated. The host samples the steps with rows that do not fit:
+sets them aside; the first row with penalties has them allocated, or the warm-up of a run that is to have some. The host samples the steps with rows that do not fit:
 those in slots past the last one here, and those with a frequency penalty and more tokens than a count holds.
 
 W columns of the vocabulary here, from token `start` on
@@ -60,6 +60,16 @@ class TokenTally:
         """[slots,W]; before any sequence has started, one row of zeros, for kernels that are compiled or measured."""
         return self._zeros(1) if self._table is None else self._table
 
+    def allocated(self) -> Tensor:
+        """[slots,W], which stays where it is from now on: what a graph must have been captured with.
+
+        Raises:
+            torch.OutOfMemoryError: the device has not the memory that the plan set aside.
+        """
+        if self._table is None:
+            self._table = self._zeros(self.num_slots)
+        return self._table
+
     def holds(self, slot: int, row: SamplerRow) -> bool:
         """Whether a row can be counted in this slot."""
         sampling = row.sampling
@@ -73,9 +83,7 @@ class TokenTally:
         Raises:
             torch.OutOfMemoryError: the device has not the memory that the plan set aside.
         """
-        if self._table is None:
-            self._table = self._zeros(self.num_slots)
-        counts_W = self._table[slot].zero_()
+        counts_W = self.allocated()[slot].zero_()
         if row.sampling.repetition_penalty != 1.0:
             counts_W.index_fill_(0, self._sent(self._here(row.prompt_token_ids)), IN_PROMPT)
         if row.token_ids:

@@ -10,6 +10,10 @@
     tail                   decoding while no sequence was waiting and the batch ran empty
     write                  waiting for a part to be written or committed
     other                  whatever is left
+
+`reserved_device_bytes` is what the engine has set aside on each device, by purpose: weights, step (twice what the
+largest step was measured to take), graphs, tally (of rows with penalties), spare, kv_cache. Empty for a backend
+without a plan; receipts of older versions have none.
 """
 
 import math
@@ -98,6 +102,7 @@ def shard_receipt(
         "usd": None if usd is None else round(usd, 6),
         "peak_host_bytes": facts.host_peak_bytes,
         "peak_device_bytes": stats.peak_device_bytes,
+        "reserved_device_bytes": dict(info.memory),
         "device": facts.device,
         "kv_occupancy": _rounded(stats.kv_occupancy),
         "engine": {

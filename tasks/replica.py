@@ -30,6 +30,7 @@ from tasks.results import count_states
 from tasks.retry import ends_run, is_retryable
 from tasks.shard_work import ShardWork
 from tasks.stop import Stoppable, Stopped
+from tasks.unforeseen import ShardFault, told
 
 log = logging.getLogger("nightjar.replica")
 
@@ -185,13 +186,14 @@ class Replica:
         self._reading = None
         try:
             future.result()
-        except (StorageError, InferenceError, OSError) as error:
-            self._fail(shard_id, error)
+            work = self._works[shard_id]
+            settled = work.settled
+            sequences = work.sequences(lambda key: self.engine.register(shard_id, key))
+        except Exception as error:
+            self._fail(shard_id, _typed(error))
             return
-        work = self._works[shard_id]
-        for result in work.settled:
+        for result in settled:
             self.progress.row_done(result.state, 0)
-        sequences = work.sequences(lambda key: self.engine.register(shard_id, key))
         if sequences:
             try:
                 self.engine.submit(sequences)
@@ -211,7 +213,11 @@ class Replica:
             work = self._works.get(shard_id)
             if work is None:
                 continue  # its attempt failed while it ran
-            result = work.accept(key, completion)
+            try:
+                result = work.accept(key, completion)
+            except Exception as error:
+                self._fail(shard_id, _typed(error))
+                continue
             self.progress.row_done(result.state, result.num_completion_tokens)
             if work.is_complete:
                 self._commit(shard_id)
@@ -232,9 +238,7 @@ class Replica:
         if self._reading is None and not self.engine.num_unfinished:
             # Nothing else to do: the time of writing is this shard's, and nobody's who follows.
             started = time.monotonic()
-            with contextlib.suppress(
-                OSError, StorageError
-            ):  # the commit thread meets it again, and reports it
+            with contextlib.suppress(Exception):  # the commit thread meets it again, and reports it
                 work.write()
             self.engine.metering.wrote(time.monotonic() - started)
         before, after = self.engine.metering.cut(self.engine.backend)
@@ -252,8 +256,8 @@ class Replica:
             future = self._committing.pop(shard_id)
             try:
                 result = future.result()
-            except (StorageError, OSError) as error:
-                self._fail(shard_id, error)
+            except Exception as error:
+                self._fail(shard_id, _typed(error))
                 if isinstance(error, AccessDenied):
                     raise  # of the run folder: no other shard can be committed either
                 continue
@@ -296,6 +300,17 @@ class Replica:
             self.engine.metering.meter.starved(waited, self._works[self._reading[0]].tokenise_share)
         elif self._committing:
             self.engine.metering.wrote(waited)
+
+
+def _typed(error: Exception) -> Exception:
+    """Return an error as a shard's attempt may end with it. Raises Stopped, if it is that."""
+    if isinstance(error, Stopped):
+        raise error
+    if isinstance(error, (StorageError, InferenceError, OSError, ShardFault)):
+        return error
+    fault = ShardFault(told(error))
+    fault.__cause__ = error
+    return fault
 
 
 def _wait_any(futures: list[Any]) -> None:

@@ -1,17 +1,22 @@
 """ReplicaEngine: a replica's engine, built when the first rows come, and whose each of its sequences is."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from inference.backends.base import Backend
+from inference.errors import EngineFault, InferenceError
 from inference.sequence import Completion, Sequence
+from storage.errors import StorageError
 from tasks.latency import Latencies
 from tasks.metering import Metering
 from tasks.metrics import EngineReading
 from tasks.progress import Progress
 from tasks.results import SampleKey
+from tasks.stop import Stopped
+from tasks.unforeseen import told
 
 
 class Finished(NamedTuple):
@@ -26,6 +31,17 @@ class _Owner(NamedTuple):
     shard_id: int
     key: SampleKey
     submitted_at: float
+
+
+@contextmanager
+def _typed() -> Iterator[None]:
+    """Make an error that no backend announces one of the engine, so that it costs an attempt and not the replica."""
+    try:
+        yield
+    except (InferenceError, StorageError, Stopped):
+        raise
+    except Exception as error:
+        raise EngineFault(told(error)) from error
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,7 +85,8 @@ class ReplicaEngine:
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Hand registered sequences over. Raises InferenceError when no engine can be built."""
-        self._built().submit(sequences)
+        with _typed():
+            self._built().submit(sequences)
 
     def step(self, *, may_grow: bool) -> list[Finished]:
         """Make one step; `may_grow`: rows that are being read may follow.
@@ -77,7 +94,8 @@ class ReplicaEngine:
         Raises:
             InferenceError: the engine broke.
         """
-        backend = self._built()
+        with _typed():
+            backend = self._built()
         # Nothing waits and nothing follows: from here on the batch only shrinks.
         is_tail = (
             not may_grow
@@ -86,7 +104,8 @@ class ReplicaEngine:
         )
         started, decoded_s = time.monotonic(), backend.stats.decode_s
         num_running, num_steps = backend.num_unfinished, backend.stats.num_steps
-        completions = backend.step()
+        with _typed():
+            completions = backend.step()
         stepped = time.monotonic()
         tail_s = backend.stats.decode_s - decoded_s if is_tail else 0.0
         tail_tokens = num_running * (backend.stats.num_steps - num_steps) if tail_s > 0 else 0

@@ -2,6 +2,7 @@
 
 from inference.errors import EngineConfigError, InferenceError, ModelError
 from storage.errors import FingerprintMismatch, NoSpace, StorageError, StoreUnfit
+from tasks.unforeseen import ShardFault
 
 _RUN_WIDE = (ModelError, EngineConfigError, NoSpace, StoreUnfit, FingerprintMismatch)
 
@@ -10,6 +11,8 @@ def is_retryable(error: BaseException) -> bool:
     """Whether the same work may succeed when tried again."""
     if isinstance(error, InferenceError | StorageError):
         return error.retryable
+    if isinstance(error, ShardFault):
+        return True
     # A local disk's hiccup may pass; a full disk is typed NoSpace and does not.
     return isinstance(error, ConnectionError | TimeoutError | OSError)
 

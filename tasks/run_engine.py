@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from inference.backends import create_backend
+from inference.backends.base import BackendInfo
 from inference.config import EngineConfig
+from inference.openai_batch import SAMPLING_FIELDS
+from inference.sampling_needs import SamplingNeeds
 from tasks.ranks import distributed_of, num_ranks
 from tasks.run import Run
 
@@ -21,6 +24,20 @@ def build_engine(run: Run, build_backend: Callable[..., Any] = create_backend) -
         ModelError: the weights are not those that the run was planned with.
         StorageError: they could not be staged.
     """
+    backend = _build(run, build_backend)
+    log.info("%s", describe_memory(backend.info))
+    return backend
+
+
+def describe_memory(info: BackendInfo) -> str:
+    """Say what an engine reserves on each device."""
+    if not info.memory:
+        return f"engine on {info.device}: memory is not planned"
+    parts = ", ".join(f"{name} {count / 1e9:.2f} GB" for name, count in info.memory.items())
+    return f"engine on {info.device}, reserved on each device: {parts}"
+
+
+def _build(run: Run, build_backend: Callable[..., Any]) -> Any:
     files = run.model.files()
     if files is None:
         return build_backend(engine_config(run))
@@ -67,5 +84,13 @@ def engine_config(run: Run) -> EngineConfig:
         enforce_eager=knobs.enforce_eager,
         offload=knobs.offload,
         nvme_path=knobs.nvme_path,
+        sampling_needs=sampling_needs(run),
         seed=run.job.sampling.seed,
     )
+
+
+def sampling_needs(run: Run) -> SamplingNeeds:
+    """Return what the rows of a run may ask of the sampler, by the job and by the columns that override it."""
+    columns = run.plan.prompt_columns
+    by_row = SAMPLING_FIELDS if columns["kind"] == "openai" else columns["sampling"]
+    return SamplingNeeds.of(run.job.sampling.params(), by_row)

@@ -1,6 +1,7 @@
 """One rank of a replica whose second rank has little memory: `python -m tests.small_rank`, under a launcher.
 
-As `python -m inference`, but for rank 1, which runs out of memory in steps of more than NIGHTJAR_TEST_MOST_TOKENS.
+As `python -m inference`, but for rank 1, which runs out of memory in steps of more than NIGHTJAR_TEST_MOST_TOKENS; with
+NIGHTJAR_TEST_WARM_UP while it is warmed up for them.
 """
 
 import os
@@ -11,6 +12,17 @@ import torch
 
 import inference.__main__ as rank_process
 from inference.model_runner import ModelRunner
+
+
+def shrink_memory_before_the_first_step(most: int) -> None:
+    warm_up = ModelRunner.warm_up
+
+    def small_warm_up(runner: ModelRunner, *args: Any, **kwargs: Any) -> None:
+        if runner._limits.max_num_tokens > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        warm_up(runner, *args, **kwargs)
+
+    ModelRunner.warm_up = small_warm_up  # type: ignore[method-assign]
 
 
 def shrink_memory(most: int) -> None:
@@ -27,7 +39,11 @@ def shrink_memory(most: int) -> None:
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        shrink_memory(int(os.environ["NIGHTJAR_TEST_MOST_TOKENS"]))
+        most_tokens = int(os.environ["NIGHTJAR_TEST_MOST_TOKENS"])
+        if "NIGHTJAR_TEST_WARM_UP" in os.environ:
+            shrink_memory_before_the_first_step(most_tokens)
+        else:
+            shrink_memory(most_tokens)
     exit_code = rank_process.main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

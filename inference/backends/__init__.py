@@ -34,7 +34,7 @@ def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = Tr
 
     Raises:
         EngineConfigError: with the remedy.
-        ModelError: only the folder's own code could load the model.
+        ModelError: the model is of a kind that transformers does not know.
     """
     name = resolve_backend(config.backend, config.tensor_parallel_size)
     if name != "dummy" and "auto_map" in folder.config:
@@ -51,6 +51,10 @@ def check_engine(folder: SmallFiles, config: EngineConfig, *, is_here: bool = Tr
 
         check_offload(config, name, is_here=is_here)
         check_quantization(folder, config, name, is_here=is_here)
+        if name == "paged":
+            from inference.family_check import check_family
+
+            check_family(folder, config)
 
 
 def create_backend(config: EngineConfig, *, arriving: Arriving | None = None) -> Backend:

@@ -1,6 +1,7 @@
 """PagedBackend: continuous batching over a paged KV cache. The default on CUDA; runs on the CPU too."""
 
 import gc
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,10 +19,10 @@ from inference.build_engine import build_engine
 from inference.config import EngineConfig
 from inference.end_tokens import end_token_ids
 from inference.engine import PagedEngine
-from inference.errors import EngineConfigError, EngineFault
+from inference.errors import EngineConfigError, EngineFault, OutOfMemory
 from inference.kernels import plain
 from inference.loading import dtype_name, load_arriving, load_tokenizer
-from inference.memory import MemoryPlan, free_device_bytes
+from inference.memory import MemoryPlan, free_device_bytes, is_out_of_memory
 from inference.model import PagedModel, make_paged_model
 from inference.model_config import read_model_shape
 from inference.offload import HOST_MEMORY_SHARE, free_host_bytes
@@ -31,6 +32,8 @@ from inference.sequence import Completion, Sequence
 from inference.tensor_parallel import TensorParallel
 from inference.weights import SmallFiles, check_model_folder, check_small_files
 from inference.world import current_device
+
+logger = logging.getLogger(__name__)
 
 _MAX_WEIGHT_SHARE = 0.85
 """Of the device, what weights may take that are to be quantised there: both forms of a layer are held at once."""
@@ -61,6 +64,7 @@ class PagedBackend:
         Raises:
             ModelError: the model folder is unusable; or the error of who fills it.
             EngineConfigError: the settings cannot work on this model or machine.
+            OutOfMemory: the device is full before the first step, with all made as small as it can be.
         """
         started_at = time.perf_counter()
         ranks = ranks or TensorParallel.alone()
@@ -70,7 +74,6 @@ class PagedBackend:
                 f"process is one rank of {ranks.size}; use create_backend, which starts them"
             )
         _check_fp8(config)
-        is_fp8 = config.quantization == "fp8"
         files = arriving or Arriving.whole(
             check_model_folder(config.model, config.allowed_code).path
         )
@@ -79,9 +82,7 @@ class PagedBackend:
         device = current_device()
         with Precompile.beside(folder.config, config, device) as kernels:
             self.tokenizer = load_tokenizer(folder)
-            source = _loading_device(folder, config, ranks, device) if is_fp8 else device
-            loaded = _load(files, _without_fp8(config), ranks, source)
-            model = make_paged_model(loaded, _ops(), is_fp8=is_fp8, ranks=ranks, device=device)
+            model = _load_model(files, folder, config, ranks, device)
             settings = PagedSettings.of(config, model)
             compile_wait_s = kernels.wait()
         load_s = time.perf_counter() - started_at
@@ -89,11 +90,14 @@ class PagedBackend:
         self._engine, plan, warmup_s = build_engine(
             model, settings, lambda sequence: self._make_row(sequence)
         )
-        max_model_len = self._engine.scheduler.max_model_len
+        scheduler = self._engine.scheduler
+        max_model_len = scheduler.max_model_len
         self._make_row = RowMaker(
             self.tokenizer, end_token_ids(folder.path, self.tokenizer), max_model_len
         )
-        settings = replace(settings, max_model_len=max_model_len)
+        settings = replace(
+            settings, max_model_len=max_model_len, max_num_seqs=scheduler.max_num_seqs
+        )
         self._stats = self._engine.stats
         self._info = replace(
             _info(model, settings, plan),
@@ -163,6 +167,48 @@ def _info(model: PagedModel, settings: PagedSettings, plan: MemoryPlan) -> Backe
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         memory=plan.as_dict(),
+    )
+
+
+def _load_model(
+    files: Arriving,
+    folder: SmallFiles,
+    config: EngineConfig,
+    ranks: TensorParallel,
+    device: torch.device,
+) -> PagedModel:
+    """Load the weights and make the engine's model of them.
+
+    Where the device is too full to quantise weights on, they are read to host memory first.
+
+    Raises:
+        EngineConfigError: the weights do not fit, with the arithmetic.
+        OutOfMemory: they do, and the device is full of something else.
+    """
+    is_fp8 = config.quantization == "fp8"
+    source = _loading_device(folder, config, ranks, device) if is_fp8 else device
+    while True:
+        try:
+            loaded = _load(files, _without_fp8(config), ranks, source)
+            return make_paged_model(loaded, _ops(), is_fp8=is_fp8, ranks=ranks, device=device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if not is_fp8 or source.type == "cpu":
+                raise _too_full(folder, config, ranks) from error
+            logger.warning("out of memory: weights are quantised from host memory instead")
+        loaded, source = None, torch.device("cpu")
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _too_full(folder: SmallFiles, config: EngineConfig, ranks: TensorParallel) -> OutOfMemory:
+    shape = read_model_shape(folder.path)
+    dtype = shape.dtype if config.dtype == "auto" else config.dtype
+    needed = shape.weight_bytes_per_rank(ranks.size, dtype)
+    return OutOfMemory(
+        f"out of memory while the model is loaded: {needed / 1e9:.1f} GB of weights in {dtype} on each of "
+        f"{ranks.size} ranks; free the device of other processes, or use more ranks or a larger device"
     )
 
 

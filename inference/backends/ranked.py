@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable
 
 from inference.arriving import Arriving
+from inference.backends import check_engine
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequences
 from inference.config import EngineConfig
@@ -24,7 +25,6 @@ from inference.errors import EngineConfigError, EngineFault, OutOfMemory
 from inference.heads import check_heads
 from inference.launch import Launch
 from inference.model_config import read_model_shape
-from inference.quantization import check_quantization
 from inference.rank_files import FileNews, no_more
 from inference.rank_group import RankGroup
 from inference.rank_messages import (
@@ -46,6 +46,9 @@ _ARRIVAL_POLL_S = 0.05
 _MAX_SHRINKS = 3
 _AUTO_STEP_TOKENS = 8192
 """What `auto` is at least on any device: where it is less, the first shrinking changes nothing."""
+
+_SPARE_BYTES = 2**30
+"""Left alone beside the KV cache by ranks that start again before any has said how large the cache was."""
 
 
 class RankedBackend:
@@ -70,6 +73,7 @@ class RankedBackend:
             ModelError: the model folder is unusable; or the error of who fills it.
             EngineConfigError: the settings cannot work on this model or machine; said before anything is started.
             EngineFault: a rank ended while it loaded.
+            OutOfMemory: a device is full before the first step, even after shrinking.
         """
         started_at = time.perf_counter()
         self._files = arriving or Arriving.whole(
@@ -86,9 +90,10 @@ class RankedBackend:
         self._heard_at = time.monotonic()
         self._silence_s = config.distributed.timeout_s + 60
         self._group: RankGroup | None = None
-        info = self._start()
+        self._built: BackendInfo | None = None
+        info = self._started()
         elapsed_s = time.perf_counter() - started_at
-        self._info = dataclasses.replace(
+        self._built = dataclasses.replace(
             info,
             num_ranks=config.tensor_parallel_size,
             load_s=max(info.load_s, elapsed_s - info.warmup_s),
@@ -97,7 +102,8 @@ class RankedBackend:
     @property
     def info(self) -> BackendInfo:
         """What the first rank built; memory is one rank's."""
-        return self._info
+        assert self._built is not None, "asked while the ranks start"
+        return self._built
 
     @property
     def stats(self) -> EngineStats:
@@ -124,7 +130,7 @@ class RankedBackend:
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Take sequences; see `inference.backends.checks.check_sequence` for what is refused."""
-        accepted = check_sequences(sequences, self._unfinished, self._info.max_model_len)
+        accepted = check_sequences(sequences, self._unfinished, self.info.max_model_len)
         if not accepted:
             return
         if not self._unfinished:
@@ -184,17 +190,40 @@ class RankedBackend:
         self._num_submitted += len(values)
 
     def _shrink(self, error: OutOfMemory) -> None:
-        """Start all ranks again with steps half as large and some memory spare; give them what is unfinished.
+        """Start all ranks again with smaller steps; give them what is unfinished. Raises as `_make_smaller`."""
+        self._make_smaller(error)
+        self._stats_before = dataclasses.replace(self._stats)
+        self._num_submitted = self._num_received = self._reported_waiting = 0
+        info = self._started()
+        self._built = dataclasses.replace(self.info, memory=info.memory)
+        self._heard_at = time.monotonic()
+        self._send(self._unfinished.values())
+
+    def _started(self) -> BackendInfo:
+        """Start the ranks, with smaller steps each time one is out of memory. Raises as `_make_smaller`."""
+        while True:
+            try:
+                return self._start()
+            except OutOfMemory as error:
+                self._make_smaller(error)
+
+    def _make_smaller(self, error: OutOfMemory) -> None:
+        """End the ranks; those that follow have steps half as large, and leave some memory alone.
 
         Raises:
-            OutOfMemory: they cannot be smaller, were made smaller too often, or other hosts would have to start
+            OutOfMemory: steps cannot be smaller, were made smaller too often, or other hosts would have to start
                 their ranks anew.
         """
-        if self._config.distributed.num_hosts > 1:
+        config, built = self._config, self._built
+        if config.distributed.num_hosts > 1:
             raise error
-        limit, fewest = self._config.max_num_batched_tokens, self._info.max_num_seqs
+        limit = config.max_num_batched_tokens
         if limit == "auto":
             limit = _AUTO_STEP_TOKENS
+        fewest = 1 if config.max_num_seqs == "auto" else config.max_num_seqs
+        if built is not None:
+            config = dataclasses.replace(config, max_model_len=built.max_model_len)
+            fewest = built.max_num_seqs
         smaller = max(fewest, limit // 2)
         if self._num_shrinks == _MAX_SHRINKS or smaller >= limit:
             raise OutOfMemory(
@@ -208,18 +237,13 @@ class RankedBackend:
         )
         self.ranks.close()
         self._num_shrinks += 1
+        tenth = _SPARE_BYTES if built is None else built.memory.get("kv_cache", 0) // 10
         self._config = dataclasses.replace(
-            self._config,
+            config,
             max_num_batched_tokens=smaller,
-            max_num_seqs=fewest,
-            max_model_len=self._info.max_model_len,
-            spare_bytes=self._config.spare_bytes + self._info.memory.get("kv_cache", 0) // 10,
+            max_num_seqs=config.max_num_seqs if built is None else fewest,
+            spare_bytes=config.spare_bytes + tenth,
         )
-        self._stats_before = dataclasses.replace(self._stats)
-        self._num_submitted = self._num_received = self._reported_waiting = 0
-        self._start()
-        self._heard_at = time.monotonic()
-        self._send(self._unfinished.values())
 
     def _take_in(self, message: Message) -> list[Completion]:
         update_stats(self._stats, message["stats"], self._stats_before)
@@ -271,7 +295,7 @@ def check_ranks(folder: SmallFiles, config: EngineConfig) -> None:
         check_heads(
             size, num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads
         )
-        check_quantization(folder, config, "paged")
+        check_engine(folder, dataclasses.replace(config, backend="paged"))
     here = size // config.distributed.num_hosts
     if torch.cuda.is_available() and torch.cuda.device_count() < here:
         raise EngineConfigError(

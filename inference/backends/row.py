@@ -7,6 +7,7 @@ from typing import Any
 from inference.detokenise import Decode, StopChecker, decoder_of, finish_text
 from inference.end_tokens import special_token_ids
 from inference.sequence import Completion, FinishReason, Sequence, TokenLogprob
+from inference.stop_strings import StopStrings, StopWatch
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,9 @@ class Row:
 
     max_tokens: int
     """Most completion tokens, with max_model_len taken into account."""
+
+    stop_watch: StopWatch | None = None
+    """Of the sampling's stop strings, where the tokenizer allows one."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -65,12 +69,22 @@ class Row:
         self.token_ids.append(token_id)
         if logprob is not None:
             self.logprobs.append(logprob)
-        # The checker finds candidates fast; the text decoded as a whole decides.
-        if self._stop_checker.append(token_id) and self._finish_text()[1]:
+        # Candidates are found fast; the text decoded as a whole decides.
+        if self._may_be_stopped(token_id) and self.is_stopped:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.max_tokens:
             self.finish_reason = "length"
         return self.finish_reason is not None
+
+    def _may_be_stopped(self, token_id: int) -> bool:
+        if self.stop_watch is None:
+            return self._stop_checker.append(token_id)
+        return self.stop_watch.may_end(token_id) and self.stop_watch.is_near(self.token_ids)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the text so far holds a stop string that counts."""
+        return self._finish_text()[1]
 
     def fail(self, error: str) -> None:
         """End the sequence with an error; what it has so far is kept."""
@@ -105,6 +119,7 @@ class RowMaker:
     def __init__(self, tokenizer: Any, end_token_ids: Collection[int], max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._decode = decoder_of(tokenizer)
+        self._stop_strings = StopStrings(tokenizer)
         self._end_token_ids = frozenset(end_token_ids)
         self._max_model_len = max_model_len
 
@@ -119,6 +134,7 @@ class RowMaker:
             decode=self._decode,
             end_token_ids=self._end_token_ids,
             stop_token_ids=stop_token_ids,
+            stop_watch=self._stop_strings.watch_of(sampling.stop) if sampling.stop else None,
             max_tokens=min(
                 sampling.max_tokens, self._max_model_len - len(sequence.prompt_token_ids)
             ),

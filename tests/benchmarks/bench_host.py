@@ -1,12 +1,14 @@
 """Host time of the paged engine's loop, a step: scheduling, packing, taking tokens in. No device takes part.
 
-    python tests/benchmarks/bench_host.py [--requests 4096] [--max-num-seqs 1024]
+    python tests/benchmarks/bench_host.py [--requests 4096] [--max-num-seqs 1024] [--stop TEXT ...]
 
 The real engine, scheduler and planner run a request mix with the limits of an H100; what would launch a step
-hands back arbitrary tokens at once. So this is what the host costs beside the device, which it overlaps with.
+hands back arbitrary tokens at once. With --stop rows have these stop strings, and tokens are those of a text, by the
+tokenizer of --model. So this is what the host costs beside the device, which it overlaps with.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import statistics
@@ -21,12 +23,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from inference.backends.row import Row
+from inference.backends.row import Row, RowMaker
 from inference.batch import BatchLimits, buffer_size, views_of
 from inference.block_manager import BlockManager
 from inference.engine import PagedEngine
 from inference.graphs import around, padded
 from inference.in_flight import InFlight
+from inference.loading import load_tokenizer
 from inference.planner import Planner, Slots
 from inference.request_mixes import requests
 from inference.sampling import SamplingParams
@@ -34,6 +37,7 @@ from inference.scheduler import Scheduler
 from inference.sequence import Sequence
 from inference.slot_params import SlotParams
 from inference.steps import Running, Step
+from inference.weights import check_small_files
 
 
 class _Done:
@@ -77,6 +81,18 @@ class HostRunner:
         return False
 
 
+class TextRunner(HostRunner):
+    """Hands back the tokens of a text, every row from another place on."""
+
+    text_ids: Any = np.zeros(1, np.int32)
+
+    def launch(self, step: Step) -> InFlight:
+        flight = super().launch(step)
+        begin = 37 * step.number % (len(self.text_ids) - len(self._result))
+        found = self.text_ids[begin : begin + len(self._result)].copy()
+        return dataclasses.replace(flight, result=torch.from_numpy(found))
+
+
 def make_engine(max_num_seqs: int, runner: type[HostRunner] = HostRunner) -> PagedEngine:
     limits = BatchLimits(
         max_num_tokens=8192,
@@ -111,14 +127,27 @@ def make_engine(max_num_seqs: int, runner: type[HostRunner] = HostRunner) -> Pag
     )
 
 
-def measure(mix: str, count: int, max_num_seqs: int, temperature: float) -> dict[str, float]:
+def engine_on_text(max_num_seqs: int, model: Path) -> PagedEngine:
+    """Return an engine whose rows draw this checkout's documents, decoded by a model's tokenizer."""
+    tokenizer = load_tokenizer(check_small_files(model))
+    root = Path(__file__).resolve().parents[2]
+    text = "".join(path.read_text() for path in sorted(root.rglob("*.md")))
+    TextRunner.text_ids = np.array(tokenizer.encode(text, verbose=False), np.int32)
+    engine = make_engine(max_num_seqs, TextRunner)
+    engine._make_row = RowMaker(tokenizer, (), 4096)
+    return engine
+
+
+def measure(
+    mix: str, count: int, max_num_seqs: int, temperature: float, stop: list[str], model: Path
+) -> dict[str, Any]:
     """Run a mix; return milliseconds a step, over all steps and over those with a full batch."""
-    engine = make_engine(max_num_seqs)
+    engine = engine_on_text(max_num_seqs, model) if stop else make_engine(max_num_seqs)
     engine.submit(
         Sequence(
             i,
             prompt,
-            SamplingParams(max_tokens=length, ignore_eos=True, temperature=temperature),
+            SamplingParams(max_tokens=length, ignore_eos=True, temperature=temperature, stop=stop),
             draw_seed=i,
         )
         for i, (prompt, length) in enumerate(requests(mix, count))
@@ -144,12 +173,16 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4096)
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--stop", nargs="*", default=[])
+    parser.add_argument("--model", type=Path, default=Path(".demo/smollm2"))
     args = parser.parse_args()
     results = {}
     for mix in ("uniform", "chat", "template"):
-        results[mix] = measure(mix, args.requests, args.max_num_seqs, args.temperature)
+        results[mix] = measure(
+            mix, args.requests, args.max_num_seqs, args.temperature, args.stop, args.model
+        )
         print(f"{mix:9}", results[mix], flush=True)
-    print(json.dumps({"benchmark": "host", **vars(args), **results}))
+    print(json.dumps({"benchmark": "host", **vars(args), **results}, default=str))
 
 
 if __name__ == "__main__":

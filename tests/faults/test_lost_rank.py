@@ -140,6 +140,20 @@ def test_ranks_of_which_one_is_out_of_memory_go_on_together_with_smaller_steps(m
     assert backend.stats.num_completion_tokens == alone.stats.num_completion_tokens
 
 
+def test_ranks_of_which_one_is_out_of_memory_before_the_first_step_start_smaller(
+    monkeypatch, caplog
+):
+    monkeypatch.setenv("NIGHTJAR_TEST_MOST_TOKENS", "40")
+    monkeypatch.setenv("NIGHTJAR_TEST_WARM_UP", "1")
+    backend = RankedBackend(small_steps(64), module="tests.small_rank")
+    try:
+        backend.submit(sequences(3))
+        assert drain(backend).keys() == {0, 1, 2}
+    finally:
+        backend.close()
+    assert "at most 32 tokens a step instead of 64" in caplog.text
+
+
 def test_steps_that_cannot_be_smaller_end_the_replica_with_the_numbers(monkeypatch):
     monkeypatch.setenv("NIGHTJAR_TEST_MOST_TOKENS", "2")
     backend = RankedBackend(small_steps(8), module="tests.small_rank")

@@ -17,7 +17,7 @@ from flows.config import load_job
 from inference.backends.dummy import DummyBackend
 from inference.backends.dummy_tokenizer import DummyTokenizer
 from inference.config import EngineConfig
-from inference.errors import EngineFault, InferenceError, ModelError, OutOfMemory
+from inference.errors import EngineFault, ModelError, OutOfMemory
 from inference.sequence import Completion, Sequence
 from storage import keys
 from storage.attempts import attempts_of
@@ -29,6 +29,7 @@ from tasks.drain import DrainReport, drain, new_invocation
 from tasks.finish import finish
 from tasks.progress import Progress
 from tasks.run import Run, prepare
+from tasks.shard_work import ShardWork
 from tasks.stop import StopSignal
 from tasks.verify import verify_run
 from tests.pipeline import CASES, MODELS, Finished, Nightjar
@@ -95,7 +96,7 @@ class Faulty(DummyBackend):
     breaks_on: frozenset[int] = frozenset()
     """Rows that no engine survives."""
 
-    error: InferenceError = EngineFault("the engine broke")
+    error: Exception = EngineFault("the engine broke")
     step_s = 0.0
     """Long enough for the next shards to join the first in the engine."""
 
@@ -222,6 +223,63 @@ def test_a_shard_that_breaks_the_engine_is_given_up_and_harms_no_other(
     check_whole(run, tmp_path)
     for path, data in before.items():
         assert path.read_bytes() == data, "a finished shard was done again"
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, RuntimeError])
+def test_an_engine_that_breaks_in_a_way_nobody_announced_costs_its_shard_and_no_other(
+    nightjar: Nightjar, run: Run, tmp_path: Path, kind: type[Exception]
+) -> None:
+    run.job = dataclasses.replace(
+        run.job, shards=dataclasses.replace(run.job.shards, max_attempts=2)
+    )
+    error = kind("row 5 says hello")
+    report = drained(run, faulty(breaks_on={5}, error=error, step_s=0.02))
+    assert sorted(run.commits()) == [0, 2, 3, 4, 5]
+    assert report.exhausted.keys() == {1}
+    last = [attempt.failure for attempt in attempts_of(run.store, 1)][-1]
+    assert last is not None
+    assert (last.error, last.retryable) == ("EngineFault", True)
+    assert f"{kind.__name__} at test_failing_shards.py" in last.message
+    assert "hello" not in last.message, "an error may quote a row"
+    assert nightjar.call("retry", run.uri).code == 0
+    check_whole(run, tmp_path)
+
+
+def test_an_engine_that_cannot_be_built_in_a_way_nobody_announced_is_tried_again(
+    run: Run, tmp_path: Path
+) -> None:
+    builds: list[int] = []
+
+    def build(config: EngineConfig) -> DummyBackend:
+        builds.append(len(builds))
+        if len(builds) < 2:
+            raise ValueError("of a library")
+        return DummyBackend(config)
+
+    assert drained(run, build).exhausted == {}
+    assert len(builds) == 2
+    check_whole(run, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["read", "accept", "write"])
+def test_a_fault_of_our_own_at_one_shard_costs_that_shard_an_attempt(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    works = getattr(ShardWork, place)
+
+    def fail_once(work: ShardWork, *args: Any) -> Any:
+        if (work.shard.shard_id, work.attempt) == (2, 1):
+            raise KeyError("row 9 says hello")
+        return works(work, *args)
+
+    monkeypatch.setattr(ShardWork, place, fail_once)
+    assert drained(run, faulty(step_s=0.002)).exhausted == {}
+    first = attempts_of(run.store, 2)[0].failure
+    assert first is not None
+    assert (first.error, first.retryable) == ("ShardFault", True)
+    assert first.message.startswith("KeyError at test_failing_shards.py")
+    assert "hello" not in first.message
+    check_whole(run, tmp_path)
 
 
 def test_an_engine_out_of_memory_once_costs_one_attempt_and_is_built_anew(

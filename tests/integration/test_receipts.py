@@ -1,6 +1,7 @@
 """Receipts account for the time, and a second run is forecast from the first."""
 
 import json
+import logging
 import os
 import time
 from datetime import UTC, datetime
@@ -88,6 +89,36 @@ def test_a_receipt_says_what_it_knows_and_null_where_it_knows_nothing(first):
     assert receipts[-1]["seconds"]["tail"] > 0
     assert receipts[0]["seconds"]["decode"] > receipts[0]["seconds"]["tail"]
     assert receipts[0]["seconds"]["start"] > 0
+
+
+def test_what_the_engine_reserves_is_in_every_receipt_and_once_in_the_log(tmp_path, caplog):
+    source = str(Path(__file__).parents[1] / "data" / "models" / "tiny-a")
+    job = make_job(
+        tmp_path,
+        num_rows=12,
+        model={"source": source, "dtype": "float32"},
+        engine={"backend": "paged", "max_num_seqs": 4, "max_model_len": 128},
+        sampling={"max_tokens": 4},
+        shards={"max_rows": 6},
+    )
+    run = prepare(job, work_dir=tmp_path, progress=Progress())
+    with caplog.at_level(logging.INFO):
+        drain(
+            run,
+            invocation=new_invocation(),
+            progress=Progress(),
+            should_stop=StopSignal(),
+        )
+    run.close()
+    receipts = [commit.receipt for commit in run.commits().values()]
+    assert len(receipts) == 2
+    for receipt in receipts:
+        reserved = receipt["reserved_device_bytes"]
+        assert {"weights", "step", "graphs", "tally", "spare", "kv_cache"} == reserved.keys()
+        assert all(type(count) is int for count in reserved.values())
+        assert reserved["weights"] > 0
+        assert reserved["kv_cache"] > 0
+    assert caplog.text.count("reserved on each device: weights 0.00 GB") == 1
 
 
 def test_the_second_run_of_a_job_is_forecast_from_the_first(first, tmp_path):

@@ -10,6 +10,8 @@ import pytest
 
 from inference.backends.dummy import DummyBackend
 from storage.object_store import open_store
+from tasks import claims
+from tasks.replica import Replica
 from tests.feed_bench import Bench, make_job
 from tests.pipeline import Finished, Nightjar
 from tests.seaweed import SECRET_KEY, Seaweed
@@ -101,19 +103,31 @@ def test_a_refused_credential_is_not_told(
     check(done.out, done.err, logs.text)
 
 
+@pytest.mark.parametrize(
+    ("broken", "name", "code", "words"),
+    [
+        (Replica, "next_shard", 1, "something nobody thought of"),
+        (DummyBackend, "step", 3, "RuntimeError at test_secrets.py"),
+    ],
+)
 def test_a_crash_of_our_own_tells_neither_secrets_nor_prompts(
     nightjar: Nightjar,
     seaweed: Seaweed,
     logs: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
+    broken: type,
+    name: str,
+    code: int,
+    words: str,
 ) -> None:
-    def step(self: DummyBackend) -> None:
+    def step(self: object) -> None:
         raise RuntimeError("something nobody thought of")
 
-    monkeypatch.setattr(DummyBackend, "step", step)
+    monkeypatch.setattr(claims, "_BACKOFF_S", 0.01)
+    monkeypatch.setattr(broken, name, step)
     done = run(nightjar, seaweed)
-    assert done.code == 1
-    assert "something nobody thought of" in done.err
+    assert done.code == code
+    assert words in done.err
     check(done.out, done.err, logs.text)
     assert PROMPT not in done.out + done.err + logs.text
     bucket = open_store(seaweed.uri, seaweed.config)

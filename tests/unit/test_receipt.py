@@ -8,6 +8,7 @@ from tasks.hardware import load_hardware
 from tasks.metering import Mark, Meter
 from tasks.receipt import ShardFacts, shard_receipt
 from tasks.repetition import is_repetitive
+from tasks.run_engine import describe_memory
 from tasks.yardstick import Yardstick
 
 H100 = next(gpu for gpu in load_hardware() if gpu.name == "H100")
@@ -34,6 +35,7 @@ INFO = BackendInfo(
     dtype="bfloat16",
     max_model_len=1,
     max_num_seqs=1,
+    memory={"weights": 16_400_000_000, "step": 2_000_000_000, "kv_cache": 51_000_000_000},
 )
 
 
@@ -76,6 +78,16 @@ def test_time_is_split_between_engine_waiting_and_the_rest():
     assert found["summary"] == (
         "1,600 tokens/s over 100.0 s; the largest loss, 8 %, was the tail, while the last sequences "
         "ended and the batch ran empty."
+    )
+
+
+def test_a_receipt_says_what_the_engine_reserved_for_what():
+    found = receipt(Meter(step_s=90.0))
+    assert found["reserved_device_bytes"] == INFO.memory
+    assert found["reserved_device_bytes"] is not INFO.memory
+    assert describe_memory(INFO) == (
+        "engine on NVIDIA H100 80GB HBM3, reserved on each device: weights 16.40 GB, step 2.00 GB, "
+        "kv_cache 51.00 GB"
     )
 
 

@@ -1,11 +1,17 @@
 """From a planned run to what its replicas are started with, on each way to get machines."""
 
+import json
+from dataclasses import asdict, replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from flows.config import load_job
+from inference.config import config_from_json
 from inference.errors import EngineConfigError
+from inference.precompile import CardFacts, task_for
+from inference.sampling_needs import GREEDY, SamplingNeeds
 from tasks.job_variables import ProvisionError
 from tasks.progress import Progress
 from tasks.provision import launch_of
@@ -23,8 +29,19 @@ def plan(tmp_path):
     made = []
 
     def planned(
-        *, model=MODELS / "tiny-a", backend="transformers", quantization="none", **hardware
+        *,
+        model=MODELS / "tiny-a",
+        backend="transformers",
+        quantization="none",
+        sampling=None,
+        columns=None,
+        **hardware,
     ):
+        if columns:
+            table = pq.read_table(tmp_path / "in.parquet")
+            for name, value in columns.items():
+                table = table.append_column(name, pa.array([value] * table.num_rows))
+            pq.write_table(table, tmp_path / "in.parquet")
         job = {
             "model": {"source": str(model), "quantization": quantization},
             "input": {
@@ -33,7 +50,7 @@ def plan(tmp_path):
                 "chat_template": "none",
             },
             "output": {"uri": str(tmp_path / "out")},
-            "sampling": {"max_tokens": 8},
+            "sampling": {"max_tokens": 8, **(sampling or {})},
             "engine": {"backend": backend},
             "hardware": hardware,
         }
@@ -108,3 +125,22 @@ def test_what_the_platform_s_owner_fixes_comes_from_the_job_file(plan):
             weight_file_bytes=1,
             placement=plan(placement={"launcher": "srun {gpu}"}).job.hardware.placement,
         )
+
+
+def test_an_engine_is_told_what_the_run_samples_with_and_what_columns_may_override(plan):
+    assert engine_config(plan()).sampling_needs == SamplingNeeds()
+    told = engine_config(plan(sampling={"temperature": 0.5, "logprobs": 1})).sampling_needs
+    assert told == SamplingNeeds(draws=True, logprobs=True)
+    told = engine_config(plan(columns={"top_p": 0.9, "max_tokens": 4})).sampling_needs
+    assert told == SamplingNeeds(floors=True)
+
+
+def test_what_the_engine_is_told_reaches_its_ranks_and_is_no_other_kernel(plan):
+    pytest.importorskip("triton", reason="Triton is not installed: nothing is compiled")
+    config = engine_config(plan(sampling={"temperature": 0.5}))
+    assert config_from_json(json.loads(json.dumps(asdict(config)))) == config
+    facts = CardFacts(capability=90, num_multiprocessors=132)
+    tasks = [
+        task_for(facts, {}, c, 1)["done"] for c in (config, replace(config, sampling_needs=GREEDY))
+    ]
+    assert tasks[0] == tasks[1]

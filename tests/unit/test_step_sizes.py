@@ -8,8 +8,7 @@ import torch
 
 from inference import build_engine
 from inference.config import EngineConfig
-from inference.errors import EngineConfigError
-from inference.memory import MemoryPlan
+from inference.memory import MemoryPlan, NoRoom
 from inference.paged_settings import PagedSettings, _min_step_tokens
 from tests.paged_cases import settings_of
 
@@ -36,7 +35,7 @@ def planned_steps(monkeypatch: Any, cache_gb: float, *, others_agree: bool = Tru
         step = 2 * GB * settings.max_num_batched_tokens // 8192
         left = int((cache_gb + 2) * GB) - step
         if left < 0:
-            raise EngineConfigError("no room for a KV cache")
+            raise NoRoom("no room for a KV cache")
         return MemoryPlan(
             weights=0, step=step, graphs=0, tally=0, kv_cache=left, num_blocks=left // 10**6
         )
@@ -44,14 +43,21 @@ def planned_steps(monkeypatch: Any, cache_gb: float, *, others_agree: bool = Tru
     monkeypatch.setattr(build_engine, "_plan_memory", plan)
     monkeypatch.setattr(build_engine, "_limits", lambda model, settings: None)
     settings = settings_of(max_num_batched_tokens=8192, fewer_batched_tokens=2048)
-    ranks = SimpleNamespace(agree_on_least=lambda value: value if others_agree else 0)
-    found = build_engine._plan_sizes(SimpleNamespace(uses_kernels=False, ranks=ranks), settings)
-    assert found[0].max_num_batched_tokens == tried[-1]
+    ranks = SimpleNamespace(size=1, agree_on_least=lambda value: value if others_agree else 0)
+    model = SimpleNamespace(uses_kernels=False, ranks=ranks, detach=lambda: None)
+    found = build_engine._plan_sizes(model, settings)
+    assert found.settings.max_num_batched_tokens == tried[-1]
     return tried
 
 
 @pytest.mark.parametrize(
-    ("cache_gb", "tried"), [(64, [8192]), (8, [8192, 2048]), (-1, [8192, 2048])]
+    ("cache_gb", "tried"),
+    [
+        (64, [8192]),
+        (8, [8192, 2048]),
+        (-1, [8192, 2048]),
+        (-1.9, [8192, 2048, 1024, 512, 256]),
+    ],
 )
 def test_steps_are_made_smaller_where_keys_and_values_would_miss_their_memory(
     cache_gb, tried, monkeypatch
@@ -63,9 +69,9 @@ def test_all_ranks_make_their_steps_smaller_if_one_has_to(monkeypatch):
     assert planned_steps(monkeypatch, 64, others_agree=False) == [8192, 2048]
 
 
-def test_no_room_even_with_small_steps_is_refused(monkeypatch):
-    with pytest.raises(EngineConfigError, match="no room"):
-        planned_steps(monkeypatch, -1.9)
+def test_no_room_even_with_the_smallest_steps_is_refused(monkeypatch):
+    with pytest.raises(NoRoom, match="no room"):
+        planned_steps(monkeypatch, -2.1)
 
 
 @pytest.mark.parametrize(("asked", "fewer"), [("auto", 2048), (8192, None)])

@@ -270,7 +270,8 @@ def test_whatever_the_sizing_offers_a_backend_accepts(model, stored):
     *numbers, extra = sizes[model]
     written = {} if stored is None else {"quantization_config": STORED[stored]}
     sizing = size_model(shape(*numbers, **extra, **written), list(GPUS.values()), WORKLOAD)
-    folder = SmallFiles(path=Path("model"), config=written)
+    family = {"model_type": extra.get("family", "qwen3")}
+    folder = SmallFiles(path=Path("model"), config={**family, **written})
     for tier in sizing.tiers:
         config = EngineConfig(
             model="model",
