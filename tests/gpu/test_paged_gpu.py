@@ -1,11 +1,16 @@
 """The paged engine on CUDA, with its kernels, graphs and steps ahead, gives the plain model's tokens in fp32."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from inference.build_engine import build_engine
 from inference.model import make_paged_model
+from inference.model_runner import ModelRunner
 from inference.sampling import SamplingParams
+from inference.steps import Step
 from tests.paged_cases import (
     CONFIGS,
     expect_too_little,
@@ -207,4 +212,66 @@ def test_preemption_with_steps_in_flight_changes_nothing(changes):
     while engine.num_unfinished:
         completions.update({c.seq_id: c for c in engine.step()})
     assert engine.scheduler.num_preemptions > 0
+    assert tokens(completions) == expected
+
+
+class FullDevice:
+    """Calls whatever it stands for with next to no memory free on the device, the first `times`."""
+
+    def __init__(self, call: Callable[..., Any], times: int) -> None:
+        self._call = call
+        self.times_left = times
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.times_left:
+            return self._call(*args, **kwargs)
+        self.times_left -= 1
+        taken = _all_memory()
+        try:
+            return self._call(*args, **kwargs)
+        finally:
+            del taken
+            torch.cuda.empty_cache()
+
+
+def _all_memory() -> list[torch.Tensor]:
+    """Take what torch has cached, and of the device all but what it needs itself."""
+    torch.cuda.empty_cache()
+    taken, size = [], 1 << 30
+    while size >= 512:
+        try:
+            taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+    return taken
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_device_that_is_full_in_warm_up_has_a_smaller_cache(family, times, monkeypatch, caplog):
+    sequences = sequences_of(prompts_of(20))
+    expected = reference(model_of(family).cuda(), sequences)
+    model = paged(family)
+    full = FullDevice(ModelRunner.warm_up, times)
+    monkeypatch.setattr(ModelRunner, "warm_up", lambda *args, **kwargs: full(*args, **kwargs))
+    completions, _ = run(model, sequences, settings_of(**SETTINGS))
+    assert not full.times_left
+    assert "out of memory in warm-up" in caplog.text
+    assert tokens(completions) == expected
+
+
+def test_a_device_that_is_full_in_a_step_has_smaller_steps(monkeypatch, caplog):
+    sequences = sequences_of(prompts_of(20))
+    expected = reference(model_of("qwen3").cuda(), sequences)
+    model = paged("qwen3")
+    launch, steps = ModelRunner.launch, []
+    full = FullDevice(launch, 1)
+
+    def launched(runner: ModelRunner, step: Step) -> Any:
+        steps.append(step)
+        return (full if len(steps) == 5 else launch)(runner, step)
+
+    monkeypatch.setattr(ModelRunner, "launch", launched)
+    completions, _ = run(model, sequences, settings_of(**SETTINGS, use_graphs=False))
+    assert "out of memory" in caplog.text
     assert tokens(completions) == expected
