@@ -22,6 +22,8 @@ _OURS = (
     "hardware.provider",
     "hardware.placement",
     "hardware.stage_to",
+    "hardware.file",
+    "hardware.gpus",
 )
 
 

@@ -5,7 +5,7 @@ drops a variable the template does not name without a word, so `tasks.job_variab
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -133,6 +133,23 @@ def launch_of(
         "command": _command,
     }[provider]
     return _placed(provider, build(tier, needs, placement), placement)
+
+
+def within_reach(known: Sequence[GpuType], provider: str, placement: Placement) -> list[GpuType]:
+    """The GPU types that the provider can be asked for, by what the owner of the platform fixes.
+
+    A selector by GPU product leaves that one; a selector by anything else may mean every type.
+    """
+    fixed = placement.job_variables
+    names = {gpu.name for gpu in known}
+    if provider == "kubernetes":
+        selector = placement.node_selector or fixed.get("node_selector") or {}
+        label = selector.get(_NODE_LABEL)
+        if label or not selector:
+            names = {name for name, product in _PRODUCTS.items() if label in (None, product)}
+    elif provider == "ecs" and "placement_constraints" not in fixed:
+        names = set(_INSTANCES)
+    return [gpu for gpu in known if gpu.name in names] or list(known)
 
 
 def unsized_launch_of(provider: Provider, placement: Placement) -> ReplicaLaunch:
