@@ -13,7 +13,8 @@ from inference.hardware import GpuType, match_gpu
 from inference.model_config import read_model_shape
 from inference.roofline import Workload
 from inference.tier import Options, Tier
-from inference.tiers import Objective, choose_tier, size_model
+from inference.tier_choice import Objective
+from inference.tiers import choose_tier, size_model
 from tasks.hardware import hardware_of
 from tasks.job import RunConfig
 from tasks.provision import within_reach
@@ -162,7 +163,7 @@ def sizing_options(job: RunConfig, num_gpus: int | None = None) -> Options:
         kv_cache_dtype=knobs.kv_cache_dtype,
         tensor_parallel_size=size,
         replicas=None if replicas == "auto" else replicas,
-        backend=knobs.backend if knobs.backend in ("paged", "zero") else "auto",
+        backend="auto" if knobs.backend == "dummy" else knobs.backend,
     )
     seqs = knobs.max_num_seqs
     return options if seqs == "auto" else dataclasses.replace(options, max_num_seqs=seqs)

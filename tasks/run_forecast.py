@@ -86,7 +86,7 @@ def forecast_run(
     if speed is None or past is None:
         num_prompt_tokens *= 1 - saved
     tier_seconds = None
-    if choice.tier is not None:
+    if choice.tier is not None and choice.tier.seconds is not None:
         seconds = choice.tier.seconds
         tier_seconds = (seconds, seconds * lengths.high / lengths.mean if lengths.mean else seconds)
     deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)

@@ -25,6 +25,7 @@ def tier(gpu="H100", tp=1, replicas=1, offload="none", num_gpus=None):
     return Tier(
         gpu=gpu,
         num_gpus=num_gpus or tp * replicas,
+        memory_bytes=(num_gpus or tp * replicas) * 80e9,
         tensor_parallel_size=tp,
         replicas=replicas,
         quantization="none",
@@ -34,6 +35,7 @@ def tier(gpu="H100", tp=1, replicas=1, offload="none", num_gpus=None):
         offload=offload,
         num_hosts=1,
         weight_bytes_per_gpu=16 * 10**9,
+        kv_bytes_per_gpu=10 * 10**9,
         kv_tokens=100_000,
         num_running=256,
         completion_tokens_per_s=1000.0,
