@@ -20,7 +20,7 @@ import torch.distributed as dist
 from inference.arriving import Arriving
 from inference.backends.base import Backend
 from inference.config import DistributedConfig, EngineConfig, config_from_json
-from inference.errors import InferenceError
+from inference.errors import InferenceError, OutOfMemory
 from inference.preflight_collective import check_fabric
 from inference.rank_exit import ExitCode, code_of
 from inference.rank_group import SOCKET_VARIABLE
@@ -57,7 +57,10 @@ def main(arguments: list[str]) -> ExitCode:
                 if isinstance(error, InferenceError)
                 else f"{type(error).__name__}: {lines[0]}"
             )
-            link.send({"kind": "failed", "code": int(code), "error": text[:1000]})
+            seq_ids = error.seq_ids if isinstance(error, OutOfMemory) else ()
+            link.send(
+                {"kind": "failed", "code": int(code), "error": text[:1000], "seq_ids": seq_ids}
+            )
             link.flush()
         return code
     return ExitCode.FINISHED

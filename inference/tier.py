@@ -47,6 +47,9 @@ class Tier:
     seconds: float | None
     """The whole run, start-up included."""
 
+    usd_per_hour: float | None
+    """Of all its GPUs."""
+
     usd: float | None
     usd_per_million_tokens: float | None
     """Dollars for a million completion tokens, start-up not counted."""

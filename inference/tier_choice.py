@@ -11,7 +11,7 @@ Objective = Literal["cheapest", "fastest"]
 # GPUs of as much memory in all, give or take a tenth, are as small as each other: fewer of them are better.
 ABOUT = 1.1
 
-_Measure = Literal["seconds", "dollars", "hours", "size", "count"]
+_Measure = Literal["seconds", "dollars", "hours", "rate", "size", "count"]
 
 _RANKS: dict[_Measure, Callable[[Tier], tuple[float, ...]]] = {
     "seconds": lambda tier: (
@@ -22,6 +22,7 @@ _RANKS: dict[_Measure, Callable[[Tier], tuple[float, ...]]] = {
     "dollars": lambda tier: (tier.usd or 0.0, tier.seconds or 0.0, tier.num_gpus),
     "hours": lambda tier: (tier.gpu_hours or 0.0, tier.seconds or 0.0, tier.num_gpus),
     "size": lambda tier: (tier.num_gpus, tier.memory_bytes, tier.seconds or 0.0),
+    "rate": lambda tier: (tier.usd_per_hour or 0.0, tier.num_gpus),
     "count": lambda tier: (-tier.num_gpus, tier.tensor_parallel_size),
 }
 
@@ -32,7 +33,7 @@ def best_of(
     """The best of tiers that fit, with its reason; `inference.tiers.choose_tier` says how it is found."""
     pool = [tier for tier in tiers if tier.offload == "none"] or list(tiers)
     # Once any price is known, a tier without one cannot be compared: it is listed, not chosen.
-    pool = [tier for tier in pool if tier.usd is not None] or pool
+    pool = [tier for tier in pool if tier.usd_per_hour is not None] or pool
     predicted = [tier for tier in pool if tier.seconds is not None]
     pool = predicted or pool
     in_time = [
@@ -47,6 +48,8 @@ def best_of(
     least = min(QUANTIZATIONS.index(tier.quantization) for tier in allowed)
     allowed = [t for t in allowed if QUANTIZATIONS.index(t.quantization) == least]
     by = _measure(allowed, objective)
+    if by in ("rate", "size"):
+        allowed = [tier for tier in allowed if tier.has_kv_room] or allowed
     best = min(_smallest(allowed) if by == "size" else allowed, key=_RANKS[by])
     return replace(best, reason=_reason(best, len(tiers), deadline_s, late, by))
 
@@ -54,7 +57,9 @@ def best_of(
 def _measure(tiers: Sequence[Tier], objective: Objective) -> _Measure:
     """By what these tiers are compared, all of which have a price and a prediction, or none has."""
     if tiers[0].seconds is None:
-        return "count" if objective == "fastest" else "size"
+        if objective == "fastest":
+            return "count"
+        return "size" if tiers[0].usd_per_hour is None else "rate"
     if objective == "fastest":
         return "seconds"
     if tiers[0].usd is not None:
@@ -63,10 +68,9 @@ def _measure(tiers: Sequence[Tier], objective: Objective) -> _Measure:
 
 
 def _smallest(tiers: Sequence[Tier]) -> list[Tier]:
-    """Those with about the least memory, of those with room for KV cache where there are any."""
-    roomy = [tier for tier in tiers if tier.has_kv_room] or list(tiers)
-    least = min(tier.memory_bytes for tier in roomy)
-    return [tier for tier in roomy if tier.memory_bytes <= ABOUT * least]
+    """Those with about the least memory."""
+    least = min(tier.memory_bytes for tier in tiers)
+    return [tier for tier in tiers if tier.memory_bytes <= ABOUT * least]
 
 
 def _reason(
@@ -76,6 +80,7 @@ def _reason(
         "seconds": "the fastest",
         "dollars": f"the cheapest (${tier.usd or 0.0:.2f})",
         "hours": f"the fewest GPU-hours ({tier.gpu_hours or 0.0:.2f}; no prices are given)",
+        "rate": f"the cheapest an hour (${tier.usd_per_hour or 0.0:.2f}) {_room(tier)}",
         "size": f"the smallest GPUs {_room(tier)}",
         "count": "every GPU there is",
     }[by]

@@ -191,16 +191,16 @@ def _priced(
     """Turn seconds of generation into rates, hours and, where the GPU has a price, dollars; None stays None."""
     gpu = replica.gpu
     completion = workload.num_completion_tokens
-    usd_per_s = None if gpu.price_per_hour is None else gpu.price_per_hour * num_gpus / 3600
+    usd_per_hour = None if gpu.price_per_hour is None else gpu.price_per_hour * num_gpus
     rate = total_rate = seconds = usd = per_million = None
     if generate_s is not None:
         generate_s = max(generate_s, 1e-9)
         seconds = start_s + generate_s
         rate = completion / generate_s
         total_rate = (completion + workload.num_prompt_tokens) / generate_s
-    if usd_per_s is not None and seconds is not None:
-        usd = usd_per_s * seconds
-        per_million = usd_per_s / rate * 1e6 if rate else None
+    if usd_per_hour is not None and seconds is not None:
+        usd = usd_per_hour * seconds / 3600
+        per_million = usd_per_hour / 3600 / rate * 1e6 if rate else None
     return Tier(
         gpu=gpu.name,
         num_gpus=num_gpus,
@@ -220,6 +220,7 @@ def _priced(
         completion_tokens_per_s=rate,
         total_tokens_per_s=total_rate,
         seconds=seconds,
+        usd_per_hour=usd_per_hour,
         usd=usd,
         usd_per_million_tokens=per_million,
         notes=notes,

@@ -1,6 +1,7 @@
 """One rank of a replica whose second rank has little memory: `python -m tests.small_rank`, under a launcher.
 
-As `python -m inference`, but for rank 1, which runs out of memory in steps of more than NIGHTJAR_TEST_MOST_TOKENS.
+As `python -m inference`, but for rank 1, which runs out of memory in steps of more than NIGHTJAR_TEST_MOST_TOKENS,
+or of a static batch of more than NIGHTJAR_TEST_MOST_ROWS, or with a prompt of NIGHTJAR_TEST_FULL_AT tokens.
 """
 
 import os
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 import inference.__main__ as rank_process
+from inference.backends.static_batch import StaticBatch
+from inference.backends.zero import ZeroBackend
 from inference.model_runner import ModelRunner
 
 
@@ -25,9 +28,25 @@ def shrink_memory(most: int) -> None:
     ModelRunner.launch = small_launch  # type: ignore[method-assign]
 
 
+def shrink_batches(most: int, full_at: int) -> None:
+    forward = ZeroBackend._forward
+
+    def small_forward(backend: ZeroBackend, batch: StaticBatch) -> Any:
+        prompts = [len(row.sequence.prompt_token_ids) for row in batch.rows]
+        if len(prompts) > most or full_at in prompts:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(backend, batch)
+
+    ZeroBackend._forward = small_forward  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        shrink_memory(int(os.environ["NIGHTJAR_TEST_MOST_TOKENS"]))
+        shrink_memory(int(os.environ.get("NIGHTJAR_TEST_MOST_TOKENS", "1000000")))
+        shrink_batches(
+            int(os.environ.get("NIGHTJAR_TEST_MOST_ROWS", "1000000")),
+            int(os.environ.get("NIGHTJAR_TEST_FULL_AT", "-1")),
+        )
     exit_code = rank_process.main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

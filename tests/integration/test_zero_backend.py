@@ -13,6 +13,7 @@ import torch
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from inference.backends import create_backend
+from inference.backends.ranked import RankedBackend
 from inference.backends.transformers import TransformersBackend
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
@@ -162,6 +163,44 @@ def test_ranks_that_run_out_of_rows_leave_no_other_waiting():
               for s, n in zip(sequences(8)[1:], lengths, strict=True)]  # fmt: skip
     assert run(ranks, uneven) == expected(MODELS / "tiny-a", uneven)
     assert ranks.stats.num_prompt_tokens == sum(len(s.prompt_token_ids) for s in [*one, *uneven])
+
+
+def test_ranks_of_which_one_is_out_of_memory_go_on_together_with_half_its_batch(
+    monkeypatch, caplog
+):
+    monkeypatch.setenv("NIGHTJAR_TEST_MOST_ROWS", "3")
+    settings = config(MODELS / "tiny-a", tensor_parallel_size=2, max_num_seqs=8)
+    ranks = RankedBackend(settings, module="tests.small_rank")
+    before = ranks.ranks.pids
+    with caplog.at_level(logging.WARNING, "inference"):
+        ranks.submit(sequences(16))
+        found = {}
+        while ranks.num_unfinished:
+            found |= {completion.seq_id: completion for completion in ranks.step()}
+    after = ranks.ranks.pids
+    ranks.close()
+    assert found == expected(MODELS / "tiny-a", sequences(16))
+    assert set(before.values()).isdisjoint(after.values())
+    assert "start again with at most 4 sequences at once instead of 8" in caplog.text
+    assert "start again with at most 2 sequences at once instead of 4" in caplog.text
+
+
+def test_of_ranks_too_the_one_sequence_that_is_too_large_alone_fails_and_the_others_go_on(
+    monkeypatch,
+):
+    given = sequences(6)
+    lengths = [len(sequence.prompt_token_ids) for sequence in given]
+    (large,) = [s for s in given if len(s.prompt_token_ids) == max(lengths)]
+    # Dealt by turns, it would be on either rank; submitted second, it is on the small one.
+    given = [given[0], large, *(s for s in given[1:] if s is not large)]
+    monkeypatch.setenv("NIGHTJAR_TEST_FULL_AT", str(max(lengths)))
+    settings = config(MODELS / "tiny-a", tensor_parallel_size=2, max_num_seqs=2)
+    found = run(RankedBackend(settings, module="tests.small_rank"), given)
+    failed = found.pop(large.seq_id)
+    assert failed.finish_reason == "error"
+    assert "out of memory with this sequence alone" in failed.error
+    wanted = expected(MODELS / "tiny-a", given)
+    assert found == {seq_id: c for seq_id, c in wanted.items() if seq_id != large.seq_id}
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ def tier(gpu="H100", tp=1, replicas=1, offload="none", num_gpus=None):
         completion_tokens_per_s=1000.0,
         total_tokens_per_s=2000.0,
         seconds=3600.0,
+        usd_per_hour=None,
         usd=None,
         usd_per_million_tokens=None,
     )

@@ -80,7 +80,7 @@ def test_auto_is_zero_where_the_weights_fit_no_gpu_of_the_job(plan, tmp_path):
 
 
 def test_a_named_gpu_and_count_are_kept(plan):
-    tier, gpu = choose(plan(provider="kubernetes", tier="2x H100"))
+    tier, gpu = choose(plan(backend="auto", provider="kubernetes", tier="2x H100"))
     assert (tier.gpu, tier.tensor_parallel_size, gpu.name) == ("H100", 2, "H100")
     launch = launch_of(tier, gpu, provider="kubernetes", weight_file_bytes=1_000_000)
     assert launch.deployment == "generate-shards/kubernetes"
@@ -127,7 +127,7 @@ def prices(tmp_path):
 
 
 def test_prices_of_the_job_s_hardware_file_decide_what_a_run_is_given(plan, prices):
-    run = plan(provider="kubernetes", file=str(prices))
+    run = plan(backend="auto", provider="kubernetes", file=str(prices))
     tier, gpu = choose(run)
     assert (tier.gpu, gpu.price_per_hour) == ("L4", 0.01)
     foretold = choose_hardware(run.settled_job, str(run.model.path), planned_workload(run.store))
@@ -143,7 +143,8 @@ def test_a_replica_elsewhere_knows_the_prices_without_the_file(plan, prices):
 
 
 def test_the_job_s_price_goes_with_the_gpu_type_it_names(plan):
-    tier, gpu = choose(plan(provider="kubernetes", tier="L4", price_per_hour=0.7))
+    priced = plan(backend="auto", provider="kubernetes", tier="L4", price_per_hour=0.7)
+    tier, gpu = choose(priced)
     assert gpu.price_per_hour == 0.7
     assert tier.usd == pytest.approx(0.7 * tier.gpu_hours)
 

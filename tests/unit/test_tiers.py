@@ -204,6 +204,11 @@ def test_the_speed_of_what_was_never_measured_is_not_predicted(model, options, b
             for name in ("hours", "usd", "completion_tokens_per_s", "gpu_hours"):
                 assert row[name] is None
     json.dumps(tiers_table(sizing), allow_nan=False)
+    assert sizing.best.usd_per_hour == min(
+        tier.usd_per_hour
+        for tier in sizing.tiers
+        if tier.has_kv_room and tier.quantization == sizing.best.quantization
+    )
 
 
 def test_what_is_predicted_comes_before_what_is_not():
