@@ -377,9 +377,9 @@ def test_the_image_runs_as_nobody_special_and_copies_what_exists():
 
 
 def entrypoint(tmp_path, *argv, **env):
-    """Run the entrypoint with a torchrun that prints what it was given."""
-    fake = tmp_path / "torchrun"
-    fake.write_text('#!/bin/sh\necho torchrun "$@"\n')
+    """Run the entrypoint with a Python that prints what it was given."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho python "$@"\n')
     fake.chmod(0o755)
     return subprocess.run(
         [ROOT / "deployments" / "entrypoint.sh", *argv],
@@ -394,16 +394,5 @@ def entrypoint(tmp_path, *argv, **env):
 def test_the_first_pod_runs_the_flow_and_the_others_join_it(tmp_path):
     assert entrypoint(tmp_path, "echo", "flow run") == "flow run"
     assert entrypoint(tmp_path, "echo", "flow run", JOB_COMPLETION_INDEX="0") == "flow run"
-    joined = entrypoint(
-        tmp_path,
-        "echo",
-        "flow run",
-        JOB_COMPLETION_INDEX="1",
-        NIGHTJAR_NUM_HOSTS="2",
-        NIGHTJAR_GPUS_PER_HOST="8",
-        NIGHTJAR_LEADER="replica-x-0.nightjar-ranks",
-    )
-    assert joined == (
-        "torchrun --nnodes 2 --node-rank 1 --nproc-per-node 8 "
-        "--master-addr replica-x-0.nightjar-ranks --master-port 29500 -m inference"
-    )
+    joined = entrypoint(tmp_path, "echo", "flow run", JOB_COMPLETION_INDEX="1")
+    assert joined == "python -m tasks.follow"
