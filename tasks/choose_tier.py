@@ -15,9 +15,9 @@ from inference.roofline import Workload
 from inference.tier import Options, Tier
 from inference.tier_choice import Objective
 from inference.tiers import choose_tier, size_model
+from tasks.gpu_products import within_reach
 from tasks.hardware import hardware_of
 from tasks.job import RunConfig
-from tasks.provision import within_reach
 
 HERE = ("local", "process")
 """Providers whose replicas run on this machine."""
@@ -117,7 +117,13 @@ def candidates(job: RunConfig) -> tuple[list[GpuType], int | None]:
     else:
         known, num_gpus = named_gpus(config.tier, known)
         if config.tier == "auto":
-            known = within_reach(known, config.provider, config.placement)
+            fixed = config.placement.job_variables
+            known = within_reach(
+                known,
+                config.provider,
+                selector=config.placement.node_selector or fixed.get("node_selector"),
+                is_placed="placement_constraints" in fixed,
+            )
     price = config.price_per_hour
     if price is None:
         return known, num_gpus

@@ -28,6 +28,7 @@ from inference.model_config import model_shape
 from inference.roofline import Workload
 from inference.tier import Options
 from inference.tiers import choose_tier
+from tasks.gpu_products import INSTANCES, PRODUCTS
 from tasks.hardware import load_hardware
 from tasks.job_variables import ProvisionError, check_job_variables
 from tasks.provision import Placement, launch_of
@@ -118,10 +119,9 @@ def test_the_job_variables_of_every_tier_on_every_provider_are_as_recorded():
         for provider in ("process", "ecs")
         if ranks > GPUS[gpu].gpus_per_host
     }
-    not_nvidia = {
-        f"{ranks}x MI300X by {kind}" for ranks in (1, 8, 16) for kind in ("kubernetes", "ecs")
-    }
-    assert refused == over_two_hosts | not_nvidia
+    nowhere = {f"{ranks}x {gpu} by ecs" for gpu, ranks in EVERY_TIER if gpu not in INSTANCES}
+    nowhere |= {f"{ranks}x {gpu} by kubernetes" for gpu, ranks in EVERY_TIER if gpu not in PRODUCTS}
+    assert refused == over_two_hosts | nowhere
 
 
 def variables(name, provider):
@@ -224,7 +224,8 @@ def test_every_tier_s_manifest_is_of_strict_schema_and_indexed_over_its_hosts(gp
 
 
 @pytest.mark.parametrize(
-    ("gpu", "ranks"), [(gpu, n) for gpu, n in NVIDIA if n <= GPUS[gpu].gpus_per_host]
+    ("gpu", "ranks"),
+    [(gpu, n) for gpu, n in EVERY_TIER if gpu in INSTANCES and n <= GPUS[gpu].gpus_per_host],
 )
 def test_every_tier_s_ecs_task_passes_botocore_and_asks_for_its_gpus(gpu, ranks):
     task = render("ecs", variables_of(gpu, ranks, "ecs"))["task_definition"]

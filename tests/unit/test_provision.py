@@ -222,3 +222,20 @@ def test_environment_of_the_job_variables_goes_over_that_of_the_tier_key_by_key(
     env = launch(tier(), "kubernetes", placement=placement).job_variables["env"]
     assert env["NCCL_DEBUG"] == "INFO"
     assert env["NIGHTJAR_NUM_HOSTS"] == "1"
+
+
+def test_nodes_with_either_name_of_a_card_will_do():
+    variables = launch(tier("A10"), "kubernetes").job_variables
+    assert variables["node_selector"] == {}
+    (term,) = variables["affinity"]["nodeAffinity"][
+        "requiredDuringSchedulingIgnoredDuringExecution"
+    ]["nodeSelectorTerms"]
+    assert term["matchExpressions"] == [
+        {
+            "key": "nvidia.com/gpu.product",
+            "operator": "In",
+            "values": ["NVIDIA-A10", "NVIDIA-A10G"],
+        }
+    ]
+    fixed = Placement(node_selector={"pool": "a10"})
+    assert "affinity" not in launch(tier("A10"), "kubernetes", placement=fixed).job_variables
