@@ -377,6 +377,19 @@ def test_the_image_runs_as_nobody_special_and_copies_what_exists():
             assert all((ROOT / source).exists() for source in sources if source not in elsewhere)
 
 
+def test_the_image_has_what_reads_from_nvme_built_for_any_cpu_where_the_runtime_looks_for_it():
+    text = (ROOT / "deployments" / "Dockerfile").read_text()
+    build, last = text.split("\nFROM")[-2:]
+    assert re.search(r"apt-get install .*build-essential libaio-dev", build)
+    (step,) = [line for line in build.splitlines() if "inference.async_io --portable" in line]
+    assert step.startswith("RUN ")
+    folder = "TORCH_EXTENSIONS_DIR=/opt/nightjar/torch_extensions"
+    assert build.index(folder) < build.index(step)  # under what the last stage copies
+    assert folder in last
+    assert "COPY --from=build /opt/nightjar /opt/nightjar" in last
+    assert re.search(r"apt-get install .*libaio1", last)
+
+
 def entrypoint(tmp_path, *argv, **env):
     """Run the entrypoint with a Python that prints what it was given."""
     fake = tmp_path / "python"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,7 +26,7 @@ from tests.pipeline import expected as expected_of
 from tests.tiny_models import EXPERTS, MODELS, SIZES, make_model
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-from inference.async_io import load_async_io
+from inference.async_io import build_folder, load_async_io
 from inference.backends.zero import ZeroBackend
 from inference.deepspeed_setup import import_deepspeed
 
@@ -208,14 +209,60 @@ def async_io() -> None:
     """DeepSpeed's NVMe operator; minutes to build, so only where it has been built before."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    from inference.async_io import build_folder
-
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("libaio is not installed")
     if not (build_folder("async_io") / "async_io.so").exists():
         pytest.skip("async_io is not built; python -m inference.async_io")
     import_deepspeed()
     load_async_io()
+
+
+LOAD = """
+import sys
+from inference.async_io import load_async_io
+from inference.deepspeed_setup import import_deepspeed
+from inference.errors import InferenceError
+import_deepspeed()
+try:
+    print(load_async_io().__file__)
+except InferenceError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def loaded_without_a_compiler(folder: Path, tmp_path: Path) -> str:
+    """What a process says that finds operators in `folder` and no compiler anywhere."""
+    (tmp_path / "bin").mkdir()
+    return subprocess.run(
+        [sys.executable, "-c", LOAD],
+        env={**os.environ, "PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(folder)},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    ).stdout.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("async_io")
+def test_what_was_built_for_an_image_is_loaded_where_nothing_can_be_built(tmp_path):
+    built = build_folder("async_io")
+    assert loaded_without_a_compiler(built.parent, tmp_path) == str(built / "async_io.so")
+
+
+def test_what_was_built_for_another_torch_is_refused_with_its_path(tmp_path):
+    for name in ("pin_memory", "async_io"):
+        (tmp_path / "ops" / name).mkdir(parents=True)
+        (tmp_path / "ops" / name / f"{name}.so").write_bytes(b"not a library")
+    said = loaded_without_a_compiler(tmp_path / "ops", tmp_path)
+    assert said.startswith(
+        f"EngineFault {tmp_path}/ops/pin_memory/pin_memory.so: built for another"
+    )
+    assert "build it again by `python -m inference.async_io`" in said
+
+
+def test_without_a_compiler_and_without_what_it_built_nvme_is_refused(tmp_path):
+    said = loaded_without_a_compiler(tmp_path / "ops", tmp_path)
+    assert said.startswith("EngineConfigError engine.offload is nvme: needs libaio and its headers")
 
 
 @pytest.mark.usefixtures("async_io")
