@@ -141,6 +141,9 @@ def print_tiers(rows: list[dict[str, Any]]) -> None:
             _or_dash(row["usd_per_million_tokens"], ".3f"),
         )
     console.print(table)
+    unpredicted = [row["notes"][0] for row in rows if row["fits"] and row["hours"] is None]
+    for note in dict.fromkeys(unpredicted):
+        console.print(Text(f"- {note}", style="dim"))
     for row in rows:
         if row["fits"] and row["best"]:
             console.print(Text(f"* {row['reason']}"))

@@ -264,6 +264,12 @@ def test_a_model_on_the_hub_is_sized_by_its_config_alone(nightjar, monkeypatch, 
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
+def test_a_table_of_tiers_says_why_a_speed_is_missing(nightjar):
+    lines = nightjar.call("tiers", str(MODELS / "tiny-a")).out.splitlines()
+    assert lines.count("- speed not predicted: no run with nf4 weights was measured") == 1
+    assert next(line for line in lines if " nf4 " in line).split()[-3:] == ["-", "-", "-"]
+
+
 def test_a_gguf_file_that_is_not_staged_is_sized_once_it_is(nightjar, tmp_path):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
