@@ -10,23 +10,21 @@ from inference.hardware import GB, GpuType
 from inference.model_shape import ModelShape
 from inference.prediction import predict, predict_offloaded
 from inference.roofline import Replica, Workload
-from inference.tier import BITSANDBYTES, Options, Refusal, Tier
+from inference.tier import Options, Refusal, Tier
+from inference.tier_price import (
+    LOAD_BANDWIDTH,
+    PINNED_LOAD_BANDWIDTH,
+    RANKS_STARTUP_S,
+    STARTUP_S,
+    priced,
+    unmeasured_reason,
+)
 from inference.tier_rules import (
     needs_transformers,
     quantization_refusal,
     ranks_refusal,
     zero_refusal,
 )
-
-# Measured, in tests/benchmarks/results/. forecast_h100_202611.md: 15.9 s to the first token of 16.4 GB in /dev/shm
-# with no kernel compiled before, of which a first call's 11.7 GB/s (load_h100_202611.md) are 1.4 s.
-STARTUP_S = 14.5
-# ranks_h100_202611.md: two ranks are ready after 28 s, 2.4 s of it for their weights.
-RANKS_STARTUP_S = 25.6
-# load_h100_202611.md: from disk to the GPU, 8 threads, the slower of two machines.
-LOAD_BANDWIDTH = 1.66 * GB
-# zero_h100_202611.md: 65.5 GB into pinned host memory in 69 s, the last of three loads.
-PINNED_LOAD_BANDWIDTH = 0.95 * GB
 
 # Replicas fail alone and need no link: tensor parallel must win by more than this.
 REPLICAS_FIRST = 0.08
@@ -137,7 +135,7 @@ def _layouts(replica: Replica, count: int, workload: Workload, options: Options)
 
 def _tier(replica: Replica, replicas: int, workload: Workload, options: Options) -> Tier:
     backend = "transformers" if needs_transformers(replica.shape, options) else "paged"
-    unmeasured = _unmeasured(replica, backend)
+    unmeasured = unmeasured_reason(replica, backend)
     prediction = None if unmeasured else predict(replica, workload.share(replicas))
     at_once = min(replica.kv_tokens // workload.max_sequence_tokens, replica.max_num_seqs)
     startup_s = STARTUP_S if replica.tensor_parallel_size == 1 else RANKS_STARTUP_S
@@ -149,7 +147,7 @@ def _tier(replica: Replica, replicas: int, workload: Workload, options: Options)
         notes.append("each replica spans hosts: its all-reduces cross the network")
     if replica.dtype != replica.shape.dtype:
         notes.append(f"runs in {replica.dtype}; the weights are stored in {replica.shape.dtype}")
-    return _priced(
+    return priced(
         replica,
         workload,
         num_gpus=replicas * replica.tensor_parallel_size,
@@ -161,69 +159,6 @@ def _tier(replica: Replica, replicas: int, workload: Workload, options: Options)
         kv_tokens=replica.kv_tokens,
         num_running=at_once if prediction is None else prediction.num_running,
         notes=tuple(notes),
-    )
-
-
-def _unmeasured(replica: Replica, backend: str) -> str:
-    """Why nothing is predicted of a layout; empty where predictions were held against runs."""
-    if backend == "transformers":
-        return "speed not predicted: no run of the transformers backend was measured"
-    if replica.quantization in BITSANDBYTES:
-        return f"speed not predicted: no run with {replica.quantization} weights was measured"
-    return ""
-
-
-def _priced(
-    replica: Replica,
-    workload: Workload,
-    *,
-    num_gpus: int,
-    replicas: int,
-    backend: str,
-    start_s: float,
-    generate_s: float | None,
-    weight_bytes_per_gpu: int,
-    kv_tokens: int,
-    num_running: float,
-    notes: tuple[str, ...],
-    offload: str = "none",
-) -> Tier:
-    """Turn seconds of generation into rates, hours and, where the GPU has a price, dollars; None stays None."""
-    gpu = replica.gpu
-    completion = workload.num_completion_tokens
-    usd_per_hour = None if gpu.price_per_hour is None else gpu.price_per_hour * num_gpus
-    rate = total_rate = seconds = usd = per_million = None
-    if generate_s is not None:
-        generate_s = max(generate_s, 1e-9)
-        seconds = start_s + generate_s
-        rate = completion / generate_s
-        total_rate = (completion + workload.num_prompt_tokens) / generate_s
-    if usd_per_hour is not None and seconds is not None:
-        usd = usd_per_hour * seconds / 3600
-        per_million = usd_per_hour / 3600 / rate * 1e6 if rate else None
-    return Tier(
-        gpu=gpu.name,
-        num_gpus=num_gpus,
-        memory_bytes=num_gpus * gpu.memory_bytes,
-        tensor_parallel_size=replica.tensor_parallel_size,
-        replicas=replicas,
-        quantization=replica.quantization,
-        dtype=replica.dtype,
-        kv_cache_dtype=replica.kv_cache_dtype,
-        backend=backend,
-        offload=offload,
-        num_hosts=-(-num_gpus // gpu.gpus_per_host),
-        weight_bytes_per_gpu=weight_bytes_per_gpu,
-        kv_bytes_per_gpu=int(kv_tokens * replica.kv_bytes_per_token_per_gpu),
-        kv_tokens=kv_tokens,
-        num_running=max(int(num_running), 1),
-        completion_tokens_per_s=rate,
-        total_tokens_per_s=total_rate,
-        seconds=seconds,
-        usd_per_hour=usd_per_hour,
-        usd=usd,
-        usd_per_million_tokens=per_million,
-        notes=notes,
     )
 
 
@@ -283,7 +218,7 @@ def _offloaded(
     layers = 2 * weights / shape.num_layers
     room = int((gpu.usable_bytes - layers) // replica.kv_bytes_per_token_per_gpu)
     backend = "transformers" if options.backend == "transformers" else "zero"
-    unmeasured = _unmeasured(replica, backend)
+    unmeasured = unmeasured_reason(replica, backend)
     for count in gpu_counts(gpu, options):
         if count > gpu.gpus_per_host or options.tensor_parallel_size not in (None, count):
             return
@@ -303,7 +238,7 @@ def _offloaded(
         moved = (
             f"every step moves {weights / GB:.0f} GB of weights through the GPUs: {pass_s:.1f} s"
         )
-        yield _priced(
+        yield priced(
             replica,
             workload,
             num_gpus=count,

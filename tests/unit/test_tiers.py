@@ -13,7 +13,7 @@ from inference.errors import EngineConfigError
 from inference.model_config import model_shape
 from inference.roofline import Workload
 from inference.tier import Options
-from inference.tier_fit import LOAD_BANDWIDTH, PINNED_LOAD_BANDWIDTH, RANKS_STARTUP_S, STARTUP_S
+from inference.tier_price import LOAD_BANDWIDTH, PINNED_LOAD_BANDWIDTH, RANKS_STARTUP_S, STARTUP_S
 from inference.tiers import choose_tier, size_model, tiers_table
 from inference.weights import SmallFiles
 from tasks.hardware import load_hardware
