@@ -1,11 +1,10 @@
 #!/bin/sh
-# The first pod of a replica runs the flow; the others of an indexed Job join it as ranks.
+# The first pod of a replica runs the flow; the others of an indexed Job stage the model and join it as ranks.
 #   NIGHTJAR_LEADER          name of the first pod, from the base job template
 #   NIGHTJAR_NUM_HOSTS, NIGHTJAR_GPUS_PER_HOST   from the tier
+#   NIGHTJAR_FOLLOW          the run, from the flow that starts replicas
 set -eu
 if [ "${JOB_COMPLETION_INDEX:-0}" = 0 ]; then
   exec "$@"
 fi
-exec torchrun --nnodes "$NIGHTJAR_NUM_HOSTS" --node-rank "$JOB_COMPLETION_INDEX" \
-  --nproc-per-node "$NIGHTJAR_GPUS_PER_HOST" --master-addr "$NIGHTJAR_LEADER" --master-port 29500 \
-  -m inference
+exec python -m tasks.follow

@@ -8,6 +8,7 @@ summary can be written or not:
 """
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -35,7 +36,6 @@ None of them changes because standard output cannot be written (a full disk, a c
 only tells, such as plan and status, ends with 1 on a full disk.
 """
 _ONLY_TELL = frozenset({"plan", "status", "tiers", "bench"})
-_HARDWARE_HELP = "hardware file (YAML); default: the one that comes along"
 _MODEL_HELP = "folder, s3:// prefix, hf://repo@revision or GGUF file"
 _RUN_HELP = "run folder: OUTPUT_URI/RUN_ID, local or s3://"
 
@@ -104,6 +104,19 @@ class _ShowVersion(argparse.Action):
         parser.exit()
 
 
+class _SetHardware(argparse.Action):
+    """`--hardware FILE` is one more override."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.overrides = [*namespace.overrides, f"hardware.file={json.dumps(values)}"]
+
+
 def _fill_standard_streams() -> None:
     """Open what the caller has closed of 0, 1 and 2, or the next file opened would take its place."""
     for descriptor in range(3):
@@ -130,7 +143,6 @@ def _add_jobs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     for command in (run, plan):
         command.add_argument("job", help="job file (YAML)")
         _add_overrides(command)
-    plan.add_argument("--hardware", help=_HARDWARE_HELP)
 
 
 def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -196,14 +208,18 @@ def _add_models(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     tiers = _command(
         commands, "tiers", "say on which GPUs a model fits, how fast and at what price"
     )
-    tiers.add_argument("model", help="model folder; only its config.json is read")
+    tiers.add_argument("model", help=f"{_MODEL_HELP}; only its config.json is read")
     tiers.add_argument(
         "--for",
         dest="job",
         metavar="JOB",
         help="job file, or planned run, whose token counts to use",
     )
-    tiers.add_argument("--hardware", help=_HARDWARE_HELP)
+    tiers.add_argument(
+        "--hardware",
+        metavar="FILE",
+        help="hardware file (YAML); default: the job's, or the one that comes along",
+    )
     tiers.add_argument("--all", action="store_true", help="every GPU count, not only the smallest")
     bench = _command(
         commands, "bench", "measure an engine on this machine, completions of forced lengths"
@@ -316,6 +332,12 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         metavar="KEY=VALUE",
         help="override one setting, such as --set sampling.max_tokens=64; may be repeated",
+    )
+    parser.add_argument(
+        "--hardware",
+        action=_SetHardware,
+        metavar="FILE",
+        help="hardware file (YAML); the same as --set hardware.file=FILE",
     )
 
 

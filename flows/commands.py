@@ -75,7 +75,7 @@ def plan(args: argparse.Namespace) -> int:
     job = load_job(args.job, overrides=args.overrides)
     progress = Progress()
     with signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
-        found = preflight(job, work_dir=work_dir, progress=progress, hardware=args.hardware)
+        found = preflight(job, work_dir=work_dir, progress=progress)
     print_document(args, found.as_document(), "\n".join(preflight_lines(found)))
     return EXIT_OK
 

@@ -19,9 +19,10 @@ from flows.job_checks import JobError as JobError
 from flows.job_checks import check_job
 from flows.job_checks import clipped as clipped
 from flows.yaml_text import YamlError, parse_yaml
-from inference.errors import printable
+from inference.errors import EngineConfigError, printable
 from storage.errors import NotFound
 from storage.object_store import StorageConfig, open_store
+from tasks.hardware import hardware_of, read_hardware
 from tasks.job import RunConfig
 
 _SECRET = re.compile(r"(?i)token|secret|passw|credential|(api|access|private)_?key")
@@ -43,7 +44,7 @@ def load_job(
     for override in overrides:
         values = _with_override(values, override)
     _refuse_unknown_keys(values, RunConfig, path="")
-    job = _build(values)
+    job = _with_gpus(_build(values))
     check_job(job)
     return _with_dates(job, now or datetime.now(UTC))
 
@@ -155,6 +156,20 @@ def _field_path(steps: list[str]) -> str:
         path.append(step)
         cls = hints[step]
     return ".".join(path) or "job"
+
+
+def _with_gpus(job: RunConfig) -> RunConfig:
+    """Read `hardware.file`, where there is one, into `hardware.gpus`, or check those that are given."""
+    config = job.hardware
+    setting = "gpus" if config.file is None else "file"
+    try:
+        if config.file is not None:
+            config = dataclasses.replace(config, file=None, gpus=read_hardware(config.file))
+        elif config.gpus is not None:
+            hardware_of(config)
+    except EngineConfigError as error:
+        raise JobError(f"hardware.{setting}: {error}") from error
+    return dataclasses.replace(job, hardware=config)
 
 
 def _with_dates(job: RunConfig, now: datetime) -> RunConfig:

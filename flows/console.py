@@ -127,7 +127,6 @@ def print_tiers(rows: list[dict[str, Any]]) -> None:
     for name in ("count", "TP", "copies", "KV tokens", "tokens/s", "hours", "$/M"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in (row for row in rows if row["fits"]):
-        price = row["usd_per_million_tokens"]
         held = row["dtype"] if row["quantization"] == "none" else row["quantization"]
         table.add_row(
             "*" if row["best"] else "",
@@ -137,11 +136,14 @@ def print_tiers(rows: list[dict[str, Any]]) -> None:
             str(row["tensor_parallel_size"]),
             str(row["replicas"]),
             f"{row['kv_tokens']:,}",
-            f"{row['completion_tokens_per_s']:,.0f}",
-            f"{row['hours']:.2f}",
-            "-" if price is None else f"{price:.3f}",
+            _or_dash(row["completion_tokens_per_s"], ",.0f"),
+            _or_dash(row["hours"], ".2f"),
+            _or_dash(row["usd_per_million_tokens"], ".3f"),
         )
     console.print(table)
+    unpredicted = [row["notes"][0] for row in rows if row["fits"] and row["hours"] is None]
+    for note in dict.fromkeys(unpredicted):
+        console.print(Text(f"- {note}", style="dim"))
     for row in rows:
         if row["fits"] and row["best"]:
             console.print(Text(f"* {row['reason']}"))
@@ -150,6 +152,10 @@ def print_tiers(rows: list[dict[str, Any]]) -> None:
             console.print(
                 Text(f"{row['gpu']} {row['quantization']}: {row['reason']}{nearest}", style="dim")
             )
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def print_verification(uri: str, found: Verification) -> None:

@@ -24,6 +24,8 @@ _OURS = (
     "model.allowed_code",
     "hardware.stage_to",
     "hardware.stage_budget",
+    "hardware.file",
+    "hardware.gpus",
 )
 
 

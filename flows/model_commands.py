@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from flows.config import JobError, load_job
 from flows.night_commands import print_document, storage_of
 from flows.signals import signals
 from inference.backends.base import BackendInfo
+from inference.hardware import GpuType
 from inference.roofline import Workload
+from storage.object_store import StorageConfig
 from tasks.bench import MixResult
+from tasks.job import RunConfig, job_of
 from tasks.progress import Progress
 from tasks.scratch import scratch_folder
 
@@ -75,9 +79,14 @@ def tiers(args: argparse.Namespace) -> int:
     """Size a model from its config alone, on every GPU type known."""
     from inference.tiers import DEFAULT_WORKLOAD, tiers_table
     from tasks.sizing import size
+    from tasks.stage import config_of
 
-    workload = DEFAULT_WORKLOAD if args.job is None else _workload(args)
-    sizing = size(args.model, workload, hardware=args.hardware)
+    job, workload = (None, DEFAULT_WORKLOAD) if args.job is None else _asked(args)
+    storage = storage_of(args)
+    if job is not None and storage == StorageConfig():
+        storage = job.storage
+    with config_of(args.model, storage=storage) as folder:
+        sizing = size(folder, workload, _hardware(args, job))
     rows = tiers_table(sizing, detail="all" if args.all else "smallest")
     if args.json:
         print(json.dumps(rows))
@@ -86,17 +95,31 @@ def tiers(args: argparse.Namespace) -> int:
     return EXIT_OK if sizing.best is not None else EXIT_REFUSED
 
 
-def _workload(args: argparse.Namespace) -> Workload:
-    """What the job or planned run of `--for` asks of an engine; nothing is written for either."""
+def _hardware(args: argparse.Namespace, job: RunConfig | None) -> list[GpuType]:
+    """The GPU types to size for: of `--hardware`, else the job's at its prices, else those that come along."""
+    from tasks.choose_tier import priced_hardware
+    from tasks.hardware import load_hardware, read_hardware
+
+    if job is None:
+        return load_hardware(args.hardware)
+    if args.hardware is not None:
+        gpus = read_hardware(args.hardware)
+        job = replace(job, hardware=replace(job.hardware, gpus=gpus))
+    return priced_hardware(job)
+
+
+def _asked(args: argparse.Namespace) -> tuple[RunConfig, Workload]:
+    """The job or planned run of `--for`, and what it asks of an engine; nothing is written for either."""
     from tasks.preflight import job_workload
     from tasks.run_folder import open_run as open_recorded
     from tasks.sizing import planned_workload
 
     if not args.job.endswith(_JOB_SUFFIXES):
-        return planned_workload(open_recorded(args.job, storage_of(args))[0])
-    progress = Progress()
+        store, record = open_recorded(args.job, storage_of(args))
+        return job_of(record), planned_workload(store)
+    job, progress = load_job(args.job), Progress()
     with signals(), scratch_folder() as work_dir, console.show(progress, as_json=args.json):
-        return job_workload(load_job(args.job), work_dir=work_dir, progress=progress)
+        return job, job_workload(job, work_dir=work_dir, progress=progress)
 
 
 def bench(args: argparse.Namespace) -> int:

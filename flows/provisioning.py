@@ -14,6 +14,7 @@ from storage.records import num_unanswered
 from tasks.cancel import exempt
 from tasks.deadline import deadline_at
 from tasks.drain import new_invocation
+from tasks.follow import follow_env
 from tasks.launch import device_env, num_replicas
 from tasks.progress import Progress
 from tasks.provision import Provider, ReplicaLaunch, launch_of, unsized_launch_of
@@ -87,18 +88,12 @@ def _fleet(run: Run, invocation: str, *, failed_rows: bool) -> tuple[PrefectFlee
         "failed_rows": failed_rows,
     }
 
-    def job_variables(index: int) -> dict[str, Any]:
-        env = device_env(run, index % replicas) if _is_process(run) else {}
-        if not env:
-            return launch.job_variables
-        return {**launch.job_variables, "env": {**launch.job_variables.get("env", {}), **env}}
-
     fleet = PrefectFleet(
         deployment=launch.deployment,
         parameters=parameters,
         run_id=run.record.run_id,
         parent_id=str(flow_run.id),
-        job_variables=job_variables,
+        job_variables=lambda index: variables_of_replica(run, launch, index % replicas),
     )
     limits = Limits(
         replicas=replicas,
@@ -108,6 +103,17 @@ def _fleet(run: Run, invocation: str, *, failed_rows: bool) -> tuple[PrefectFlee
         poll_s=float(os.environ.get("NIGHTJAR_WAVE_POLL_S", "10")),
     )
     return fleet, limits
+
+
+def variables_of_replica(run: Run, launch: ReplicaLaunch, index: int) -> dict[str, Any]:
+    """Return the job variables of one of a run's replicas: its devices, or what its further hosts need to know."""
+    variables = launch.job_variables
+    env: Mapping[str, str] = {}
+    if _is_process(run):
+        env = device_env(run, index)
+    elif variables.get("num_hosts", 1) > 1:
+        env = follow_env(run)
+    return {**variables, "env": {**variables.get("env", {}), **env}} if env else variables
 
 
 def _sized(run: Run, seconds_left: float) -> tuple[ReplicaLaunch, int]:

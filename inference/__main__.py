@@ -5,7 +5,7 @@ rank reads it and tells the others. So further hosts of a replica need no more t
 
     torchrun --nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr HOST0 --master-port PORT -m inference
 
-with the model's folder at the same path. How a rank's process ends is a contract: see `inference.rank_exit`.
+with the model's folder at the same path, or named by NIGHTJAR_MODEL (`tasks.follow` stages and names it). How a rank's process ends is a contract: see `inference.rank_exit`.
 """
 
 import json
@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,7 +21,8 @@ import torch.distributed as dist
 from inference.arriving import Arriving
 from inference.backends.base import Backend
 from inference.config import DistributedConfig, EngineConfig, config_from_json
-from inference.errors import InferenceError
+from inference.errors import InferenceError, OutOfMemory
+from inference.launch import MODEL_VARIABLE
 from inference.preflight_collective import check_fabric
 from inference.rank_exit import ExitCode, code_of
 from inference.rank_group import SOCKET_VARIABLE
@@ -57,7 +59,10 @@ def main(arguments: list[str]) -> ExitCode:
                 if isinstance(error, InferenceError)
                 else f"{type(error).__name__}: {lines[0]}"
             )
-            link.send({"kind": "failed", "code": int(code), "error": text[:1000]})
+            seq_ids = error.seq_ids if isinstance(error, OutOfMemory) else ()
+            link.send(
+                {"kind": "failed", "code": int(code), "error": text[:1000], "seq_ids": seq_ids}
+            )
             link.flush()
         return code
     return ExitCode.FINISHED
@@ -97,12 +102,13 @@ def _build(config: EngineConfig, ranks: TensorParallel, files: Arriving | None) 
 
 
 def meet(document: str, place: Place) -> EngineConfig:
-    """Join the world and hear from its first rank what is to be built."""
+    """Join the world and hear from its first rank what is to be built, of the model's folder on this host."""
     config = config_from_json(json.loads(document)) if document else None
     timeout_s = config.distributed.timeout_s if config else DistributedConfig().timeout_s
     join_world(place, timeout_s=timeout_s)
     told = TensorParallel.of(dist.group.WORLD).broadcast(document.encode())
-    return config or config_from_json(json.loads(told))
+    config = config or config_from_json(json.loads(told))
+    return replace(config, model=os.environ.get(MODEL_VARIABLE, config.model))
 
 
 if __name__ == "__main__":

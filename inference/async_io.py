@@ -4,9 +4,15 @@ torch builds an operator under a lock file and waits for as long as that file ex
 leaves it behind, and every later one would hang. So the lock is looked at first: whoever builds keeps it
 open, and one that nobody has open is removed; one that somebody has is waited for, but not for ever.
 
-    python -m inference.async_io          build it now, for instance in an image: minutes on a small machine
+    python -m inference.async_io              build it now: minutes on a small machine; no GPU is needed
+    python -m inference.async_io --portable   for whichever CPU, as an image must
+
+Where it cannot be built, as in an image without a compiler's headers, what lies built in the folder
+(`TORCH_EXTENSIONS_DIR`) is loaded as it is.
 """
 
+import ctypes
+import importlib.util
 import logging
 import os
 import sys
@@ -35,6 +41,8 @@ def load_async_io(deadline_s: float = BUILD_DEADLINE_S) -> Any:
 
     builder: Any = AsyncIOBuilder()
     if not builder.is_compatible(verbose=False):
+        if _load_built():
+            return builder.load(verbose=False)
         raise EngineConfigError(
             "engine.offload is nvme: needs libaio and its headers; apt-get install libaio-dev, or use "
             "engine.offload cpu"
@@ -49,6 +57,44 @@ def load_async_io(deadline_s: float = BUILD_DEADLINE_S) -> Any:
             f"engine.offload is nvme: async_io does not build: {line}; see `ds_report`, or use "
             f"engine.offload cpu"
         ) from error
+
+
+def _load_built() -> bool:
+    """Give DeepSpeed the operators that were built before, without a compiler; False where there are none."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    libraries = {name: build_folder(name) / f"{name}.so" for name in _OPERATORS}
+    if not all(library.exists() for library in libraries.values()):
+        return False
+    for name, library in libraries.items():
+        if name not in OpBuilder._loaded_ops:
+            OpBuilder._loaded_ops[name] = _module(name, library)
+    return True
+
+
+def _module(name: str, library: Path) -> Any:
+    """Import one operator's library; its symbols are for the next one to find. Raises EngineFault."""
+    spec = importlib.util.spec_from_file_location(name, library)
+    assert spec is not None, "a library's name says how it is loaded"
+    assert spec.loader is not None
+    try:
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (ImportError, OSError) as error:
+        raise EngineFault(
+            f"{library}: built for another torch or without libaio ({error}); build it again by "
+            "`python -m inference.async_io`, or use engine.offload cpu"
+        ) from error
+    return module
+
+
+def build_portable() -> None:
+    """From here on build for any CPU of this kind, not for this one with what only it has."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    OpBuilder.cpu_arch = lambda self: ""
+    OpBuilder.simd_width = lambda self: "-D__SCALAR__"
 
 
 def build_folder(name: str) -> Path:
@@ -101,6 +147,8 @@ if __name__ == "__main__":
     from inference.deepspeed_setup import import_deepspeed
 
     import_deepspeed()
+    if "--portable" in sys.argv[1:]:
+        build_portable()
     started_at = time.monotonic()
     load_async_io()
     sys.stdout.write(f"async_io is built, {time.monotonic() - started_at:.0f} s\n")

@@ -9,6 +9,7 @@ InferenceError
 `-- EngineFault           the engine broke: a dead rank, a CUDA error                (retryable)
 """
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -46,6 +47,11 @@ class OutOfMemory(InferenceError):
     """The device is out of memory even after the engine shrank what it could."""
 
     retryable: ClassVar[bool] = True
+
+    def __init__(self, message: str, *, seq_ids: Iterable[int] = ()) -> None:
+        """`seq_ids`: of the sequences that ran when it was, as far as is known."""
+        super().__init__(message)
+        self.seq_ids = tuple(seq_ids)
 
 
 class FilesLost(InferenceError):

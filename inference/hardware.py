@@ -115,12 +115,27 @@ def gpu_types(hardware: Mapping[str, Mapping[str, Any]]) -> list[GpuType]:
 def match_gpu(device_name: str, memory_bytes: float, known: Iterable[GpuType]) -> GpuType | None:
     """The known type of a device the driver calls `device_name`; None when there is none.
 
-    Types that differ only in memory, such as A100-40 and A100-80, are told apart by it.
+    Types that differ only in memory, such as A100-40 and A100-80, are told apart by it; a variant that has an
+    entry of its own, such as H100-PCIE, is not taken for the type without one.
     """
-    words = [_SOLD_AS.get(w, w) for w in device_name.upper().replace("-", " ").split()]
-    named = [gpu for gpu in known if gpu.name.upper().split("-")[0] in words]
+    named = [gpu for gpu in known if is_called(gpu.name, device_name)]
     near = [gpu for gpu in named if abs(gpu.memory_bytes - memory_bytes) < 0.15 * gpu.memory_bytes]
-    return min(near, key=lambda gpu: abs(gpu.memory_bytes - memory_bytes), default=None)
+    return min(
+        near,
+        key=lambda gpu: (-len(_words(gpu.name)), abs(gpu.memory_bytes - memory_bytes)),
+        default=None,
+    )
+
+
+def is_called(name: str, device_name: str) -> bool:
+    """Whether a device that the driver calls `device_name` may be of the GPU type `name`."""
+    words = device_name.upper().replace("-", " ").split()
+    return _words(name) <= {_SOLD_AS.get(word, word) for word in words}
+
+
+def _words(name: str) -> set[str]:
+    """The words of a GPU type's name, without its memory."""
+    return {word for word in name.upper().split("-") if not word.isdigit()}
 
 
 # What the driver calls a variant that is sized as another type: the A10 of AWS's g5.

@@ -22,6 +22,9 @@ from typing import IO
 
 from inference.config import DistributedConfig
 
+MODEL_VARIABLE = "NIGHTJAR_MODEL"
+"""Where ranks find the model's folder on their host, if it is not where the first rank has it."""
+
 _STOP_GRACE_S = 5.0
 
 

@@ -22,6 +22,8 @@ from inference.errors import EngineConfigError
 from inference.tier import BITSANDBYTES
 from inference.weights import SmallFiles
 
+# Where quantisers wrote their settings before config.json had a place for them.
+_OLD_SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _PACKAGES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",)}
 
 
@@ -39,14 +41,12 @@ def check_quantization(
     Raises:
         EngineConfigError: with the remedy.
     """
-    kind, stored = config.quantization, stored_method(folder.config)
-    if stored is not None:
-        _check_stored(folder, stored, backend)
-        if kind != "none" and not (kind == "fp8" and stored == "fp8"):
-            raise EngineConfigError(
-                f"model.quantization is {kind}, but {folder.path} is stored as {stored} already; use none, "
-                f"or the unquantised model"
-            )
+    kind, stored = config.quantization, check_stored(folder, backend)
+    if stored is not None and kind != "none" and not (kind == "fp8" and stored == "fp8"):
+        raise EngineConfigError(
+            f"model.quantization is {kind}, but {folder.path} is stored as {stored} already; use none, "
+            f"or the unquantised model"
+        )
     if kind == "fp8" and backend != "paged":
         raise EngineConfigError(
             "model.quantization is fp8: needs engine.backend paged on a CUDA device"
@@ -74,7 +74,16 @@ def _check_packages(folder: SmallFiles, kind: str, stored: str | None) -> None:
         _require(what, ("bitsandbytes",), "pip install 'nightjar[gpu]'")
 
 
-def _check_stored(folder: SmallFiles, stored: str, backend: str) -> None:
+def check_stored(folder: SmallFiles, backend: str) -> str | None:
+    """Return how a checkpoint's weights are quantised already, None if they are not.
+
+    Raises:
+        EngineConfigError: the backend cannot read them; with the remedy.
+    """
+    stored = stored_method(folder.config)
+    if stored is None:
+        _refuse_unsaid(folder)
+        return None
     settings = folder.config["quantization_config"]
     if stored == "fp8":
         if not settings.get("weight_block_size"):
@@ -92,6 +101,23 @@ def _check_stored(folder: SmallFiles, stored: str, backend: str) -> None:
             f"{folder.path}: weights are stored as {stored}, which no backend reads; use the unquantised "
             f"checkpoint, or one stored as fp8 in blocks, gptq, awq or bitsandbytes"
         )
+    return stored
+
+
+def _refuse_unsaid(folder: SmallFiles) -> None:
+    """Refuse weights that are quantised although config.json, which every loader reads, does not say so."""
+    text = folder.config.get("text_config")
+    if isinstance(text, Mapping) and text.get("quantization_config"):
+        raise EngineConfigError(
+            f"{folder.path}: text_config has a quantization_config of its own, which no backend reads; use the "
+            f"unquantised checkpoint"
+        )
+    for name, kind in _OLD_SETTINGS.items():
+        if (folder.path / name).exists():
+            raise EngineConfigError(
+                f"{folder.path}: {name} says that weights are stored as {kind}, and config.json has no "
+                f"quantization_config; add one with its settings and quant_method {kind}, or use the unquantised model"
+            )
 
 
 def _require(what: str, packages: tuple[str, ...], remedy: str) -> None:

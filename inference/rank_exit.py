@@ -11,6 +11,7 @@
 9 files lost        the replica gave up staging the model; its own error says why
 """
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 from inference.errors import (
@@ -57,13 +58,15 @@ def telling(code: int | None) -> int:
     return _TELLING.index(None if code is None else ExitCode(code))
 
 
-def error_of(code: int | None, message: str) -> InferenceError:
-    """Return the error that a rank's ending is for the replica."""
+def error_of(code: int | None, message: str, *, seq_ids: Iterable[int] = ()) -> InferenceError:
+    """Return the error that a rank's ending is for the replica; `seq_ids`: what it ran when it was out of memory."""
     if code == ExitCode.CONFIG_ERROR:
         return EngineConfigError(message)
     if code == ExitCode.MODEL_ERROR:
         return ModelError(message)
-    return OutOfMemory(message) if code == ExitCode.OUT_OF_MEMORY else EngineFault(message)
+    if code == ExitCode.OUT_OF_MEMORY:
+        return OutOfMemory(message, seq_ids=seq_ids)
+    return EngineFault(message)
 
 
 def code_of(error: BaseException) -> ExitCode:

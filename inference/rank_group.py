@@ -14,10 +14,10 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from inference.errors import InferenceError
 from inference.launch import Launch, RankProcesses
@@ -32,6 +32,15 @@ SOCKET_VARIABLE = "NIGHTJAR_RANK_SOCKET"
 _LOG_TAIL_BYTES = 4_000
 _VERDICT_S = 2.0
 _MAX_PATH = 100  # of a Unix socket, less a margin
+
+
+class _Ending(NamedTuple):
+    """How a rank ended."""
+
+    code: int | None
+    text: str
+    seq_ids: Sequence[int] = ()
+    """What it ran when it was out of memory."""
 
 
 class RankGroup:
@@ -49,7 +58,7 @@ class RankGroup:
         self._decoders: dict[socket.socket, Decoder] = {}
         self._ranks: dict[socket.socket, Message] = {}
         self._inbox: deque[Message] = deque()
-        self._endings: dict[str, tuple[int | None, str]] = {}
+        self._endings: dict[str, _Ending] = {}
         self._first: socket.socket | None = None
         self._told: list[Message] = []
         self._is_closed = False
@@ -120,8 +129,8 @@ class RankGroup:
         """Tell every rank something that it ends on, hear how each does, and end whoever is left."""
         self.tell(message)
         self._hear_out()
-        for name, (code, text) in sorted(self._endings.items()):
-            logger.info("%s: ended with exit code %s: %s", name, code, text)
+        for name, ending in sorted(self._endings.items()):
+            logger.info("%s: ended with exit code %s: %s", name, ending.code, ending.text)
         self.close()
 
     def _poll(self, timeout_s: float) -> None:
@@ -150,7 +159,8 @@ class RankGroup:
             for told in self._told:
                 _send(connection, told)
         elif kind == "failed":
-            self._endings[self._name(connection)] = message["code"], message["error"]
+            ending = _Ending(message["code"], message["error"], message["seq_ids"])
+            self._endings[self._name(connection)] = ending
         elif kind == "log":
             logging.getLogger(message["name"]).log(message["level"], "%s", message["text"])
         else:
@@ -163,7 +173,7 @@ class RankGroup:
     def _ended(self, connection: socket.socket) -> None:
         if connection in self._ranks:
             name = self._name(connection)
-            self._endings.setdefault(name, (None, "died without a word"))
+            self._endings.setdefault(name, _Ending(None, "died without a word"))
         self._forget(connection)
 
     def _forget(self, connection: socket.socket) -> None:
@@ -177,14 +187,17 @@ class RankGroup:
         exit_code = self._processes.poll()
         output = self._output()
         if self._endings:
-            name, (code, text) = min(self._endings.items(), key=lambda item: telling(item[1][0]))
+            name, ending = min(self._endings.items(), key=lambda item: telling(item[1].code))
         else:
-            name, code, text = "the launcher", None, f"ended with exit code {exit_code}"
+            name, ending = "the launcher", _Ending(None, f"ended with exit code {exit_code}")
+        code, text, seq_ids = ending
         is_plain = code in (ExitCode.CONFIG_ERROR, ExitCode.MODEL_ERROR)
         if output and not is_plain:
             logger.warning("the ranks printed: %s", output)
         self.close()
-        return error_of(code, text if is_plain else f"{name}: {text}; all ranks were stopped")
+        if not is_plain:
+            text = f"{name}: {text}; all ranks were stopped"
+        return error_of(code, text, seq_ids=seq_ids)
 
     def _hear_out(self) -> None:
         """Give the ranks that have said hello a moment to say how they end."""

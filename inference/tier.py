@@ -15,6 +15,9 @@ class Tier:
 
     gpu: str
     num_gpus: int
+    memory_bytes: float
+    """Of all its GPUs."""
+
     tensor_parallel_size: int
     replicas: int
     quantization: str
@@ -28,20 +31,24 @@ class Tier:
 
     num_hosts: int
     weight_bytes_per_gpu: int
+    kv_bytes_per_gpu: int
     kv_tokens: int
     """Tokens one replica's KV cache holds."""
 
     num_running: int
     """Sequences one replica runs at once while its batch is full."""
 
-    completion_tokens_per_s: float
-    """All replicas together, start-up not counted."""
+    completion_tokens_per_s: float | None
+    """All replicas together, start-up not counted. None where nothing is predicted: of such runs none was measured."""
 
-    total_tokens_per_s: float
+    total_tokens_per_s: float | None
     """Prompt tokens counted too."""
 
-    seconds: float
+    seconds: float | None
     """The whole run, start-up included."""
+
+    usd_per_hour: float | None
+    """Of all its GPUs."""
 
     usd: float | None
     usd_per_million_tokens: float | None
@@ -53,9 +60,14 @@ class Tier:
     notes: tuple[str, ...] = ()
 
     @property
-    def gpu_hours(self) -> float:
-        """What the run takes off a pool, start-up included."""
-        return self.num_gpus * self.seconds / 3600
+    def gpu_hours(self) -> float | None:
+        """What the run takes off a pool, start-up included; None where nothing is predicted."""
+        return None if self.seconds is None else self.num_gpus * self.seconds / 3600
+
+    @property
+    def has_kv_room(self) -> bool:
+        """Whether KV cache outweighs weights: more memory would then at most halve what a token costs."""
+        return self.kv_bytes_per_gpu >= self.weight_bytes_per_gpu
 
     @property
     def label(self) -> str:
@@ -98,4 +110,4 @@ class Options:
     replicas: int | None = None
     max_num_seqs: int = MAX_NUM_SEQS
     backend: str = "auto"
-    """paged refuses to offload, zero does nothing else; auto offloads only what fits nowhere."""
+    """paged refuses to offload, zero does nothing else; auto and transformers offload only what fits nowhere."""

@@ -17,9 +17,9 @@ from inference.hardware import GB, GpuType
 from inference.model_shape import ModelShape
 from inference.roofline import Workload
 from inference.tier import QUANTIZATIONS, Options, Refusal, Tier
+from inference.tier_choice import Objective, best_of
 from inference.tier_fit import fits_on
 
-Objective = Literal["cheapest", "fastest"]
 Detail = Literal["smallest", "powers", "all"]
 
 # What a table is drawn for when no run is given: 10,000 chat turns of medium length.
@@ -54,7 +54,7 @@ def size_model(
         fitting, refused = fits_on(shape, gpu, workload, options)
         tiers.extend(fitting)
         refusals.extend(refused)
-    best = _best(tiers, deadline_s, budget_usd, objective) if tiers else None
+    best = best_of(tiers, deadline_s, budget_usd, objective) if tiers else None
     marked = tuple(best if best and tier == replace(best, reason="") else tier for tier in tiers)
     return Sizing(
         tiers=marked,
@@ -75,9 +75,11 @@ def choose_tier(
 ) -> Tier:
     """The tier to run on, with one sentence that says why.
 
-    Weights on the GPU come before offloaded ones, then what meets the deadline and the budget, then
-    the least quantised, then `objective`: dollars (GPU-hours where a price is missing), or seconds.
-    When nothing meets the deadline the fastest is taken and the reason says how late it is.
+    Weights on the GPU come before offloaded ones, what can be predicted before what cannot, then what meets the
+    deadline and the budget, then the least quantised, then `objective`: seconds, or dollars. Where no prices are
+    given, hours of one GPU type are compared; several types cannot be, and the smallest GPUs are taken whose KV
+    cache outweighs the weights. When nothing meets the deadline the fastest is taken and the reason says how late
+    it is.
 
     Raises:
         EngineConfigError: nothing fits, or what meets the deadline is over the budget; with the arithmetic.
@@ -151,65 +153,19 @@ def _row(tier: Tier, *, is_best: bool) -> dict[str, Any]:
         "weights_gb_per_gpu": round(tier.weight_bytes_per_gpu / GB, 1),
         "kv_tokens": tier.kv_tokens,
         "num_running": tier.num_running,
-        "completion_tokens_per_s": round(tier.completion_tokens_per_s, 1),
-        "total_tokens_per_s": round(tier.total_tokens_per_s, 1),
-        "hours": round(tier.seconds / 3600, 3),
-        "gpu_hours": round(tier.gpu_hours, 3),
-        "usd": None if tier.usd is None else round(tier.usd, 2),
-        "usd_per_million_tokens": (
-            None if tier.usd_per_million_tokens is None else round(tier.usd_per_million_tokens, 3)
-        ),
+        "completion_tokens_per_s": _rounded(tier.completion_tokens_per_s, 1),
+        "total_tokens_per_s": _rounded(tier.total_tokens_per_s, 1),
+        "hours": None if tier.seconds is None else round(tier.seconds / 3600, 3),
+        "gpu_hours": _rounded(tier.gpu_hours, 3),
+        "usd": _rounded(tier.usd, 2),
+        "usd_per_million_tokens": _rounded(tier.usd_per_million_tokens, 3),
         "reason": tier.reason,
         "notes": list(tier.notes),
     }
 
 
-def _best(
-    tiers: Sequence[Tier], deadline_s: float | None, budget_usd: float | None, objective: Objective
-) -> Tier:
-    # Once any price is known, a tier without one cannot be compared: it is listed, not chosen.
-    priced = [tier for tier in tiers if tier.usd is not None]
-    pool = priced or list(tiers)
-    resident = [tier for tier in pool if tier.offload == "none"] or pool
-    in_time = [t for t in resident if deadline_s is None or t.seconds <= deadline_s]
-    late = not in_time
-    if late:
-        objective = "fastest"
-    allowed = in_time or resident
-    within = [t for t in allowed if budget_usd is None or t.usd is None or t.usd <= budget_usd]
-    allowed = within or allowed
-    least = min(QUANTIZATIONS.index(tier.quantization) for tier in allowed)
-    allowed = [t for t in allowed if QUANTIZATIONS.index(t.quantization) == least]
-
-    def rank(tier: Tier) -> tuple[float, float, int]:
-        cost = tier.gpu_hours if tier.usd is None else tier.usd
-        if objective == "fastest":
-            return tier.seconds, cost, tier.num_gpus
-        return cost, tier.seconds, tier.num_gpus
-
-    best = min(allowed, key=rank)
-    return replace(best, reason=_reason(best, len(tiers), deadline_s, late, objective))
-
-
-def _reason(
-    tier: Tier, num_fitting: int, deadline_s: float | None, late: bool, objective: Objective
-) -> str:
-    hours = tier.seconds / 3600
-    if late and deadline_s is not None:
-        why = f"nothing meets the deadline, and this is the fastest, {(tier.seconds - deadline_s) / 3600:.2f} h late"
-    elif objective == "fastest":
-        why = "the fastest"
-    elif tier.usd is not None:
-        why = f"the cheapest (${tier.usd:.2f})"
-    else:
-        why = f"the fewest GPU-hours ({tier.gpu_hours:.2f}; no prices are given)"
-    if not late and deadline_s is not None:
-        why += f" that meets the deadline of {deadline_s / 3600:.2f} h"
-    weights = f"{tier.weight_bytes_per_gpu / GB:.1f} GB of weights a GPU leave room for {tier.kv_tokens:,} KV tokens"
-    if tier.offload != "none":
-        weights = f"the weights stay on {tier.offload}"
-    options = f"of {num_fitting} that fit" if num_fitting > 1 else "that fits"
-    return f"{tier.label}: {weights}; {hours:.2f} h predicted, {why}, {options}"
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _nearest(refusal: Refusal, tiers: Sequence[Tier]) -> str:
@@ -234,14 +190,18 @@ def _over_budget(sizing: Sizing, best: Tier, budget_usd: float) -> str:
     cheapest = min((t for t in sizing.tiers if t.usd is not None), key=lambda t: t.usd or 0.0)
     fact = (
         f"budget.usd is {budget_usd:.2f} and {best.label} is predicted to cost {best.usd:.2f} "
-        f"over {best.seconds / 3600:.2f} h"
+        f"over {_hours(best)} h"
     )
     if cheapest.usd is not None and cheapest.usd <= budget_usd:
         return (
-            f"{fact}; {cheapest.label} costs {cheapest.usd:.2f} but takes {cheapest.seconds / 3600:.2f} h: "
+            f"{fact}; {cheapest.label} costs {cheapest.usd:.2f} but takes {_hours(cheapest)} h: "
             "raise the budget or move the deadline"
         )
     return f"{fact}; the cheapest is {cheapest.label} at {cheapest.usd:.2f}: raise the budget or send fewer rows"
+
+
+def _hours(tier: Tier) -> str:
+    return f"{(tier.seconds or 0.0) / 3600:.2f}"
 
 
 def _nothing_fits(

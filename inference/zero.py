@@ -27,7 +27,7 @@ from inference.deepspeed_setup import (
 from inference.errors import EngineConfigError
 from inference.loading import empty_model, load_model
 from inference.offload import Place, check_offload, resolve_place
-from inference.quantization import stored_method
+from inference.quantization import check_stored
 from inference.swap_folder import SwapFolder
 from inference.weights import ModelFolder, SmallFiles
 from inference.zero_fetch import mend_fetching
@@ -226,7 +226,7 @@ def check_zero(folder: SmallFiles, config: EngineConfig, *, is_here: bool = True
             f"model.quantization is {config.quantization}: the zero backend moves weights as they are "
             f"stored; use none, or engine.backend auto"
         )
-    stored = stored_method(folder.config)
+    stored = check_stored(folder, "zero")
     if stored is not None:
         raise EngineConfigError(
             f"{folder.path}: weights are stored as {stored}, which the zero backend cannot share out; "

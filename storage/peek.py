@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.errors import StoreUnavailable
+from storage.errors import BadInput, StoreUnavailable
 from storage.hub_source import WORK_FOLDER, HubSource
 from storage.model_caches import open_places
 from storage.model_listing import Listing, Source, list_model, open_source, with_promises
@@ -67,13 +67,13 @@ def peek_model(
     Raises:
         As `stage_model`, but for want of room.
     """
-    listing = list_model(open_source(source, config, open_places("auto"), retry))
+    retry = retry or RetryPolicy()
+    listing = _list(source, config, retry)
     num_weight_files = sum(is_weights(file.name) for file in listing.files)
     is_hub = isinstance(listing.source, HubSource)
     if listing.is_gguf or (is_hub and num_weight_files > MAX_HUB_FILES):
         return None
-    retry = retry or RetryPolicy()
-    _copy_small_files(listing, folder, retry)
+    _copy(listing, [file for file in listing.files if not is_weights(file.name)], folder, retry)
     needed = check_small_files(
         folder,
         [file.name for file in listing.files],
@@ -84,16 +84,37 @@ def peek_model(
     return Peeked(listing.source.uri, _peek(listing.source, weights, retry, spans))
 
 
-def _copy_small_files(listing: Listing, folder: Path, retry: RetryPolicy) -> None:
-    small = [file for file in listing.files if not is_weights(file.name)]
+def copy_config(source: str, folder: Path, *, config: StorageConfig) -> None:
+    """Copy a model's config.json, verified, into `folder`; nothing else of it is read.
+
+    Raises:
+        BadInput: it is a GGUF file, which has none before it is staged.
+        As `peek_model` otherwise.
+    """
+    retry = RetryPolicy()
+    listing = _list(source, config, retry)
+    if listing.is_gguf:
+        raise BadInput(
+            f"{source}: a GGUF file has no config.json before it is converted; stage it first, by "
+            f"`nightjar stage {source}`"
+        )
+    wanted = [file for file in listing.files if file.name == "config.json"]
+    _copy(listing, wanted, folder, retry)
+
+
+def _list(source: str, config: StorageConfig, retry: RetryPolicy) -> Listing:
+    return list_model(open_source(source, config, open_places("auto"), retry))
+
+
+def _copy(listing: Listing, files: list[SourceFile], folder: Path, retry: RetryPolicy) -> None:
     source = listing.source
     if isinstance(source, HubSource):
-        source.download(small, folder, on_bytes=lambda count: None, on_file=lambda path: None)
+        source.download(files, folder, on_bytes=lambda count: None, on_file=lambda path: None)
         shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
         return
     copy = RangedCopy(source, folder, direct=False, retry=retry)
     try:
-        copy.resume(with_promises(listing._replace(files=small)))
+        copy.resume(with_promises(listing._replace(files=files)))
         copy.allocate()
         copy.run()
     finally:

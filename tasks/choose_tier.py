@@ -13,8 +13,10 @@ from inference.hardware import GpuType, match_gpu
 from inference.model_config import read_model_shape
 from inference.roofline import Workload
 from inference.tier import Options, Tier
-from inference.tiers import Objective, choose_tier, size_model
-from tasks.hardware import load_hardware
+from inference.tier_choice import Objective
+from inference.tiers import choose_tier, size_model
+from tasks.gpu_products import within_reach
+from tasks.hardware import hardware_of
 from tasks.job import RunConfig
 
 HERE = ("local", "process")
@@ -45,7 +47,6 @@ def choose_hardware(
     model_dir: str,
     workload: Workload,
     *,
-    hardware: str | None = None,
     deadline_s: float | None = None,
 ) -> Choice:
     """Choose for a workload.
@@ -56,7 +57,7 @@ def choose_hardware(
     """
     if job.engine.backend == "dummy":
         return _without_gpu(job, "dummy", "the dummy backend needs no model and no GPU")
-    known, num_gpus = _candidates(job, hardware)
+    known, num_gpus = candidates(job)
     if not known:
         return _unsized(job)
     shape, options = read_model_shape(model_dir), sizing_options(job, num_gpus)
@@ -102,18 +103,46 @@ def settle_backend(job: RunConfig, model_dir: str | Path) -> RunConfig:
     return dataclasses.replace(job, engine=engine)
 
 
-def _candidates(job: RunConfig, hardware: str | None) -> tuple[list[GpuType], int | None]:
-    """Return the GPU types a job may run on, at its price, and how many a replica has where the job names it."""
-    known, num_gpus = load_hardware(hardware), None
-    if job.hardware.provider in HERE:
+def candidates(job: RunConfig) -> tuple[list[GpuType], int | None]:
+    """Return the GPU types a job may run on, at its price, and how many a replica has where the job names it.
+
+    Raises:
+        EngineConfigError: a type is wrong or not known, or one price is given for several types.
+    """
+    config = job.hardware
+    known, num_gpus = hardware_of(config), None
+    if config.provider in HERE:
         found = local_gpu(known)
         known = [] if found is None else [found]
     else:
-        known, num_gpus = named_gpus(job.hardware.tier, known)
-    price = job.hardware.price_per_hour
-    if price is not None:
-        known = [dataclasses.replace(gpu, price_per_hour=price) for gpu in known]
-    return known, num_gpus
+        known, num_gpus = named_gpus(config.tier, known)
+        if config.tier == "auto":
+            fixed = config.placement.job_variables
+            known = within_reach(
+                known,
+                config.provider,
+                selector=config.placement.node_selector or fixed.get("node_selector"),
+                is_placed="placement_constraints" in fixed,
+            )
+    price = config.price_per_hour
+    if price is None:
+        return known, num_gpus
+    if len(known) > 1:
+        names = ", ".join(gpu.name for gpu in known)
+        raise EngineConfigError(
+            f"hardware.price_per_hour is {price:g}, the price of one GPU type, and hardware.tier may choose among "
+            f"{names}; name one in hardware.tier, or give each its price in hardware.file"
+        )
+    return [dataclasses.replace(gpu, price_per_hour=price) for gpu in known], num_gpus
+
+
+def priced_hardware(job: RunConfig) -> list[GpuType]:
+    """Return every GPU type that a job knows, those it may run on at its price. Raises as `candidates`."""
+    at_price = {gpu.name: gpu.price_per_hour for gpu in candidates(job)[0]}
+    return [
+        dataclasses.replace(gpu, price_per_hour=at_price.get(gpu.name, gpu.price_per_hour))
+        for gpu in hardware_of(job.hardware)
+    ]
 
 
 def local_gpu(known: list[GpuType]) -> GpuType | None:
@@ -140,7 +169,7 @@ def sizing_options(job: RunConfig, num_gpus: int | None = None) -> Options:
         kv_cache_dtype=knobs.kv_cache_dtype,
         tensor_parallel_size=size,
         replicas=None if replicas == "auto" else replicas,
-        backend=knobs.backend if knobs.backend in ("paged", "zero") else "auto",
+        backend="auto" if knobs.backend == "dummy" else knobs.backend,
     )
     seqs = knobs.max_num_seqs
     return options if seqs == "auto" else dataclasses.replace(options, max_num_seqs=seqs)

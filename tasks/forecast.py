@@ -265,7 +265,9 @@ def _seconds(
 def _sentence(made: Forecast, speed: Speed | None) -> str:
     parts = []
     if made.seconds_p50 is None:
-        parts.append("finish: not known, no earlier run on such a device and no GPU to reckon with")
+        parts.append(
+            "finish: not known, no earlier run on such a device and nothing to reckon its speed with"
+        )
     else:
         parts.append(f"finish: even odds by {made.finish_p50}, nine in ten by {made.finish_p90}")
     if made.is_late is not None:

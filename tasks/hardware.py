@@ -8,6 +8,7 @@ import yaml
 
 from inference.errors import EngineConfigError
 from inference.hardware import GpuType, gpu_types
+from tasks.job_machine import HardwareConfig
 
 
 def default_hardware_path() -> Path:
@@ -24,7 +25,25 @@ def load_hardware(path: str | Path | None = None) -> list[GpuType]:
     Raises:
         EngineConfigError: the file cannot be read, or an entry is wrong; names file and entry.
     """
-    source = default_hardware_path() if path is None else Path(path)
+    return gpu_types(read_hardware(default_hardware_path() if path is None else path))
+
+
+def hardware_of(config: HardwareConfig) -> list[GpuType]:
+    """GPU types that a job may know: its own, by default those of the file that comes with Nightjar.
+
+    Raises:
+        EngineConfigError: an entry is wrong; names it.
+    """
+    return load_hardware() if config.gpus is None else gpu_types(config.gpus)
+
+
+def read_hardware(path: str | Path) -> dict[str, Any]:
+    """Read and check a hardware file, as plain values by GPU type.
+
+    Raises:
+        EngineConfigError: the file cannot be read, or an entry is wrong; names file and entry.
+    """
+    source = Path(path)
     try:
         content: Any = yaml.safe_load(source.read_text(encoding="utf-8"))
     except OSError as error:
@@ -40,6 +59,7 @@ def load_hardware(path: str | Path | None = None) -> list[GpuType]:
             f"{source}: must map each GPU type to its numbers, such as H100: {{...}}"
         )
     try:
-        return gpu_types(content)
+        gpu_types(content)
     except EngineConfigError as error:
         raise EngineConfigError(f"{source}: {error}") from error
+    return dict(content)

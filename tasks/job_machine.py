@@ -1,7 +1,8 @@
 """The settings of a job that say how and where it runs, at what price, and how it is watched."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from inference.config import Auto, Backend, DistributedConfig, KVCacheDtype, Offload
 from tasks.provision import Placement
@@ -81,7 +82,15 @@ class HardwareConfig:
     stay. null: what the disk holds."""
 
     price_per_hour: float | None = None
-    """US dollars for one GPU (or one replica without one) and hour; default: the hardware file's."""
+    """US dollars for one GPU (or one replica without one) and hour; default: the hardware file's. It prices one
+    GPU type, so where replicas are elsewhere it goes with a `tier` that names it."""
+
+    file: str | None = None
+    """Hardware file with your GPU types and prices, read where the job is started; default: the one that comes
+    along."""
+
+    gpus: Mapping[str, Mapping[str, Any]] | None = None
+    """The GPU types themselves, in that file's form; what `file` becomes, so that replicas elsewhere know them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,7 +103,6 @@ def preflight(
     work_dir: Path,
     progress: Progress | None = None,
     show_text: bool = True,
-    hardware: str | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Preflight:
     """Read, render and count the whole input, and forecast the run.
@@ -113,7 +112,6 @@ def preflight(
         work_dir: A scratch folder of the caller's.
         progress: Counters to keep.
         show_text: Whether rows and the first prompt may be in the document.
-        hardware: Hardware file; default: the one that comes along.
         now: The clock.
 
     Raises:
@@ -134,7 +132,6 @@ def preflight(
             job,
             str(model.path),
             expected_workload(job, plan),
-            hardware=hardware,
             deadline_s=seconds_left,
         )
         expected = forecast_run(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from inference.hardware import GpuType
 from inference.tier import Tier
+from tasks.gpu_products import instance_types, node_choice
 from tasks.job_variables import ProvisionError
 
 Provider = Literal["process", "kubernetes", "ecs", "command"]
@@ -40,31 +41,6 @@ CACHE_VARIABLE = "NIGHTJAR_CACHE"
 
 # Share of a host's memory that staged weights may take before NVMe is used instead.
 STAGE_MEMORY_SHARE = 0.6
-
-# The label NVIDIA's feature discovery gives a node, and the EC2 instance types that carry the GPU.
-_NODE_LABEL = "nvidia.com/gpu.product"
-_PRODUCTS = {
-    "T4": "Tesla-T4",
-    "L4": "NVIDIA-L4",
-    "A10": "NVIDIA-A10",
-    "L40S": "NVIDIA-L40S",
-    "A100-40": "NVIDIA-A100-SXM4-40GB",
-    "A100-80": "NVIDIA-A100-SXM4-80GB",
-    "H100": "NVIDIA-H100-80GB-HBM3",
-    "H200": "NVIDIA-H200",
-    "B200": "NVIDIA-B200",
-}
-_INSTANCES = {
-    "T4": "g4dn.*",
-    "L4": "g6.*",
-    "A10": "g5.*",
-    "L40S": "g6e.*",
-    "A100-40": "p4d.*",
-    "A100-80": "p4de.*",
-    "H100": "p5.*",
-    "H200": "p5e.*",
-    "B200": "p6-b200.*",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,14 +163,14 @@ def _process(tier: Tier, needs: _Needs, placement: Placement) -> dict[str, Any]:
 
 
 def _kubernetes(tier: Tier, needs: _Needs, placement: Placement) -> dict[str, Any]:
-    selector = placement.node_selector
-    if selector is None and "node_selector" not in placement.job_variables:
-        selector = {_NODE_LABEL: _known(_PRODUCTS, tier, "node_selector", "node label")}
+    nodes: dict[str, Any] = {"node_selector": dict(placement.node_selector or {})}
+    if placement.node_selector is None and "node_selector" not in placement.job_variables:
+        nodes = node_choice(tier.gpu)
     variables: dict[str, Any] = {
         "gpu_count": needs.gpus,
         "num_hosts": needs.hosts,
         "completion_mode": "Indexed" if needs.hosts > 1 else "NonIndexed",
-        "node_selector": dict(selector or {}),
+        **nodes,
         "shm_size": _gib(needs.shm_bytes),
         "memory_request": _gib(needs.memory_bytes),
         "memory_limit": _gib(needs.memory_bytes),
@@ -219,8 +195,7 @@ def _ecs(tier: Tier, needs: _Needs, placement: Placement) -> dict[str, Any]:
         )
     constraints: list[dict[str, str]] = []
     if "placement_constraints" not in placement.job_variables:
-        instances = _known(_INSTANCES, tier, "placement_constraints", "EC2 instance type")
-        expression = f"attribute:ecs.instance-type =~ {instances}"
+        expression = f"attribute:ecs.instance-type =~ {instance_types(tier.gpu)}"
         constraints = [{"type": "memberOf", "expression": expression}]
     variables: dict[str, Any] = {
         "gpu_count": str(needs.gpus),
@@ -261,14 +236,6 @@ def _filled(launcher: str, *, gpus: int, hosts: int, memory_bytes: int) -> str:
             f"launcher {launcher!r} cannot be filled in ({error}); "
             f"it may name {', '.join(f'{{{name}}}' for name in values)}"
         ) from error
-
-
-def _known(table: Mapping[str, str], tier: Tier, setting: str, what: str) -> str:
-    if tier.gpu not in table:
-        raise ProvisionError(
-            f"no {what} is known for {tier.gpu}; give job variable {setting}, or use one of {', '.join(table)}"
-        )
-    return table[tier.gpu]
 
 
 def _gib(num_bytes: float) -> str:

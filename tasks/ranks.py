@@ -13,7 +13,7 @@ RANKS_VARIABLE = "NIGHTJAR_NUM_RANKS"
 """Set for replicas started by another one, which has sized them."""
 
 HOSTS_VARIABLE, LEADER_VARIABLE = "NIGHTJAR_NUM_HOSTS", "NIGHTJAR_LEADER"
-"""Set in the pods of a replica that spans hosts; see `deployments/entrypoint.sh`."""
+"""Set in the pods of a replica that spans hosts; see `tasks.follow`."""
 
 RENDEZVOUS_PORT = 29500
 

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
+from inference.hardware import is_called
 from inference.roofline import Workload
 from storage.manifest import PlanManifest
 from tasks.budget import check_budget
@@ -86,7 +87,7 @@ def forecast_run(
     if speed is None or past is None:
         num_prompt_tokens *= 1 - saved
     tier_seconds = None
-    if choice.tier is not None:
+    if choice.tier is not None and choice.tier.seconds is not None:
         seconds = choice.tier.seconds
         tier_seconds = (seconds, seconds * lengths.high / lengths.mean if lengths.mean else seconds)
     deadline = job.deadline and deadline_at(job.deadline, start=starts_at, timezone=job.timezone)
@@ -109,7 +110,4 @@ def _is_device(device: str, choice: Choice) -> bool:
     """Whether an earlier run's device is the one chosen; `none` and `cpu` are both no GPU."""
     if choice.device == "cpu":
         return device in ("cpu", "none")
-    return (
-        device == choice.device
-        or choice.device.split("-")[0].upper() in device.upper().replace("-", " ").split()
-    )
+    return device == choice.device or is_called(choice.device, device)

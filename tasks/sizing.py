@@ -1,5 +1,7 @@
 """A model and a run's token counts to a sizing: what fits where, how fast, at what price."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from inference.hardware import GpuType
@@ -9,8 +11,7 @@ from inference.tier import Tier
 from inference.tiers import Sizing, choose_tier, size_model
 from storage.errors import BadInput
 from storage.object_store import ObjectStore
-from tasks.choose_tier import named_gpus, sizing_options
-from tasks.hardware import load_hardware
+from tasks.choose_tier import candidates, sizing_options
 from tasks.job import job_of
 from tasks.run import Run
 from tasks.run_forecast import expected_workload
@@ -24,17 +25,16 @@ class Choice(NamedTuple):
     gpu: GpuType
 
 
-def size(model: str, workload: Workload, *, hardware: str | None = None) -> Sizing:
-    """Size a model folder on every GPU type of a hardware file, for a workload's tokens.
+def size(model: str | Path, workload: Workload, known: Sequence[GpuType]) -> Sizing:
+    """Size a model folder on every GPU type known, for a workload's tokens.
 
     Raises:
         ModelError: config.json is missing or says too little.
-        EngineConfigError: the hardware file is wrong.
     """
-    return size_model(read_model_shape(model), load_hardware(hardware), workload)
+    return size_model(read_model_shape(model), known, workload)
 
 
-def choose(run: Run, hardware: str | None = None, *, deadline_s: float | None = None) -> Choice:
+def choose(run: Run, *, deadline_s: float | None = None) -> Choice:
     """Choose the tier of a planned run for `hardware.tier`, its tokens, deadline and budget.
 
     Raises:
@@ -42,8 +42,7 @@ def choose(run: Run, hardware: str | None = None, *, deadline_s: float | None = 
         ModelError: config.json says too little.
     """
     job = run.job
-    known = load_hardware(hardware)
-    gpus, num_gpus = named_gpus(job.hardware.tier, known)
+    gpus, num_gpus = candidates(job)
     tier = choose_tier(
         read_model_shape(str(run.model.path)),
         gpus,

@@ -1,6 +1,7 @@
 """Weights to this machine's fastest disk, and one paragraph on how that went."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,13 @@ from storage.destinations import EngineMemory
 from storage.errors import AccessDenied, NoSpace
 from storage.model_cache import CacheEntry, Eviction
 from storage.object_store import DEFAULT_STORAGE, StorageConfig
-from storage.peek import Peeked, Spans, peek_model
+from storage.peek import Peeked, Spans, copy_config, peek_model
 from storage.sizes import parse_bytes
 from storage.stage_report import StageReport
 from storage.staging import StagedModel, find_model, stage_model
 from tasks.engine_memory import engine_memory
 from tasks.job import RunConfig
+from tasks.scratch import scratch_folder
 
 NVME_DEMAND_GB_PER_S = 1.0
 """What staging must reach from and to NVMe; checked and said on every stage."""
@@ -125,6 +127,28 @@ def look_at(job: RunConfig, folder: Path, spans: Spans) -> Peeked | None:
         spans=spans,
         allowed_code=job.model.allowed_code,
     )
+
+
+@contextmanager
+def config_of(source: str, *, storage: StorageConfig) -> Iterator[Path]:
+    """Yield a folder with the model's config.json: its own, its staged copy, or one of that file alone.
+
+    Raises:
+        StorageError: it cannot be read, or is a GGUF file that is not staged.
+        ModelError: `pkg:NAME` holds no GGUF file.
+    """
+    if Path(source).is_dir():
+        yield Path(source)
+        return
+    unpacked = _unpacked(source)
+    staged = find_model(unpacked, config=storage)
+    if staged is not None:
+        with staged:
+            yield staged.path
+        return
+    with scratch_folder() as folder:
+        copy_config(unpacked, folder, config=storage)
+        yield folder
 
 
 def _unpacked(source: str) -> str:

@@ -10,7 +10,7 @@ from inference.errors import EngineConfigError, ModelError
 from inference.hardware import GpuType, match_gpu
 from inference.model_config import read_model_shape
 from inference.model_shape import ModelShape
-from tasks.hardware import load_hardware
+from tasks.hardware import hardware_of
 from tasks.job import RunConfig
 
 
@@ -30,7 +30,7 @@ class Yardstick:
     def of(cls, job: RunConfig, model_dir: Path, info: BackendInfo) -> "Yardstick":
         """Look the device up in the hardware file, and the model's sizes in its config."""
         try:
-            known = load_hardware()
+            known = hardware_of(job.hardware)
             shape = read_model_shape(model_dir) if (model_dir / "config.json").exists() else None
         except (EngineConfigError, ModelError):
             known, shape = [], None  # a model without a known shape runs all the same

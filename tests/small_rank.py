@@ -1,7 +1,8 @@
 """One rank of a replica whose second rank has little memory: `python -m tests.small_rank`, under a launcher.
 
-As `python -m inference`, but for rank 1, which runs out of memory in steps of more than NIGHTJAR_TEST_MOST_TOKENS; with
-NIGHTJAR_TEST_WARM_UP while it is warmed up for them.
+As `python -m inference`, but for rank 1, which runs out of memory in steps of more than NIGHTJAR_TEST_MOST_TOKENS (with
+NIGHTJAR_TEST_WARM_UP while it is warmed up for them), or of a static batch of more than NIGHTJAR_TEST_MOST_ROWS, or with a
+prompt of NIGHTJAR_TEST_FULL_AT tokens.
 """
 
 import os
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 import inference.__main__ as rank_process
+from inference.backends.static_batch import StaticBatch
+from inference.backends.zero import ZeroBackend
 from inference.model_runner import ModelRunner
 
 
@@ -37,13 +40,29 @@ def shrink_memory(most: int) -> None:
     ModelRunner.launch = small_launch  # type: ignore[method-assign]
 
 
+def shrink_batches(most: int, full_at: int) -> None:
+    forward = ZeroBackend._forward
+
+    def small_forward(backend: ZeroBackend, batch: StaticBatch) -> Any:
+        prompts = [len(row.sequence.prompt_token_ids) for row in batch.rows]
+        if len(prompts) > most or full_at in prompts:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(backend, batch)
+
+    ZeroBackend._forward = small_forward  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        most_tokens = int(os.environ["NIGHTJAR_TEST_MOST_TOKENS"])
+        most_tokens = int(os.environ.get("NIGHTJAR_TEST_MOST_TOKENS", "1000000"))
         if "NIGHTJAR_TEST_WARM_UP" in os.environ:
             shrink_memory_before_the_first_step(most_tokens)
         else:
             shrink_memory(most_tokens)
+        shrink_batches(
+            int(os.environ.get("NIGHTJAR_TEST_MOST_ROWS", "1000000")),
+            int(os.environ.get("NIGHTJAR_TEST_FULL_AT", "-1")),
+        )
     exit_code = rank_process.main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

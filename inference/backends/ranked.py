@@ -8,7 +8,8 @@ The ranks start as soon as the model's small files are here, and read each weigh
 ones are is told to them (`inference.rank_files`). If staging fails, they end, and its error is this backend's.
 
 A rank that is out of memory is in the middle of a step that the others cannot take back. So all shrink together:
-they are started again with smaller steps and a KV cache a tenth smaller, and what is unfinished is given to them anew.
+they are started again, and what is unfinished is given to them anew. `paged` takes smaller steps and a KV cache a tenth
+smaller; `zero` half of the batch that was too large, and one sequence that is too large alone has failed.
 """
 
 import dataclasses
@@ -44,6 +45,8 @@ _STEP_S = 0.05
 _LOAD_POLL_S = 0.5
 _ARRIVAL_POLL_S = 0.05
 _MAX_SHRINKS = 3
+_MAX_BATCH_SHRINKS = 10
+"""A batch of zero's 1,024 rows, halved, is one row then."""
 _AUTO_STEP_TOKENS = 8192
 """What `auto` is at least on any device: where it is less, the first shrinking changes nothing."""
 
@@ -149,8 +152,7 @@ class RankedBackend:
         try:
             messages = self.ranks.take(_STEP_S)
         except OutOfMemory as error:
-            self._shrink(error)
-            return finished
+            return self._shrink(error)
         for message in messages:
             self._heard_at = time.monotonic()
             if message["kind"] == "progress":
@@ -189,34 +191,52 @@ class RankedBackend:
         self.ranks.send({"kind": "submit", "sequences": values})
         self._num_submitted += len(values)
 
-    def _shrink(self, error: OutOfMemory) -> None:
-        """Start all ranks again with smaller steps; give them what is unfinished. Raises as `_make_smaller`."""
-        self._make_smaller(error)
+    def _shrink(self, error: OutOfMemory) -> list[Completion]:
+        """Start all ranks again, smaller, and give them what is unfinished; return what has failed.
+
+        Raises:
+            OutOfMemory: as `_make_smaller`.
+        """
+        failed = self._make_smaller(error)
         self._stats_before = dataclasses.replace(self._stats)
         self._num_submitted = self._num_received = self._reported_waiting = 0
         info = self._started()
         self._built = dataclasses.replace(self.info, memory=info.memory)
         self._heard_at = time.monotonic()
         self._send(self._unfinished.values())
+        return failed
 
     def _started(self) -> BackendInfo:
-        """Start the ranks, with smaller steps each time one is out of memory. Raises as `_make_smaller`."""
+        """Start the ranks, smaller each time one is out of memory. Raises as `_make_smaller`."""
         while True:
             try:
                 return self._start()
             except OutOfMemory as error:
                 self._make_smaller(error)
 
-    def _make_smaller(self, error: OutOfMemory) -> None:
-        """End the ranks; those that follow have steps half as large, and leave some memory alone.
+    def _make_smaller(self, error: OutOfMemory) -> list[Completion]:
+        """End the ranks; those that follow need less memory. Return what has failed: a sequence too large alone.
 
         Raises:
             OutOfMemory: steps cannot be smaller, were made smaller too often, or other hosts would have to start
                 their ranks anew.
         """
-        config, built = self._config, self._built
-        if config.distributed.num_hosts > 1:
+        if self._config.distributed.num_hosts > 1:
             raise error
+        failed: list[Completion] = []
+        if self._config.backend != "zero":
+            self._config = self._with_smaller_steps(error)
+        elif len(error.seq_ids) == 1:
+            failed = [self._fail(error.seq_ids[0], error)]
+        else:
+            self._config = self._with_smaller_batches(error)
+        self.ranks.close()
+        self._num_shrinks += 1
+        return failed
+
+    def _with_smaller_steps(self, error: OutOfMemory) -> EngineConfig:
+        """Return the settings with steps half as large and some memory spare. Raises OutOfMemory."""
+        config, built = self._config, self._built
         limit = config.max_num_batched_tokens
         if limit == "auto":
             limit = _AUTO_STEP_TOKENS
@@ -235,15 +255,47 @@ class RankedBackend:
             smaller,
             limit,
         )
-        self.ranks.close()
-        self._num_shrinks += 1
         tenth = _SPARE_BYTES if built is None else built.memory.get("kv_cache", 0) // 10
-        self._config = dataclasses.replace(
+        return dataclasses.replace(
             config,
             max_num_batched_tokens=smaller,
             max_num_seqs=config.max_num_seqs if built is None else fewest,
             spare_bytes=config.spare_bytes + tenth,
         )
+
+    def _with_smaller_batches(self, error: OutOfMemory) -> EngineConfig:
+        """Return the settings with half the batch that a rank had. Raises OutOfMemory."""
+        if self._built is None:  # no batch is under way: it is the weights
+            raise error
+        limit = self._config.max_num_seqs
+        limit = self._built.max_num_seqs if limit == "auto" else limit
+        num_rows = len(error.seq_ids) or limit
+        smaller = num_rows // 2
+        if self._num_shrinks == _MAX_BATCH_SHRINKS or smaller == 0:
+            raise OutOfMemory(
+                f"{error}; batches were made smaller {self._num_shrinks} times, to {limit} sequences; "
+                f"lower engine.max_model_len or engine.max_num_batched_tokens, or use a larger device"
+            ) from error
+        logger.warning(
+            "%s: the ranks start again with at most %d sequences at once instead of %d",
+            error,
+            smaller,
+            num_rows,
+        )
+        return dataclasses.replace(self._config, max_num_seqs=smaller)
+
+    def _fail(self, seq_id: int, error: OutOfMemory) -> Completion:
+        """End the one sequence that a rank is out of memory with. Raises OutOfMemory."""
+        if self._num_shrinks == _MAX_BATCH_SHRINKS:
+            raise error
+        sequence = self._unfinished.pop(seq_id)
+        num_tokens = len(sequence.prompt_token_ids)
+        logger.warning("out of memory with one sequence, of %d prompt tokens: it fails", num_tokens)
+        reason = (
+            f"out of memory with this sequence alone ({num_tokens} prompt tokens); "
+            f"lower engine.max_model_len or use a larger device"
+        )
+        return Completion(seq_id, (), "", "error", reason)
 
     def _take_in(self, message: Message) -> list[Completion]:
         update_stats(self._stats, message["stats"], self._stats_before)

@@ -161,7 +161,8 @@ class ZeroBackend(StaticBackend):
         if self._num_ranks > 1:
             raise OutOfMemory(
                 f"rank {self._rank} of {self._num_ranks}: out of memory with {len(batch.rows)} sequences of "
-                f"{batch.num_columns} tokens; lower engine.max_num_seqs or engine.max_num_batched_tokens"
+                f"{batch.num_columns} tokens",
+                seq_ids=(row.sequence.seq_id for row in batch.rows),
             )
         self._zero.reset()
         return super()._shrink(batch)

@@ -13,12 +13,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.config import load_job
 from inference.backends.paged import PagedBackend
 from inference.config import DistributedConfig, EngineConfig
+from tasks.progress import Progress
+from tasks.run import prepare
 from tests.processes import REPOSITORY, children, is_alive, wait_for
 from tests.ranked_owner import prompts
 
@@ -94,6 +98,39 @@ def config(**changes: Any) -> EngineConfig:
     return EngineConfig(model=MODEL, backend="paged", dtype="float32", **changes)
 
 
+def planned(folder: Path, model: str) -> str:
+    """Plan a small run whose replicas stage to a folder; return where it is."""
+    (folder / "in.csv").write_text("prompt\none\ntwo\n")
+    job = {
+        "model": {"source": model},
+        "input": {
+            "uri": str(folder / "in.csv"),
+            "prompt_column": "prompt",
+            "chat_template": "none",
+        },
+        "output": {"uri": str(folder / "out")},
+        "engine": {"backend": "paged"},
+        "hardware": {"provider": "kubernetes", "stage_to": str(folder / "cache")},
+    }
+    (folder / "work").mkdir()
+    run = prepare(load_job(job), work_dir=folder / "work", progress=Progress())
+    run.close()
+    return run.uri
+
+
+def environment_of(run: str, folder: Path) -> dict[str, str]:
+    """What the second pod of a replica of this run is given."""
+    told = {"run_uri": run, "endpoint_url": None, "region": None, "profile": None}
+    return {
+        "NIGHTJAR_FOLLOW": json.dumps(told),
+        "NIGHTJAR_NUM_HOSTS": "2",
+        "NIGHTJAR_GPUS_PER_HOST": "1",
+        "NIGHTJAR_LEADER": "10.77.0.1",
+        "JOB_COMPLETION_INDEX": "1",
+        "NIGHTJAR_CACHE": str(folder / "cache"),
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_hosts_give_the_tokens_of_one_and_a_cut_cable_ends_the_replica(hosts):
@@ -133,6 +170,48 @@ def test_two_hosts_give_the_tokens_of_one_and_a_cut_cable_ends_the_replica(hosts
             timeout_s=PATIENCE_S,
             what="the ranks of both hosts to end",
         )
+    finally:
+        for process in (leader, follower):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+            print(out, err)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_second_host_stages_the_model_itself_and_gives_the_tokens_of_one(hosts, tmp_path):
+    there = tmp_path / "first-host"
+    shutil.copytree(MODEL, there)
+    run = planned(tmp_path, MODEL)
+    alone = PagedBackend(config())
+    alone.submit(prompts())
+    expected: dict[int, tuple[int, ...]] = {}
+    while alone.num_unfinished:
+        expected.update({c.seq_id: c.token_ids for c in alone.step()})
+    settings = DistributedConfig(
+        num_hosts=2, rendezvous="10.77.0.1:29500", interface=CABLE, timeout_s=TIMEOUT_S
+    )
+    asked = dataclasses.replace(
+        config(tensor_parallel_size=2, distributed=settings), model=str(there)
+    )
+    leader = start(
+        hosts[0], sys.executable, "-m", "tests.ranked_owner", json.dumps(dataclasses.asdict(asked))
+    )
+    # A namespace's commands have mounts of their own: the first host's folder is empty for the second.
+    hidden = f"mount -t tmpfs none {there} && exec {sys.executable} -m tasks.follow"
+    follower = start(
+        hosts[1], "sh", "-c", hidden, **environment_of(run, tmp_path), GLOO_SOCKET_IFNAME=CABLE
+    )
+    assert leader.stdout is not None
+    try:
+        assert len(json.loads(leader.stdout.readline())) == 2
+        found = json.loads(leader.stdout.readline())
+        assert [tuple(token_ids) for token_ids in found] == [expected[i] for i in range(8)]
+        assert list((tmp_path / "cache").rglob("model.safetensors"))
+        follower.send_signal(signal.SIGTERM)
+        assert follower.wait(60) == 128 + signal.SIGTERM
+        assert json.loads(leader.stdout.readline())[0] == "EngineFault"
     finally:
         for process in (leader, follower):
             if process.poll() is None:

@@ -12,6 +12,8 @@ import pytest
 from flows.cli import build_parser, main
 from flows.console import progress_line
 from tasks.progress import Progress
+from tests.fake_hub import FakeHub
+from tests.model_files import folder_bytes
 from tests.pipeline import MODELS, Nightjar
 
 REPOSITORY = Path(__file__).parents[2]
@@ -246,10 +248,34 @@ def test_a_file_that_the_inbox_would_leave_there_is_not_submitted(nightjar, prom
     assert not (nightjar.folder / "night").exists()
 
 
-def test_a_model_that_is_elsewhere_is_sized_once_it_is_brought(nightjar):
-    refused = nightjar.call("tiers", "hf://Qwen/Qwen3-8B")
+def test_a_model_on_the_hub_is_sized_by_its_config_alone(nightjar, monkeypatch, tmp_path):
+    monkeypatch.setenv("NIGHTJAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "")
+    with FakeHub(folder_bytes(MODELS / "tiny-a")) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        there = nightjar.call("tiers", "hf://org/model@main", "--json")
+    assert there.code == 0, there.err
+    assert json.loads(there.out) == json.loads(
+        nightjar.call("tiers", str(MODELS / "tiny-a"), "--json").out
+    )
+    read = [line for line in hub.requests if "/resolve/" in line]
+    assert read
+    assert all(line.endswith("/config.json") for line in read)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_table_of_tiers_says_why_a_speed_is_missing(nightjar):
+    lines = nightjar.call("tiers", str(MODELS / "tiny-a")).out.splitlines()
+    assert lines.count("- speed not predicted: no run with nf4 weights was measured") == 1
+    assert next(line for line in lines if " nf4 " in line).split()[-3:] == ["-", "-", "-"]
+
+
+def test_a_gguf_file_that_is_not_staged_is_sized_once_it_is(nightjar, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    refused = nightjar.call("tiers", str(file))
     assert refused.code == 2
-    assert "`nightjar stage hf://Qwen/Qwen3-8B` brings it" in refused.err
+    assert f"stage it first, by `nightjar stage {file}`" in refused.err
 
 
 def test_a_model_is_sized_for_a_job_as_for_the_run_that_it_becomes(nightjar, prompts):
@@ -265,6 +291,28 @@ def test_a_model_is_sized_for_a_job_as_for_the_run_that_it_becomes(nightjar, pro
     assert json.loads(before.out) != json.loads(nightjar.call("tiers", model, "--json").out)
     missing = nightjar.call("tiers", model, "--for", "no-such-job.yaml")
     assert (missing.code, "no-such-job.yaml" in missing.err) == (2, True)
+
+
+def test_a_hardware_file_is_the_same_setting_of_run_plan_and_tiers(nightjar, prompts, tmp_path):
+    parse = build_parser().parse_args
+    for name in ("run", "plan"):
+        given = parse([name, "job.yaml", "--hardware", "a: b.yaml", "--set", "run_id=x"])
+        assert given.overrides == ['hardware.file="a: b.yaml"', "run_id=x"]
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "L4: {memory_gb: 24, bandwidth_gb_s: 300, tflops: {bfloat16: 121, float32: 30}, price_per_hour: 2}"
+    )
+    model = str(MODELS / "tiny-a")
+    job = str(nightjar.job(model, prompts, hardware__file=str(file)))
+    of_job = nightjar.call("tiers", model, "--for", job, "--json")
+    rows = json.loads(of_job.out)
+    assert {row["gpu"] for row in rows} == {"L4"}
+    assert all(row["usd"] is not None for row in rows if row["fits"])
+    bare = str(nightjar.job(model, prompts))
+    assert (
+        of_job.out
+        == nightjar.call("tiers", model, "--for", bare, "--hardware", str(file), "--json").out
+    )
 
 
 def test_the_same_bytes_in_another_place_are_told_the_place_of_their_run(nightjar, prompts):

@@ -28,6 +28,7 @@ from inference.model_config import model_shape
 from inference.roofline import Workload
 from inference.tier import Options
 from inference.tiers import choose_tier
+from tasks.gpu_products import INSTANCES, PRODUCTS
 from tasks.hardware import load_hardware
 from tasks.job_variables import ProvisionError, check_job_variables
 from tasks.provision import Placement, launch_of
@@ -118,10 +119,9 @@ def test_the_job_variables_of_every_tier_on_every_provider_are_as_recorded():
         for provider in ("process", "ecs")
         if ranks > GPUS[gpu].gpus_per_host
     }
-    not_nvidia = {
-        f"{ranks}x MI300X by {kind}" for ranks in (1, 8, 16) for kind in ("kubernetes", "ecs")
-    }
-    assert refused == over_two_hosts | not_nvidia
+    nowhere = {f"{ranks}x {gpu} by ecs" for gpu, ranks in EVERY_TIER if gpu not in INSTANCES}
+    nowhere |= {f"{ranks}x {gpu} by kubernetes" for gpu, ranks in EVERY_TIER if gpu not in PRODUCTS}
+    assert refused == over_two_hosts | nowhere
 
 
 def variables(name, provider):
@@ -224,7 +224,8 @@ def test_every_tier_s_manifest_is_of_strict_schema_and_indexed_over_its_hosts(gp
 
 
 @pytest.mark.parametrize(
-    ("gpu", "ranks"), [(gpu, n) for gpu, n in NVIDIA if n <= GPUS[gpu].gpus_per_host]
+    ("gpu", "ranks"),
+    [(gpu, n) for gpu, n in EVERY_TIER if gpu in INSTANCES and n <= GPUS[gpu].gpus_per_host],
 )
 def test_every_tier_s_ecs_task_passes_botocore_and_asks_for_its_gpus(gpu, ranks):
     task = render("ecs", variables_of(gpu, ranks, "ecs"))["task_definition"]
@@ -376,10 +377,23 @@ def test_the_image_runs_as_nobody_special_and_copies_what_exists():
             assert all((ROOT / source).exists() for source in sources if source not in elsewhere)
 
 
+def test_the_image_has_what_reads_from_nvme_built_for_any_cpu_where_the_runtime_looks_for_it():
+    text = (ROOT / "deployments" / "Dockerfile").read_text()
+    build, last = text.split("\nFROM")[-2:]
+    assert re.search(r"apt-get install .*build-essential libaio-dev", build)
+    (step,) = [line for line in build.splitlines() if "inference.async_io --portable" in line]
+    assert step.startswith("RUN ")
+    folder = "TORCH_EXTENSIONS_DIR=/opt/nightjar/torch_extensions"
+    assert build.index(folder) < build.index(step)  # under what the last stage copies
+    assert folder in last
+    assert "COPY --from=build /opt/nightjar /opt/nightjar" in last
+    assert re.search(r"apt-get install .*libaio1", last)
+
+
 def entrypoint(tmp_path, *argv, **env):
-    """Run the entrypoint with a torchrun that prints what it was given."""
-    fake = tmp_path / "torchrun"
-    fake.write_text('#!/bin/sh\necho torchrun "$@"\n')
+    """Run the entrypoint with a Python that prints what it was given."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho python "$@"\n')
     fake.chmod(0o755)
     return subprocess.run(
         [ROOT / "deployments" / "entrypoint.sh", *argv],
@@ -394,16 +408,5 @@ def entrypoint(tmp_path, *argv, **env):
 def test_the_first_pod_runs_the_flow_and_the_others_join_it(tmp_path):
     assert entrypoint(tmp_path, "echo", "flow run") == "flow run"
     assert entrypoint(tmp_path, "echo", "flow run", JOB_COMPLETION_INDEX="0") == "flow run"
-    joined = entrypoint(
-        tmp_path,
-        "echo",
-        "flow run",
-        JOB_COMPLETION_INDEX="1",
-        NIGHTJAR_NUM_HOSTS="2",
-        NIGHTJAR_GPUS_PER_HOST="8",
-        NIGHTJAR_LEADER="replica-x-0.nightjar-ranks",
-    )
-    assert joined == (
-        "torchrun --nnodes 2 --node-rank 1 --nproc-per-node 8 "
-        "--master-addr replica-x-0.nightjar-ranks --master-port 29500 -m inference"
-    )
+    joined = entrypoint(tmp_path, "echo", "flow run", JOB_COMPLETION_INDEX="1")
+    assert joined == "python -m tasks.follow"

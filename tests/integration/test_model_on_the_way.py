@@ -191,6 +191,17 @@ def test_a_look_tells_the_id_of_the_whole_model_and_moves_no_weight_file(
         assert not list((tmp_path / cache).rglob("*.safetensors"))
 
 
+def test_a_model_in_a_store_is_sized_by_its_config_alone(
+    nightjar: Nightjar, proxy: FaultProxy, seaweed: Seaweed
+) -> None:
+    storage = ("--endpoint-url", proxy.endpoint_url)
+    there = nightjar.call("tiers", put_model(seaweed, SHARDED), *storage, "--json")
+    assert there.code == 0, there.err
+    assert there.out == nightjar.call("tiers", str(SHARDED), "--json").out
+    assert proxy.count(r"^GET .*config\.json HTTP") == 1
+    assert proxy.count(r"^GET .*\.safetensors HTTP") == 0
+
+
 def test_a_folder_that_only_the_replicas_have_does_not_stop_planning(
     nightjar: Nightjar, proxy: FaultProxy, seaweed: Seaweed, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
-from inference.backends import create_backend
+from inference.backends import check_engine, create_backend
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
+from inference.weights import check_small_files
 from tests.fp8_checkpoints import quantised_in_blocks, store
 from tests.pipeline import CASES, MODELS, Nightjar
 from tests.tiny_models import EXPERTS, SIZES, make_model
@@ -68,6 +70,85 @@ def test_what_cannot_be_read_is_refused_by_name_with_the_remedy(settings, backen
     folder = store(Path(shutil.copytree(MODELS / "tiny-a", tmp_path / "model")), settings)
     with pytest.raises(EngineConfigError, match=words):
         run(folder, backend)
+
+
+NO_BACKEND = "which no backend reads; use the unquantised checkpoint, or one stored as"
+NEEDS_TRANSFORMERS = "which the {backend} backend cannot read; use engine.backend transformers"
+CANNOT_SHARE = "which the zero backend cannot share out; use engine.backend auto"
+STORED: dict[str, dict[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "fp8 in blocks": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "static"},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "mxfp4": {"quant_method": "mxfp4"},
+    "unknown": {"bits": 4},
+}
+REFUSED = {
+    **{
+        (kind, backend): f"stored as {kind}, {NEEDS_TRANSFORMERS.format(backend=backend)}"
+        for kind in ("gptq", "awq")
+        for backend in ("paged", "zero")
+    },
+    ("bitsandbytes", "zero"): f"stored as bitsandbytes, {CANNOT_SHARE}",
+    ("fp8 in blocks", "zero"): f"stored as fp8, {CANNOT_SHARE}",
+    **{
+        (
+            "fp8",
+            backend,
+        ): "fp8 without weight_block_size, which is not known here; use a checkpoint in"
+        for backend in ("transformers", "paged", "zero")
+    },
+    **{
+        (kind, backend): f"stored as {kind}, {NO_BACKEND}"
+        for kind in ("compressed-tensors", "modelopt", "mxfp4", "unknown")
+        for backend in ("transformers", "paged", "zero")
+    },
+}
+
+
+@pytest.mark.parametrize("backend", ["transformers", "paged", "zero"])
+@pytest.mark.parametrize("kind", STORED)
+def test_each_way_to_store_weights_is_read_or_refused_by_name_before_any_weight(
+    kind, backend, tmp_path
+):
+    folder = store(Path(shutil.copytree(MODELS / "tiny-a", tmp_path / "model")), STORED[kind])
+    (folder / "model.safetensors").unlink()
+    config = EngineConfig(model=str(folder), backend=backend)
+    words = REFUSED.get((kind, backend))
+    with nullcontext() if words is None else pytest.raises(EngineConfigError, match=words):
+        check_engine(check_small_files(folder), config, is_here=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")]
+)
+@pytest.mark.parametrize("backend", ["transformers", "paged", "zero"])
+def test_weights_whose_config_does_not_say_that_they_are_quantised_are_refused_with_the_file_that_does(
+    name, kind, backend, tmp_path
+):
+    folder = Path(shutil.copytree(MODELS / "tiny-a", tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text(json.dumps({"bits": 4, "group_size": 128}))
+    config = EngineConfig(model=str(folder), backend=backend)
+    words = (
+        f"{name} says that weights are stored as {kind}, and config.json has no quantization_config"
+    )
+    with pytest.raises(EngineConfigError, match=words):
+        check_engine(check_small_files(folder), config, is_here=False)
+
+
+def test_weights_of_a_part_of_the_model_that_are_quantised_are_refused(tmp_path):
+    folder = Path(shutil.copytree(MODELS / "tiny-a", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] = {"quantization_config": STORED["gptq"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineConfigError, match="text_config has a quantization_config of its own"):
+        check_engine(
+            check_small_files(folder), EngineConfig(model=str(folder), backend="transformers")
+        )
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from inference.backends import create_backend
+from inference.backends.ranked import RankedBackend
 from inference.backends.transformers import TransformersBackend
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
@@ -24,7 +26,7 @@ from tests.pipeline import expected as expected_of
 from tests.tiny_models import EXPERTS, MODELS, SIZES, make_model
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-from inference.async_io import load_async_io
+from inference.async_io import build_folder, load_async_io
 from inference.backends.zero import ZeroBackend
 from inference.deepspeed_setup import import_deepspeed
 
@@ -164,19 +166,99 @@ def test_ranks_that_run_out_of_rows_leave_no_other_waiting():
     assert ranks.stats.num_prompt_tokens == sum(len(s.prompt_token_ids) for s in [*one, *uneven])
 
 
+def test_ranks_of_which_one_is_out_of_memory_go_on_together_with_half_its_batch(
+    monkeypatch, caplog
+):
+    monkeypatch.setenv("NIGHTJAR_TEST_MOST_ROWS", "3")
+    settings = config(MODELS / "tiny-a", tensor_parallel_size=2, max_num_seqs=8)
+    ranks = RankedBackend(settings, module="tests.small_rank")
+    before = ranks.ranks.pids
+    with caplog.at_level(logging.WARNING, "inference"):
+        ranks.submit(sequences(16))
+        found = {}
+        while ranks.num_unfinished:
+            found |= {completion.seq_id: completion for completion in ranks.step()}
+    after = ranks.ranks.pids
+    ranks.close()
+    assert found == expected(MODELS / "tiny-a", sequences(16))
+    assert set(before.values()).isdisjoint(after.values())
+    assert "start again with at most 4 sequences at once instead of 8" in caplog.text
+    assert "start again with at most 2 sequences at once instead of 4" in caplog.text
+
+
+def test_of_ranks_too_the_one_sequence_that_is_too_large_alone_fails_and_the_others_go_on(
+    monkeypatch,
+):
+    given = sequences(6)
+    lengths = [len(sequence.prompt_token_ids) for sequence in given]
+    (large,) = [s for s in given if len(s.prompt_token_ids) == max(lengths)]
+    # Dealt by turns, it would be on either rank; submitted second, it is on the small one.
+    given = [given[0], large, *(s for s in given[1:] if s is not large)]
+    monkeypatch.setenv("NIGHTJAR_TEST_FULL_AT", str(max(lengths)))
+    settings = config(MODELS / "tiny-a", tensor_parallel_size=2, max_num_seqs=2)
+    found = run(RankedBackend(settings, module="tests.small_rank"), given)
+    failed = found.pop(large.seq_id)
+    assert failed.finish_reason == "error"
+    assert "out of memory with this sequence alone" in failed.error
+    wanted = expected(MODELS / "tiny-a", given)
+    assert found == {seq_id: c for seq_id, c in wanted.items() if seq_id != large.seq_id}
+
+
 @pytest.fixture(scope="module")
 def async_io() -> None:
     """DeepSpeed's NVMe operator; minutes to build, so only where it has been built before."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    from inference.async_io import build_folder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        pytest.skip("libaio is not installed")
     if not (build_folder("async_io") / "async_io.so").exists():
         pytest.skip("async_io is not built; python -m inference.async_io")
     import_deepspeed()
     load_async_io()
+
+
+LOAD = """
+import sys
+from inference.async_io import load_async_io
+from inference.deepspeed_setup import import_deepspeed
+from inference.errors import InferenceError
+import_deepspeed()
+try:
+    print(load_async_io().__file__)
+except InferenceError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def loaded_without_a_compiler(folder: Path, tmp_path: Path) -> str:
+    """What a process says that finds operators in `folder` and no compiler anywhere."""
+    (tmp_path / "bin").mkdir()
+    return subprocess.run(
+        [sys.executable, "-c", LOAD],
+        env={**os.environ, "PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(folder)},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    ).stdout.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("async_io")
+def test_what_was_built_for_an_image_is_loaded_where_nothing_can_be_built(tmp_path):
+    built = build_folder("async_io")
+    assert loaded_without_a_compiler(built.parent, tmp_path) == str(built / "async_io.so")
+
+
+def test_what_was_built_for_another_torch_is_refused_with_its_path(tmp_path):
+    for name in ("pin_memory", "async_io"):
+        (tmp_path / "ops" / name).mkdir(parents=True)
+        (tmp_path / "ops" / name / f"{name}.so").write_bytes(b"not a library")
+    said = loaded_without_a_compiler(tmp_path / "ops", tmp_path)
+    assert said.startswith(
+        f"EngineFault {tmp_path}/ops/pin_memory/pin_memory.so: built for another"
+    )
+    assert "build it again by `python -m inference.async_io`" in said
+
+
+def test_without_a_compiler_and_without_what_it_built_nvme_is_refused(tmp_path):
+    said = loaded_without_a_compiler(tmp_path / "ops", tmp_path)
+    assert said.startswith("EngineConfigError engine.offload is nvme: needs libaio and its headers")
 
 
 @pytest.mark.usefixtures("async_io")

@@ -16,7 +16,7 @@ ENTRY = {"memory_gb": 80, "bandwidth_gb_s": 2000, "tflops": {"bfloat16": 300}}
 def test_the_file_lists_every_gpu_type_and_leaves_prices_to_the_user():
     gpus = load_hardware()
     assert [gpu.name for gpu in gpus] == [
-        "T4", "L4", "A10", "L40S", "A100-40", "A100-80", "H100", "H200", "B200", "MI300X",
+        "T4", "L4", "A10", "L40S", "A100-40", "A100-80", "H100-PCIE", "H100-NVL", "H100", "H200", "B200", "MI300X",
     ]  # fmt: skip
     assert all(gpu.price_per_hour is None for gpu in gpus)
 
@@ -80,6 +80,8 @@ def test_a_file_that_is_no_table_of_gpus_is_refused_with_its_path(tmp_path):
         ("NVIDIA A10G", 22.1, "A10"),
         ("Tesla T4", 14.6, "T4"),
         ("AMD Instinct MI300X", 191.7, "MI300X"),
+        ("NVIDIA H100 PCIe", 79.1, "H100-PCIE"),
+        ("NVIDIA H100 NVL", 93.1, "H100-NVL"),
     ],
 )
 def test_a_device_is_found_by_what_the_driver_calls_it(device, memory_gib, name):
@@ -88,8 +90,22 @@ def test_a_device_is_found_by_what_the_driver_calls_it(device, memory_gib, name)
     assert found.name == name
 
 
+def test_an_h100_for_pcie_has_the_data_sheet_s_numbers_of_its_own():
+    known = {gpu.name: gpu for gpu in load_hardware()}
+    pcie, sxm = known["H100-PCIE"], known["H100"]
+    assert (pcie.bandwidth, pcie.flops["bfloat16"], pcie.link) == (2.0e12, 756e12, "pcie")
+    assert pcie.bandwidth < sxm.bandwidth
+    assert pcie.link_bandwidth < sxm.link_bandwidth
+
+
+def test_a_file_that_knows_only_the_plain_type_takes_a_variant_for_it():
+    known = [gpu for gpu in load_hardware() if gpu.name == "H100"]
+    found = match_gpu("NVIDIA H100 PCIe", 79.1 * 2**30, known)
+    assert found is not None
+    assert found.name == "H100"
+
+
 def test_an_unknown_device_is_not_taken_for_another():
     assert match_gpu("NVIDIA GeForce RTX 4090", 24 * 2**30, load_hardware()) is None
     assert match_gpu("NVIDIA L40", 44.4 * 2**30, load_hardware()) is None
-    assert match_gpu("NVIDIA H100 NVL", 93.1 * 2**30, load_hardware()) is None
     assert match_gpu("NVIDIA H100 PCIe MIG 1g.10gb", 10 * 2**30, load_hardware()) is None

@@ -25,6 +25,7 @@ def tier(gpu="H100", tp=1, replicas=1, offload="none", num_gpus=None):
     return Tier(
         gpu=gpu,
         num_gpus=num_gpus or tp * replicas,
+        memory_bytes=(num_gpus or tp * replicas) * 80e9,
         tensor_parallel_size=tp,
         replicas=replicas,
         quantization="none",
@@ -34,11 +35,13 @@ def tier(gpu="H100", tp=1, replicas=1, offload="none", num_gpus=None):
         offload=offload,
         num_hosts=1,
         weight_bytes_per_gpu=16 * 10**9,
+        kv_bytes_per_gpu=10 * 10**9,
         kv_tokens=100_000,
         num_running=256,
         completion_tokens_per_s=1000.0,
         total_tokens_per_s=2000.0,
         seconds=3600.0,
+        usd_per_hour=None,
         usd=None,
         usd_per_million_tokens=None,
     )
@@ -219,3 +222,20 @@ def test_environment_of_the_job_variables_goes_over_that_of_the_tier_key_by_key(
     env = launch(tier(), "kubernetes", placement=placement).job_variables["env"]
     assert env["NCCL_DEBUG"] == "INFO"
     assert env["NIGHTJAR_NUM_HOSTS"] == "1"
+
+
+def test_nodes_with_either_name_of_a_card_will_do():
+    variables = launch(tier("A10"), "kubernetes").job_variables
+    assert variables["node_selector"] == {}
+    (term,) = variables["affinity"]["nodeAffinity"][
+        "requiredDuringSchedulingIgnoredDuringExecution"
+    ]["nodeSelectorTerms"]
+    assert term["matchExpressions"] == [
+        {
+            "key": "nvidia.com/gpu.product",
+            "operator": "In",
+            "values": ["NVIDIA-A10", "NVIDIA-A10G"],
+        }
+    ]
+    fixed = Placement(node_selector={"pool": "a10"})
+    assert "affinity" not in launch(tier("A10"), "kubernetes", placement=fixed).job_variables

@@ -1,6 +1,7 @@
 """Which tiers fit, which one is chosen and why, and what a refusal says."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from inference.errors import EngineConfigError
 from inference.model_config import model_shape
 from inference.roofline import Workload
 from inference.tier import Options
+from inference.tier_price import LOAD_BANDWIDTH, PINNED_LOAD_BANDWIDTH, RANKS_STARTUP_S, STARTUP_S
 from inference.tiers import choose_tier, size_model, tiers_table
 from inference.weights import SmallFiles
 from tasks.hardware import load_hardware
@@ -141,6 +143,112 @@ def test_a_type_without_a_price_is_listed_but_not_chosen_over_priced_ones():
     sizing = size_model(QWEN3_8B, [*priced("L4"), GPUS["B200"]], WORKLOAD)
     assert sizing.best.gpu == "L4"
     assert any(tier.gpu == "B200" for tier in sizing.tiers)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [(QWEN3_8B, (1, "A100-40")), (QWEN3_32B, (1, "H200")), (LLAMA_70B, (4, "A100-80"))],
+)
+def test_without_prices_the_smallest_gpus_with_room_for_kv_cache_are_chosen(model, expected):
+    known = [gpu for gpu in GPUS.values() if gpu.name != "MI300X"]
+    plain = Options(quantizations=("none",))
+    tier = choose_tier(model, known, WORKLOAD, options=plain)
+    assert (tier.num_gpus, tier.gpu) == expected
+    assert tier.kv_bytes_per_gpu >= tier.weight_bytes_per_gpu
+    assert "the smallest GPUs whose KV cache outweighs the weights (no prices are given; with" in (
+        tier.reason
+    )
+
+
+def test_without_prices_a_deadline_takes_larger_gpus_only_as_far_as_it_needs():
+    plain = Options(quantizations=("none",))
+    known = list(GPUS.values())
+    free = choose_tier(QWEN3_8B, known, WORKLOAD, options=plain)
+    pressed = choose_tier(QWEN3_8B, known, WORKLOAD, options=plain, deadline_s=free.seconds / 4)
+    assert pressed.seconds <= free.seconds / 4
+    in_time = [
+        tier
+        for tier in size_model(QWEN3_8B, known, WORKLOAD, options=plain).tiers
+        if tier.seconds <= free.seconds / 4 and tier.has_kv_room
+    ]
+    assert pressed.memory_bytes <= 1.1 * min(tier.memory_bytes for tier in in_time)
+
+
+def test_of_one_type_the_fewest_gpu_hours_are_the_cheapest_whatever_it_costs():
+    plain = Options(quantizations=("none",))
+    tier = choose_tier(QWEN3_32B, [GPUS["H100"]], WORKLOAD, options=plain)
+    tiers = size_model(QWEN3_32B, [GPUS["H100"]], WORKLOAD, options=plain).tiers
+    assert tier.gpu_hours == min(other.gpu_hours for other in tiers)
+    assert "the fewest GPU-hours" in tier.reason
+
+
+SOFTCAPPED = shape(42, 3584, 14336, 16, 8, family="gemma2")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "because"),
+    [
+        (QWEN3_8B, Options(quantizations=("int8",)), "no run with int8 weights was measured"),
+        (QWEN3_8B, Options(quantizations=("nf4",)), "no run with nf4 weights was measured"),
+        (QWEN3_8B, Options(backend="transformers"), "no run of the transformers backend was"),
+        (SOFTCAPPED, Options(), "no run of the transformers backend was measured"),
+    ],
+)
+def test_the_speed_of_what_was_never_measured_is_not_predicted(model, options, because):
+    known = priced("L4", "A100-80", "H100")
+    sizing = size_model(model, known, WORKLOAD, options=options, deadline_s=60, budget_usd=0.01)
+    assert sizing.tiers
+    assert f"speed not predicted: {because}" in sizing.best.reason
+    for row in tiers_table(sizing, detail="all"):
+        if row["fits"]:
+            for name in ("hours", "usd", "completion_tokens_per_s", "gpu_hours"):
+                assert row[name] is None
+    json.dumps(tiers_table(sizing), allow_nan=False)
+    assert sizing.best.usd_per_hour == min(
+        tier.usd_per_hour
+        for tier in sizing.tiers
+        if tier.has_kv_room and tier.quantization == sizing.best.quantization
+    )
+
+
+def test_what_is_predicted_comes_before_what_is_not():
+    one = [replace(gpu, max_count=1) for gpu in priced("L4", "A100-80", "H100")]
+    sizing = size_model(LLAMA_70B, one, WORKLOAD, options=Options(backend="paged"))
+    assert {tier.quantization for tier in sizing.tiers} == {"fp8", "int8", "nf4"}
+    assert sizing.best.quantization == "fp8"
+
+
+def test_the_transformers_backend_that_a_job_names_is_what_is_sized():
+    asked = Options(backend="transformers")
+    for model in (QWEN3_8B, LLAMA_70B, SOFTCAPPED):
+        tiers = size_model(model, list(GPUS.values()), WORKLOAD, options=asked).tiers
+        assert {tier.backend for tier in tiers} == {"transformers"}
+        assert {tier.tensor_parallel_size for tier in tiers} == {1}
+    large = replace(asked, quantizations=("none",))
+    parallel = replace(large, tensor_parallel_size=2)
+    tier = choose_tier(LLAMA_70B, [GPUS["H200"]], WORKLOAD, options=large)
+    assert (tier.offload, tier.num_gpus) == ("none", 1)
+    held = choose_tier(QWEN3_32B, [GPUS["A100-40"]], WORKLOAD, options=large)
+    assert (held.offload, held.backend) == ("cpu", "transformers")
+    with pytest.raises(EngineConfigError, match="the transformers backend runs on one GPU"):
+        choose_tier(QWEN3_8B, [GPUS["H100"]], WORKLOAD, options=parallel)
+
+
+def test_a_start_takes_as_long_as_was_measured():
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+
+    def number(file, pattern):
+        return float(re.search(pattern, (results / file).read_text())[1])
+
+    first_call = number("load_h100_202611.md", r"the first call of a process \| ([\d.]+)")
+    to_token = number("forecast_h100_202611.md", r"first token after \| \*\*(15[\d.]+) s")
+    assert pytest.approx(to_token - 16.4 / first_call, abs=0.1) == STARTUP_S
+    disk = number("load_h100_202611.md", r"disk, ours, 8 threads \| ([\d.]+)")
+    assert disk * 1e9 == LOAD_BANDWIDTH
+    ranks = number("ranks_h100_202611.md", r"start, 32B over two ranks \| (\d+) s")
+    assert pytest.approx(ranks - 2.4) == RANKS_STARTUP_S
+    pinned = number("zero_h100_202611.md", r"load \| 1\.8 s / (\d+) s")
+    assert pytest.approx(65.5e9 / pinned, rel=0.01) == PINNED_LOAD_BANDWIDTH
 
 
 def test_a_deadline_takes_as_many_gpus_as_it_needs():
