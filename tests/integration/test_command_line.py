@@ -307,7 +307,7 @@ def test_a_hardware_file_is_the_same_setting_of_run_plan_and_tiers(nightjar, pro
     of_job = nightjar.call("tiers", model, "--for", job, "--json")
     rows = json.loads(of_job.out)
     assert {row["gpu"] for row in rows} == {"L4"}
-    foretold = [row for row in rows if row["hours"] is not None]
+    foretold = [row for row in rows if row.get("hours") is not None]
     assert foretold, rows
     assert all(row["usd"] is not None for row in foretold)
     bare = str(nightjar.job(model, prompts))
