@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,17 +44,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), config)
 
 
-def generate(model: Path, size: int, *, enforce_eager: bool = False) -> dict[int, tuple[int, ...]]:
+def generate(model: Path, size: int, **changes: Any) -> dict[int, tuple[int, ...]]:
+    settings = {"backend": "paged", "dtype": "float32", "max_num_seqs": 64, "max_model_len": 256}
     backend = create_backend(
-        EngineConfig(
-            model=str(model),
-            backend="paged",
-            dtype="float32",
-            max_num_seqs=64,
-            max_model_len=256,
-            tensor_parallel_size=size,
-            enforce_eager=enforce_eager,
-        )
+        EngineConfig(model=str(model), tensor_parallel_size=size, **{**settings, **changes})
     )
     try:
         backend.submit(
@@ -92,6 +86,14 @@ def test_experts_on_two_devices_give_the_tokens_of_one(tmp_path):
     )
     model = make_model(tmp_path / "model", config)
     expected, found = generate(model, 1), generate(model, 2)
+    assert sum(found[i] == expected[i] for i in expected) >= 46
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_zero_over_two_devices_gives_the_tokens_of_one(model, offload):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    expected = generate(model, 1, backend="transformers")
+    found = generate(model, 2, backend="zero", offload=offload, max_num_seqs=16)
     assert sum(found[i] == expected[i] for i in expected) >= 46
 
 
