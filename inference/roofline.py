@@ -26,6 +26,9 @@ ELEMENTWISE_SHARE = 0.6
 PREFILL_ATTENTION_SHARE = 0.5
 KV_BANDWIDTH_SHARE = 0.93
 KV_BANDWIDTH_SHARE_FP8 = 0.83  # converting them costs time
+EXPERT_BANDWIDTH_SHARE_FP8 = (
+    0.65  # with what surrounds them: 30B-A3B on one H100, 235B-A22B on four
+)
 ALL_REDUCE_LATENCY_S = {"nvlink": 12e-6, "xgmi": 15e-6, "pcie": 30e-6, "network": 60e-6}
 SUM_SURROUNDINGS_S = 16e-6
 """What each sum over ranks costs around it, narrower products and waiting: 32B and 8B over two H200s, 32B over two H100s."""
@@ -247,6 +250,8 @@ class Replica:
             # bitsandbytes writes the weight out in 16 bits and reads it back on every call.
             linear += 2 * element
         expert = shape.expert_bytes_per_param(self.dtype, self.quantization)
+        if self._layer_dtype() == "fp8":
+            expert /= EXPERT_BANDWIDTH_SHARE_FP8
         read = (
             (shape.num_attention_params + shape.num_mlp_params) * linear
             + shape.num_expert_params * expert * self._expert_coverage(tokens)

@@ -57,6 +57,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     },
+    "235b-a22b": {
+        **_COMMON,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
     "tiny": {
         "vocab_size": 151_936,
         "hidden_size": 64,
@@ -156,3 +169,24 @@ def fill_randomly(model: Any) -> None:
             parameter.normal_(std=0.02)
         else:
             parameter.fill_(1.0)
+
+
+def alias_randomly(model: Any) -> None:
+    """Put one run of random values under all parameters, begun elsewhere in each; vectors become ones.
+
+    For weights that are only read, and that host memory would not hold: they take what the largest of them does.
+    """
+    largest = max(parameter.numel() for parameter in model.parameters())
+    values = torch.empty(largest + _NUM_RANDOM_VALUES, dtype=model.dtype)
+    values.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    begin, made = 0, {}
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(old) not in made:
+                part = values[begin : begin + old.numel()].view(old.shape)
+                part = part if old.dim() > 1 else torch.ones_like(old, device="cpu")
+                made[id(old)] = torch.nn.Parameter(part, requires_grad=False)
+                begin = (begin + old.numel()) % _NUM_RANDOM_VALUES // 64 * 64
+            setattr(module, name, made[id(old)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to("cpu"))

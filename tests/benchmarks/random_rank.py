@@ -20,16 +20,18 @@ from inference.arriving import Arriving
 from inference.backends import paged
 from inference.build_engine import build_engine
 from inference.config import EngineConfig
+from inference.errors import EngineConfigError
 from inference.loading import empty_model
 from inference.model import PagedModel
 from inference.paged_settings import PagedSettings
 from inference.partition import _allocate, cut
 from inference.rank_exit import ExitCode
 from inference.tensor_parallel import TensorParallel
-from inference.weights import check_model_folder
-from tests.benchmarks.random_model import fill_randomly
+from inference.weights import SmallFiles, check_model_folder
+from tests.benchmarks.random_model import alias_randomly, fill_randomly
 
 logger = logging.getLogger("bench")
+_loading_device = paged._loading_device
 
 
 def random_part(
@@ -40,10 +42,25 @@ def random_part(
     model = empty_model(check_model_folder(files.folder()), config)
     if ranks.size > 1:
         cut(model, ranks)
-    _allocate(model, device)
-    fill_randomly(model)
+    if (
+        device.type == "cpu" and torch.cuda.is_available()
+    ):  # to be quantised on their way to the device
+        alias_randomly(model)
+    else:
+        _allocate(model, device)
+        fill_randomly(model)
     _say(f"weights in {time.perf_counter() - started_at:.1f} s")
     return model.eval()
+
+
+def place_for(
+    folder: SmallFiles, config: EngineConfig, ranks: TensorParallel, device: torch.device
+) -> torch.device:
+    """Where the weights are filled before they are quantised: in host memory if need be, which they hardly take."""
+    try:
+        return _loading_device(folder, config, ranks, device)
+    except EngineConfigError:
+        return torch.device("cpu")
 
 
 def reported_build(model: PagedModel, settings: PagedSettings, make_row: Any) -> Any:
@@ -77,6 +94,7 @@ def main(arguments: list[str]) -> ExitCode:
     faulthandler.dump_traceback_later(60, repeat=True)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     paged._load = random_part
+    paged._loading_device = place_for
     paged.build_engine = reported_build
     return rank_process.main(arguments)
 

@@ -47,6 +47,9 @@ MODELS = {
     "30B-A3B": qwen3(
         48, 2048, 6144, 32, 4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
     ),
+    "235B-A22B": qwen3(
+        94, 4096, 12288, 64, 4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536
+    ),
 }
 
 
@@ -97,14 +100,20 @@ def test_a_predicted_run_lies_within_15_percent_of_the_simulated_one(
         ("8B", "fp8", "uniform", 256, 10.68),
         ("8B", "fp8", "chat", 1024, 10.89),
         ("8B", "fp8", "template", 1024, 7.64),
+        ("30B-A3B", "none", "chat", 1024, 26.59),
+        ("30B-A3B", "fp8", "chat", 1024, 17.06),
+        ("32B over 4", "none", "chat", 1024, 19.89),
+        ("235B-A22B over 4", "fp8", "chat", 1024, 39.58),
     ],
 )
 def test_every_shape_that_was_measured_is_predicted_within_20_percent(
     model, quantization, name, count, measured
 ):
+    model, _, ranks = model.partition(" over ")
     replica = Replica(
         shape=MODELS[model],
         gpu=H100,
+        tensor_parallel_size=int(ranks or 1),
         quantization=quantization,
         kv_cache_dtype="fp8" if quantization == "fp8" else "auto",
     )
