@@ -72,7 +72,7 @@ class Case:
     def is_whole(self) -> bool:
         return main(["verify", str(self.run), "--json"]) == 0
 
-    def wait_for_work(self, num_replicas: int = 2, *, timeout_s: float = 120) -> None:
+    def wait_for_work(self, num_replicas: int = 2, *, timeout_s: float = 240) -> None:
         """Wait until so many replicas hold shards and some are committed."""
 
         def is_reached() -> bool:
