@@ -74,8 +74,8 @@ class RetryPolicy:
     base_s: float = 0.1
     cap_s: float = 5.0
 
-    stall_s: float = 30.0
-    """A body of which half a megabyte takes longer is cut off and asked for again."""
+    stall_s: float = 60.0
+    """A body of which 2 MiB take longer is cut off and asked for again."""
 
     patience_s: float = 150.0
     """Nothing is tried again once so long has passed without anything done."""

@@ -198,7 +198,7 @@ class _HttpBody:
             raise StoreUnavailable(f"{self._where}: {error!r}") from error
         if not count and self._pace.is_cut:
             raise StoreUnavailable(
-                f"{self._where}: fewer than {PIECE_BYTES >> 10} KiB came in {self._pace.stall_s:.0f} s"
+                f"{self._where}: fewer than {PIECE_BYTES >> 20} MiB came in {self._pace.stall_s:.0f} s"
             )
         self._left -= count
         return count

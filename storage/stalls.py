@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-PIECE_BYTES = 512 << 10
+PIECE_BYTES = 2 << 20
 """What must come within `RetryPolicy.stall_s`, or all that is left."""
 
 _LOOK_EVERY_S = 1.0
