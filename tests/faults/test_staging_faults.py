@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
@@ -54,10 +55,10 @@ def cache() -> Iterator[Path]:
         yield Path(folder)
 
 
-def stage(proxy: FaultProxy, source: str, cache: Path, **options: object) -> StagedModel:
+def stage(proxy: FaultProxy, source: str, cache: Path, **options: Any) -> StagedModel:
     config = StorageConfig(endpoint_url=proxy.endpoint_url, region="us-east-1")
     options = {"retry": FAST} | options
-    return stage_model(source, config=config, stage_to=str(cache), **options)  # type: ignore[arg-type]
+    return stage_model(source, config=config, stage_to=str(cache), **options)
 
 
 def is_whole(cache: Path) -> bool:

@@ -131,14 +131,19 @@ def environment_of(run: str, folder: Path) -> dict[str, str]:
     }
 
 
+def tokens_of_one_host() -> dict[int, tuple[int, ...]]:
+    alone = PagedBackend(config())
+    alone.submit(prompts())
+    found: dict[int, tuple[int, ...]] = {}
+    while alone.num_unfinished:
+        found.update({c.seq_id: c.token_ids for c in alone.step()})
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_hosts_give_the_tokens_of_one_and_a_cut_cable_ends_the_replica(hosts):
-    alone = PagedBackend(config())
-    alone.submit(prompts())
-    expected: dict[int, tuple[int, ...]] = {}
-    while alone.num_unfinished:
-        expected.update({c.seq_id: c.token_ids for c in alone.step()})
+    expected = tokens_of_one_host()
     settings = DistributedConfig(
         num_hosts=2, rendezvous="10.77.0.1:29511", interface=CABLE, timeout_s=TIMEOUT_S
     )
@@ -184,11 +189,7 @@ def test_a_second_host_stages_the_model_itself_and_gives_the_tokens_of_one(hosts
     there = tmp_path / "first-host"
     shutil.copytree(MODEL, there)
     run = planned(tmp_path, MODEL)
-    alone = PagedBackend(config())
-    alone.submit(prompts())
-    expected: dict[int, tuple[int, ...]] = {}
-    while alone.num_unfinished:
-        expected.update({c.seq_id: c.token_ids for c in alone.step()})
+    expected = tokens_of_one_host()
     settings = DistributedConfig(
         num_hosts=2, rendezvous="10.77.0.1:29500", interface=CABLE, timeout_s=TIMEOUT_S
     )
