@@ -5,12 +5,11 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto import mock_aws
 
-from storage import probe
 from storage.s3_client import make_client
 from storage.s3_store import S3Store
 from tests.conformance import capabilities
+from tests.moto_in_turn import moto_in_turn
 from tests.object_store_contract import ObjectStoreContract
 from tests.seaweed import Seaweed
 
@@ -30,8 +29,7 @@ def test_the_double_is_weaker_than_a_real_server_and_it_is_known_where(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    monkeypatch.setattr(probe, "_NUM_RACERS", 1)  # moto cannot take three writes at once
-    with mock_aws():
+    with moto_in_turn():
         client = make_client()
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="conformance")
         found = capabilities(S3Store("s3://conformance/x", client=client))

@@ -17,13 +17,12 @@ import boto3
 import pytest
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError
-from moto import mock_aws
 from moto.core.authorization import disable_iam_authentication, enable_iam_authentication
 from moto.core.botocore_stubber import MockRawResponse
 
 from flows.cli import main
 from flows.config import load_job
-from storage import keys, probe
+from storage import keys
 from storage.commits import current_commits
 from storage.errors import AccessDenied
 from storage.manifest import digest
@@ -38,6 +37,7 @@ from tasks.run_folder import open_run
 from tasks.run_record import read_record
 from tasks.stop import StopSignal
 from tasks.try_canary import try_canary
+from tests.moto_in_turn import moto_in_turn
 from tests.pipeline import MODELS
 
 POLICIES = Path(__file__).parents[2] / "deployments" / "iam"
@@ -128,10 +128,9 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "root")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "root")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr(probe, "_NUM_RACERS", 1)  # moto cannot take three writes at once
     # What moto gives for a connection lacks what every connection has.
     monkeypatch.setattr(MockRawResponse, "release_conn", lambda self: None, raising=False)
-    with mock_aws():
+    with moto_in_turn():
         s3, iam = (boto3.client(kind, region_name="us-east-1") for kind in ("s3", "iam"))
         for bucket in ("prompts", "models", "results"):
             s3.create_bucket(Bucket=bucket)

@@ -8,7 +8,6 @@ from typing import Any
 
 import boto3
 import pytest
-from moto import mock_aws
 
 from flows.config import JobError, load_job
 from storage import probe
@@ -17,6 +16,7 @@ from storage.object_store import StorageConfig
 from storage.s3_client import RetryPolicy, make_client
 from storage.s3_store import S3Store
 from storage.s3_transfer import S3Transfer
+from tests.moto_in_turn import moto_in_turn
 
 MiB = 1 << 20
 KEY = "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555"
@@ -30,7 +30,7 @@ OTHERS = ("GetObject", "HeadObject", "DeleteObject", "UploadPart", "CompleteMult
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    with mock_aws():
+    with moto_in_turn():
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="sealed")
         yield "sealed"
 
@@ -58,7 +58,6 @@ def test_every_write_asks_for_the_encryption_and_nothing_else_does(
 ) -> None:
     monkeypatch.setattr(S3Transfer, "copy_limit_bytes", 10 * MiB)
     monkeypatch.setattr(S3Transfer, "copy_part_bytes", 8 * MiB)
-    monkeypatch.setattr(probe, "_NUM_RACERS", 1)  # moto cannot take three writes at once
     config = StorageConfig(server_side_encryption=kind, kms_key_id=key)
     client = make_client(config)
     asked: list[tuple[str, str | None, str | None]] = []

@@ -11,7 +11,6 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto import mock_aws
 
 from storage.errors import BadInput
 from storage.inputs import InputFiles
@@ -19,6 +18,7 @@ from storage.object_store import StorageConfig
 from storage.staging import stage_model
 from tasks.scratch import scratch_folder
 from tests.model_files import write_model
+from tests.moto_in_turn import moto_in_turn
 
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
 
@@ -73,7 +73,7 @@ def test_an_object_whose_name_could_lead_elsewhere_is_refused(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     body = io.BytesIO()
     pq.write_table(pa.table({"prompt": ["x"]}), body)
-    with mock_aws():
+    with moto_in_turn():
         client = boto3.client("s3", region_name="us-east-1")
         client.create_bucket(Bucket="inputs")
         for name in (key, "in/../../escape.parquet", "in/good.parquet"):

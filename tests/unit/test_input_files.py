@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import boto3
 import pytest
-from moto import mock_aws
 
 from storage.errors import BadInput, InputChanged, NotFound, StoreUnavailable
 from storage.globs import literal_prefix, matches
@@ -12,6 +11,7 @@ from storage.hub_inputs import HubInputs, parse
 from storage.inputs import InputFiles
 from storage.memory_store import MemoryStore
 from storage.object_store import StorageConfig, open_store
+from tests.moto_in_turn import moto_in_turn
 
 CONFIG = StorageConfig()
 NAMES = [
@@ -30,7 +30,7 @@ FOUND = ["a.parquet", "b.parquet", "part-10.parquet", "part-2.parquet", "sub/c.j
 
 @pytest.fixture(scope="module")
 def bucket():
-    with pytest.MonkeyPatch.context() as patch, mock_aws():
+    with pytest.MonkeyPatch.context() as patch, moto_in_turn():
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="inputs")

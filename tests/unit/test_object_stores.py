@@ -8,7 +8,6 @@ from typing import Any
 
 import boto3
 import pytest
-from moto import mock_aws
 
 from storage.clock import FrozenClock
 from storage.errors import BadInput, StorageError
@@ -17,12 +16,13 @@ from storage.memory_store import MemoryStore
 from storage.object_store import StorageConfig, open_store
 from storage.s3_client import RetryPolicy
 from storage.s3_store import S3Store, make_client
+from tests.moto_in_turn import moto_in_turn
 from tests.object_store_contract import ObjectStoreContract
 
 
 @pytest.fixture(scope="module")
 def moto_bucket() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch, mock_aws():
+    with pytest.MonkeyPatch.context() as patch, moto_in_turn():
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="unit")

@@ -12,7 +12,6 @@ from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
 from botocore.response import StreamingBody
 from botocore.stub import Stubber
-from moto import mock_aws
 from urllib3 import HTTPResponse
 
 from storage import probe
@@ -34,13 +33,14 @@ from storage.s3_client import Again, Caller, RetryPolicy, as_storage_error, make
 from storage.s3_store import S3Store
 from storage.s3_transfer import S3Transfer
 from storage.stage_sources import S3Source, SourceFile
+from tests.moto_in_turn import moto_in_turn
 
 MiB = 1 << 20
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch, mock_aws():
+    with pytest.MonkeyPatch.context() as patch, moto_in_turn():
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="client")
@@ -175,7 +175,6 @@ def test_a_store_that_wants_etags_without_quotes_is_learnt(client: Any, bucket: 
 def test_a_store_that_ignores_conditions_is_refused_and_serves_one_writer(
     client: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "_NUM_RACERS", 1)  # moto cannot take three writes at once
 
     def forget(params: Any, **_: Any) -> None:
         params["headers"].pop("If-None-Match", None)
