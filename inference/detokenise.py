@@ -15,7 +15,10 @@ def decoder_of(tokenizer: Any) -> Decode:
     """Return the tokenizer's decoding of a whole completion: special tokens skipped, spaces left alone."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        return lambda token_ids: str(backend.decode(list(token_ids), skip_special_tokens=True))
+        # As a batch of one: only then is the interpreter's lock let go of meanwhile.
+        return lambda token_ids: str(
+            backend.decode_batch([list(token_ids)], skip_special_tokens=True)[0]
+        )
     return lambda token_ids: str(
         tokenizer.decode(
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -1,9 +1,9 @@
 """PagedEngine: the loop. Schedules a step, launches it, reads an earlier one's tokens, returns what finished.
 
 The device is always a step or two ahead of the host: everything the host does here (taking tokens in, looking
-for stop strings, decoding finished completions) happens while the device computes.
+for stop strings) happens while the device computes. Finished completions are decoded on another thread.
 
-    schedule --> launch --> in flight (up to PIPELINE_DEPTH) --> take tokens --> finished rows
+    schedule --> launch --> in flight (up to PIPELINE_DEPTH) --> take tokens --> finishing --> completions
 """
 
 import logging
@@ -19,6 +19,7 @@ import torch
 from inference.backends.base import EngineStats
 from inference.backends.row import Row
 from inference.errors import EngineFault, OutOfMemory
+from inference.finishing import Finishing
 from inference.in_flight import InFlight
 from inference.memory import is_out_of_memory
 from inference.model_runner import ModelRunner
@@ -64,6 +65,7 @@ class PagedEngine:
         self._lanes: dict[int, _Lane] = {}
         self._in_flight: deque[InFlight] = deque()
         self._limbo: deque[tuple[int, Running]] = deque()
+        self._finishing = Finishing(is_async=is_async)
         self._num_watched = 0
         num_slots = self.scheduler.max_num_seqs
         self._history: Any = np.zeros((num_slots, 512), np.int32)
@@ -75,12 +77,12 @@ class PagedEngine:
     @property
     def num_unfinished(self) -> int:
         """Sequences submitted and not yet returned."""
-        return len(self._lanes)
+        return len(self._lanes) + len(self._finishing)
 
     @property
     def seq_ids(self) -> Collection[int]:
         """Numbers of the unfinished sequences."""
-        return self._lanes.keys()
+        return self._lanes.keys() | set(self._finishing)
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Take checked sequences."""
@@ -97,26 +99,31 @@ class PagedEngine:
         self.scheduler.add(sequences)
 
     def step(self) -> list[Completion]:
-        """Launch a step if there is one, take in the oldest one's tokens if enough are ahead."""
-        finished: list[Completion] = []
+        """Launch a step if there is one, take in the oldest one's tokens if enough are ahead.
+
+        Returns:
+            Completions that are ready: of this step or, decoded behind the loop, of earlier ones.
+        """
         started_at = time.perf_counter()
         if self.scheduler.is_short_of_blocks():
-            self._drain(finished)
+            self._drain()
         step = self.scheduler.schedule()
         if step is not None:
-            self._launch(step, finished)
+            self._launch(step)
         while self._in_flight and (step is None or len(self._in_flight) > self._depth):
-            self._take(self._in_flight.popleft(), finished)
+            self._take(self._in_flight.popleft())
             if step is None:
                 break
+        is_idle = step is None and not self._in_flight
+        completions = self._finishing.take(wait=is_idle)
         self._count_time(step, time.perf_counter() - started_at)
-        return finished
+        return completions
 
-    def _launch(self, step: Step, finished: list[Completion]) -> None:
+    def _launch(self, step: Step) -> None:
         self._num_launched = step.number
         self._set_up(step.admitted)
         if self._in_flight and self.runner.needs_host(step):
-            self._drain(finished)
+            self._drain()
         try:
             self._in_flight.append(self.runner.launch(step))
         except RuntimeError as error:
@@ -124,7 +131,7 @@ class PagedEngine:
                 raise EngineFault(f"the device failed on step {step.number}: {error}") from error
             if self.runner.has_peers:
                 raise self._full_among_peers() from error
-            self._drain(finished)
+            self._drain()
             self._shrink(step, error)
             return
         self._count(step)
@@ -150,11 +157,11 @@ class PagedEngine:
             self._history[running.slot, : running.num_sampled] = row.token_ids
             self._num_seen[running.slot] = running.num_sampled
 
-    def _drain(self, finished: list[Completion]) -> None:
+    def _drain(self) -> None:
         while self._in_flight:
-            self._take(self._in_flight.popleft(), finished)
+            self._take(self._in_flight.popleft())
 
-    def _take(self, flight: InFlight, finished: list[Completion]) -> None:
+    def _take(self, flight: InFlight) -> None:
         """Take in one step's tokens; append what they finish."""
         started_at = time.perf_counter()
         slots, step = flight.slots, flight.step
@@ -168,38 +175,38 @@ class PagedEngine:
         self._history[slots, seen] = tokens & (STOPPED - 1)
         self._num_seen[slots] = seen + 1
         if flight.sampled is not None:
-            self._take_slowly(flight, finished)
+            self._take_slowly(flight)
         else:
             if self._num_watched:
-                self._watch(flight, tokens, finished)
+                self._watch(flight, tokens)
             for index in self._stops.candidates(slots, tokens):
-                self._look_for_stop(sampled[index], finished)
+                self._look_for_stop(sampled[index])
             for index in np.flatnonzero((tokens < 0) | (tokens >= STOPPED)).tolist():
-                self._end(sampled[index], int(tokens[index]), finished)
+                self._end(sampled[index], int(tokens[index]))
         for running in step.finishing:
             if self._is_open(running):
-                self._close(running, "length", finished)
+                self._close(running, "length")
         while self._limbo and self._limbo[0][0] <= step.number:
             self.scheduler.release_slot(self._limbo.popleft()[1])
 
-    def _take_slowly(self, flight: InFlight, finished: list[Completion]) -> None:
+    def _take_slowly(self, flight: InFlight) -> None:
         """Take tokens the host has sampled: each through its row, which looks for every kind of end."""
         assert flight.sampled is not None
         for running, token_id, logprob in zip(
             flight.step.sampled, flight.sampled.token_ids, flight.sampled.logprobs, strict=True
         ):
-            self._append(running, token_id, logprob, finished)
+            self._append(running, token_id, logprob)
 
-    def _watch(self, flight: InFlight, tokens: Any, finished: list[Completion]) -> None:
+    def _watch(self, flight: InFlight, tokens: Any) -> None:
         for index, running in enumerate(flight.step.sampled):
             lane = self._lanes.get(running.sequence.seq_id)
             if lane is None or not lane.is_watched or not 0 <= tokens[index] < STOPPED:
                 continue
             token_id, num_top = int(tokens[index]), running.sequence.sampling.logprobs
             logprob = None if num_top is None else flight.logprob(index, token_id, num_top)
-            self._append(running, token_id, logprob, finished)
+            self._append(running, token_id, logprob)
 
-    def _look_for_stop(self, running: Running, finished: list[Completion]) -> None:
+    def _look_for_stop(self, running: Running) -> None:
         """End a sequence whose last token completes a stop string."""
         if not self._is_open(running):
             return
@@ -211,14 +218,13 @@ class PagedEngine:
         row.token_ids = self._history[running.slot, :num_seen].tolist()
         if row.is_stopped:
             row.finish_reason = "stop"
-            self._return(running, row, finished)
+            self._return(running, row)
 
     def _append(
         self,
         running: Running,
         token_id: int,
         logprob: TokenLogprob | None,
-        finished: list[Completion],
     ) -> None:
         lane = self._lanes.get(running.sequence.seq_id)
         if lane is None or lane.row.sequence is not running.sequence:
@@ -229,17 +235,17 @@ class PagedEngine:
         if token_id < 0:
             row.fail(NO_LOGITS)
         if row.finish_reason is not None or row.append(token_id, logprob):
-            self._return(running, row, finished)
+            self._return(running, row)
 
-    def _end(self, running: Running, token: int, finished: list[Completion]) -> None:
+    def _end(self, running: Running, token: int) -> None:
         """End a sequence whose token the device has found to be its last, or no token."""
         self._num_seen[running.slot] -= 1  # an end token is not part of the completion
         if token < 0:
-            self._close(running, "error", finished)
+            self._close(running, "error")
         else:
-            self._close(running, "stop", finished)
+            self._close(running, "stop")
 
-    def _close(self, running: Running, reason: str, finished: list[Completion]) -> None:
+    def _close(self, running: Running, reason: str) -> None:
         lane = self._lanes.get(running.sequence.seq_id)
         if lane is None or lane.row.sequence is not running.sequence:
             return
@@ -250,10 +256,10 @@ class PagedEngine:
             row.fail(NO_LOGITS)
         else:
             row.finish_reason = "stop" if reason == "stop" else "length"
-        self._return(running, row, finished)
+        self._return(running, row)
 
-    def _return(self, running: Running, row: Row, finished: list[Completion]) -> None:
-        """Hand a finished row back; its slot stays until no launched step uses it."""
+    def _return(self, running: Running, row: Row) -> None:
+        """Let a finished row go; its slot stays until no launched step uses it."""
         lane = self._lanes.pop(running.sequence.seq_id)
         self._num_watched -= lane.is_watched
         self.scheduler.finish(running, len(row.token_ids))
@@ -261,7 +267,7 @@ class PagedEngine:
         self.scheduler.lengths.observe(len(row.token_ids), has_ended=has_ended)
         self._limbo.append((self._num_launched, running))
         self.stats.num_completion_tokens += len(row.token_ids)
-        finished.append(row.completion(num_cached_tokens=running.num_cached_tokens))
+        self._finishing.put(row, running.num_cached_tokens)
 
     def _completion_of(self, running: Running) -> list[int]:
         """Return what has been sampled since `running.token_ids` was set; the row keeps all of it."""
