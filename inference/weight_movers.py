@@ -1,15 +1,9 @@
 """Bytes of safetensors files to tensors on a device, by threads that read while others copy.
 
     region of a file --one pread--> pinned buffer --async copies on the thread's own stream--> tensors
-    region in memory --4 MiB at a time, through one small pinned buffer of the thread's--> tensors
 
 A region is a run of the file's bytes, whatever tensors they belong to: small tensors share one read,
 big ones take several. On CPU a region is read straight into its tensors.
-
-What is in memory goes through so little pinned memory that all threads' share stays in the processor's cache: the
-bus then reads from there, and main memory is read once instead of being read, written and read again. A whole region
-is one call into torch, for the interpreter's lock would be the limit (beside an H200 with 16 cores: 42 instead of
-26 GB/s; with the lock taken for every 4 MiB, 12).
 """
 
 import threading
@@ -26,10 +20,7 @@ PAGE_SLACK = 2 * 4096
 """Room that a region leaves in its buffer: O_DIRECT reads whole pages."""
 
 BUFFER_BYTES = 32 << 20
-"""Pinned, two a thread: one is filled from disk while the other is copied. As long as a region at most."""
-
-CHUNK_BYTES = 4 << 20
-"""Pinned, one a thread, for what is in memory. Smaller ones are waited for too often: 1 MiB gave 28 GB/s, 2 36."""
+"""Pinned, two a thread: one is filled while the other is copied."""
 
 _MAX_SEGMENTS = 512  # of one region; preadv takes 1024
 
@@ -120,29 +111,21 @@ class CudaMover:
         """`buffer_bytes`: of each pinned buffer; a region may be as long, less two pages."""
         self._device = device
         self._buffer_bytes = buffer_bytes
-        self._num_compute_threads = torch.get_num_threads()
         self._lanes = threading.local()
         self._all_lanes: list[_Lane] = []
 
     def move(self, work: Region | Rows) -> Any:
-        """Do one piece of work.
-
-        Returns:
-            The event after which it is on the device; None if it is there.
-
-        Raises:
-            ModelError: the file cannot be read.
-        """
+        """Do one piece of work; return the event after which it is on the device. Raises ModelError."""
         lane = self._lane()
-        if isinstance(work, Rows):
-            return lane.copy_through([(work.target, work.in_file())], work.ready)
-        sizes = [segment.nbytes for segment in work.segments]
-        if work.file.is_in_memory:
-            memory = work.file.memory(work.offset, work.num_bytes)
-            pairs = list(zip(work.segments, torch.split(memory, sizes), strict=True))
-            return lane.copy_through(pairs, work.ready)
         buffer = lane.next_buffer()
+        if isinstance(work, Rows):
+            rows = work.in_file()
+            if rows.nbytes > self._buffer_bytes:  # one enormous row
+                return lane.copy([(work.target, rows.contiguous())], work.ready)
+            host = buffer[: rows.nbytes].view(rows.dtype).view(rows.shape)
+            return lane.copy([(work.target, host.copy_(rows))], work.ready)
         begin = work.file.read_aligned(work.offset, work.num_bytes, buffer.numpy().data)
+        sizes = [segment.nbytes for segment in work.segments]
         pieces = torch.split(buffer[begin : begin + work.num_bytes], sizes)
         return lane.copy(list(zip(work.segments, pieces, strict=True)), work.ready)
 
@@ -150,13 +133,10 @@ class CudaMover:
         """Wait for the last copies and give the buffers back."""
         for lane in self._all_lanes:
             lane.close()
-        # What a thread sets for itself is also the default of threads to come.
-        torch.set_num_threads(self._num_compute_threads)
 
     def _lane(self) -> "_Lane":
         if not hasattr(self._lanes, "lane"):
             torch.cuda.set_device(self._device)
-            torch.set_num_threads(1)  # of this thread, whose copies are not to be shared out
             self._lanes.lane = _Lane(self._device, self._buffer_bytes)
             self._all_lanes.append(self._lanes.lane)
         lane: _Lane = self._lanes.lane
@@ -164,7 +144,7 @@ class CudaMover:
 
 
 class _Lane:
-    """One thread's stream and its pinned buffers, each taken when it is needed: others copy meanwhile."""
+    """One thread's stream and its two pinned buffers."""
 
     def __init__(self, device: torch.device, buffer_bytes: int) -> None:
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -173,12 +153,11 @@ class _Lane:
         self._buffers: list[torch.Tensor] = []
         self._events: list[Any] = [None, None]
         self._turn = 1
-        self._chunk: torch.Tensor | None = None
 
     def next_buffer(self) -> torch.Tensor:
         """The buffer whose last copies are done, or are waited for."""
         self._turn ^= 1
-        if len(self._buffers) <= self._turn:
+        if len(self._buffers) <= self._turn:  # each when it is needed: others copy meanwhile
             self._buffers.append(take_pinned(self._buffer_bytes))
         if self._events[self._turn] is not None:
             self._events[self._turn].synchronize()
@@ -194,47 +173,8 @@ class _Lane:
         self._events[self._turn] = event
         return event
 
-    def copy_through(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], ready: Any) -> None:
-        """Copy (to, from) from memory that is not pinned, and return when it is done."""
-        self._stream.wait_event(ready)
-        if self._chunk is None:
-            self._chunk = take_pinned(CHUNK_BYTES)
-        copy_through(self._chunk, pairs)
-
     def close(self) -> None:
         """Wait for the last copies and give the buffers back."""
         self._stream.synchronize()
         while self._buffers:
             give_back(self._buffers.pop())
-        if self._chunk is not None:
-            give_back(self._chunk)
-            self._chunk = None
-
-
-def copy_through(chunk: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy (to, from), of one shape and dtype each, piece by piece by way of `chunk`, flat uint8, in one call.
-
-    A row longer than the chunk is copied without it.
-    """
-    into: list[torch.Tensor] = []
-    out_of: list[torch.Tensor] = []
-    for target, source in pairs:
-        if not source.nbytes:
-            continue
-        row_bytes = source.nbytes // source.shape[0]
-        if row_bytes > chunk.nbytes:
-            into.append(target)
-            out_of.append(source.contiguous())
-            continue
-        num_rows = chunk.nbytes // row_bytes
-        host = chunk[: num_rows * row_bytes].view(source.dtype).view(-1, *source.shape[1:])
-        for piece, part in zip(
-            torch.split(source, num_rows), torch.split(target, num_rows), strict=True
-        ):
-            between = host[: piece.shape[0]]
-            into += (between, part)
-            out_of += (piece, between)
-    if (
-        into
-    ):  # blocking copies, one after the other: a piece is out before the next one is brought in
-        torch._foreach_copy_(into, out_of)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from inference import load_weights as module
 from inference.errors import ModelError
 from inference.load_weights import default_threads, load_weights
-from inference.weight_movers import BUFFER_BYTES, copy_through
+from inference.weight_movers import BUFFER_BYTES
 from inference.weight_reader import Slice, WeightFileReader
 from tests.processes import wait_for
 
@@ -160,18 +160,19 @@ def test_reads_past_the_page_cache_are_the_same_bytes(paths: list[Path]) -> None
     reader.close()
 
 
-def test_bytes_in_memory_are_the_files_and_a_cut_file_is_an_error() -> None:
+def test_bytes_copied_from_memory_are_the_files_and_a_cut_file_is_an_error() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         path = Path(folder) / "a.safetensors"
         save_file({"w": torch.arange(10_000, dtype=torch.float32)}, path)
         data = path.read_bytes()
         reader = WeightFileReader(path, direct=True)
-        assert reader.is_in_memory
+        view = memoryview(bytearray(len(data) + 4 * 4096))
         for offset, count in ((0, 1), (5, 4096), (4095, 2), (len(data) - 3, 3), (0, len(data))):
-            assert bytes(reader.memory(offset, count).numpy()) == data[offset : offset + count]
+            begin = reader.read_aligned(offset, count, view)
+            assert bytes(view[begin : begin + count]) == data[offset : offset + count]
         os.truncate(path, 5000)
         with pytest.raises(ModelError, match=r"a\.safetensors: ends at byte 5000"):
-            reader.memory(4000, 2000)
+            reader.read_aligned(4000, 2000, view)
         assert str(path) in Path("/proc/self/maps").read_text()
         reader.close()
         wait_for(
@@ -179,42 +180,6 @@ def test_bytes_in_memory_are_the_files_and_a_cut_file_is_an_error() -> None:
             timeout_s=20,
             what="the mapping to be gone",
         )
-
-
-@pytest.mark.parametrize("num_bytes", [64, 1000, 4096, 1 << 20])
-def test_whatever_goes_through_a_small_buffer_arrives_whole(
-    tensors: dict[str, torch.Tensor], num_bytes: int
-) -> None:
-    strided = torch.arange(6000, dtype=torch.float32).view(60, 100)[:, 7:23]
-    sources = [strided, *(tensor for tensor in tensors.values() if tensor.dim())]
-    targets = [
-        torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources
-    ]
-    chunk = torch.empty(num_bytes, dtype=torch.uint8)
-    copy_through(chunk, list(zip(targets, sources, strict=True)))
-    for target, source in zip(targets, sources, strict=True):
-        assert_equal(target, source)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_weights_in_memory_reach_the_device_as_they_are_and_leave_computing_threads_alone(
-    tensors: dict[str, torch.Tensor], buffer_bytes: int
-) -> None:
-    num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        path = Path(folder) / "a.safetensors"
-        long = torch.randn(5000, 3000).to(torch.bfloat16)  # several chunks
-        save_file({**tensors, "long": long}, path)
-        for part in (None, Slice(1, 100, 2900)):
-            slicer = lambda name, shape, part=part: part if name == "long" else None  # noqa: E731
-            found = dict(
-                load_weights([path], device="cuda", slicer=slicer, buffer_bytes=buffer_bytes)
-            )
-            assert_equal(found.pop("long").cpu(), long[:, 100:2900] if part else long)
-            for name, tensor in found.items():
-                assert_equal(tensor.cpu(), tensors[name])
-    assert torch.get_num_threads() == num_threads
 
 
 @pytest.mark.gpu
