@@ -141,7 +141,6 @@ def tokens_of_one_host() -> dict[int, tuple[int, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_hosts_give_the_tokens_of_one_and_a_cut_cable_ends_the_replica(hosts):
     expected = tokens_of_one_host()
     settings = DistributedConfig(
@@ -184,7 +183,6 @@ def test_two_hosts_give_the_tokens_of_one_and_a_cut_cable_ends_the_replica(hosts
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_second_host_stages_the_model_itself_and_gives_the_tokens_of_one(hosts, tmp_path):
     there = tmp_path / "first-host"
     shutil.copytree(MODEL, there)

@@ -25,7 +25,7 @@ from tests.waves_case import (
     replicas,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 LONG = 2 * NUM_ROWS
 """Rows for one replica to be at work with while a slow machine starts another."""
