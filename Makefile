@@ -16,7 +16,7 @@ demo: $(VENV)/.installed $(MODEL)/config.json
 
 # In the order of the folders, whose last files are the shortest, so that no process is left with a long one at the end.
 test: $(VENV)/.triton $(MODEL)/config.json
-	OMP_NUM_THREADS=1 NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	OMP_NUM_THREADS=1 NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=5 $(TESTS)
 
 # Judged by the clock, so with nothing beside it: a real model's second run is forecast from its first, a model that is
 # staged already takes no time, and the paged engine is no slower on the CPU than static batches.

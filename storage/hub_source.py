@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import random
 import re
 import time
 from collections.abc import Callable
@@ -17,19 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from storage import weight_files
 from storage.checksums import GIT_BLOB, SHA256, Checksum, file_checksum
-from storage.disk_space import NO_SPACE, no_space
-from storage.errors import (
-    AccessDenied,
-    BadInput,
-    CorruptObject,
-    NotFound,
-    StorageError,
-    StoreUnavailable,
-)
+from storage.disk_space import no_space
+from storage.errors import BadInput, CorruptObject, StoreUnavailable
+from storage.hub_requests import bounded
 from storage.stage_sources import SourceFile
 
 PIN_TTL_S = 3600.0
@@ -39,12 +32,9 @@ WORK_FOLDER = ".work"
 """Inside the model's folder while it is staged: what huggingface_hub and converters leave behind."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_PASSING = {408, 409, 429, 500, 502, 503, 504}
-_MAX_ATTEMPTS = 6
-_MAX_WAIT_S = 120.0
 _THREADS = 8
-
-Reply = TypeVar("Reply")
+_LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
+"""Of a download that was killed: its name is that process's own, and no other goes on with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +80,12 @@ class HubSource:
         with ThreadPoolExecutor(_THREADS) as pool:
             return dict(pool.map(one, files))
 
+    def clear(self, folder: Path) -> None:
+        """Delete what a killed download left of files, so that it takes no room; call while none is under way."""
+        for path in (folder / WORK_FOLDER).rglob("*.incomplete"):
+            if _LEFTOVER.search(path.name):
+                path.unlink()
+
     def read_range(self, file: SourceFile, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file at this commit. Raises NotFound, AccessDenied, StoreUnavailable."""
         from huggingface_hub import hf_hub_url
@@ -104,7 +100,7 @@ class HubSource:
             utils.hf_raise_for_status(reply)
             return bytes(reply.content)
 
-        data = _bounded(request, what)
+        data = bounded(request, what)
         if len(data) != end - start:
             raise StoreUnavailable(f"{what}: asked for {end - start} bytes, {len(data)} came")
         return data
@@ -154,7 +150,7 @@ class HubSource:
             )
             return path
 
-        return Path(_bounded(request, f"{self.uri} {file.name}"))
+        return Path(bounded(request, f"{self.uri} {file.name}"))
 
 
 def _endpoint() -> str | None:
@@ -212,7 +208,7 @@ def _resolve(repo_id: str, revision: str) -> dict[str, Any]:
 
     what = f"hf://{repo_id}@{revision}"
     api = HfApi(endpoint=_endpoint())
-    info = _bounded(
+    info = bounded(
         lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=30),
         what,
     )
@@ -255,48 +251,3 @@ def _read_pin(file: TextIO) -> dict[str, Any]:
     except ValueError:  # new, or its writer died: ask again
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _bounded(request: Callable[[], Reply], what: str) -> Reply:
-    """Ask a bounded number of times, waiting as long as the Hub says."""
-    errors: Any = import_module("huggingface_hub.errors")
-
-    waited_s = 0.0
-    for attempt in range(1, _MAX_ATTEMPTS + 1):
-        try:
-            return request()
-        except errors.HfHubHTTPError as error:
-            fault = _from_reply(error, what)
-            wait_s = _retry_after_s(error, attempt)
-        except (OSError, errors.HTTPError) as error:  # HTTPError: no answer at all
-            if getattr(error, "errno", None) in NO_SPACE:
-                raise
-            fault = StoreUnavailable(f"{what}: {type(error).__name__}: {error}")
-            wait_s = _backoff_s(attempt)
-        waited_s += wait_s
-        if not fault.retryable or attempt == _MAX_ATTEMPTS or waited_s > _MAX_WAIT_S:
-            break
-        time.sleep(wait_s)
-    later = ": try again when the Hub can be reached, or give a local folder"
-    raise type(fault)(f"{fault}; asked {attempt} times{later if fault.retryable else ''}")
-
-
-def _retry_after_s(error: Any, attempt: int) -> float:
-    header = error.response.headers.get("Retry-After", "") if error.response is not None else ""
-    return float(header) + random.uniform(0, 0.5) if header.isdigit() else _backoff_s(attempt)
-
-
-def _backoff_s(attempt: int) -> float:
-    return random.uniform(0.5, 1.0) * min(15.0, 0.5 * 2.0 ** (attempt - 1))
-
-
-def _from_reply(error: Any, what: str) -> StorageError:
-    status = error.response.status_code if error.response is not None else 0
-    said = str(error).splitlines()[0]
-    if status == 404:
-        return NotFound(f"{what}: no such repository, revision or file ({said})")
-    if status in (401, 403):
-        return AccessDenied(f"{what}: {said}; accept its licence or set HF_TOKEN")
-    if status in _PASSING or status == 0:
-        return StoreUnavailable(f"{what}: the Hub answers {status}: {said}")
-    return BadInput(f"{what}: the Hub refuses: {status}: {said}")

@@ -3,7 +3,7 @@
     <root>/models/<content_id>/MANIFEST.json   written last: the model is whole
     <root>/models/<content_id>/...             its files, and partials while it is being staged
     <root>/locks/<content_id>.use              LOCK_SH by readers and stagers, LOCK_EX by who deletes
-    <root>/locks/<content_id>.stage            LOCK_EX by the one process that moves the bytes
+    <root>/locks/<content_id>.stage            LOCK_EX by the one process that moves the bytes; names it
     <root>/locks/<content_id>.ready            LOCK_EX by it while what has a weight file's name is verified
     <root>/locks/space                         LOCK_EX while room is made and reserved
     <root>/pins/<content_id>                   never evicted
@@ -17,6 +17,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import stat
 import time
 from contextlib import suppress
@@ -64,6 +65,16 @@ class Eviction(NamedTuple):
     """Empty when it is gone."""
 
 
+class Stager(NamedTuple):
+    """The process that stages a model."""
+
+    pid: int
+    began_at: float
+    """Seconds since 1970."""
+
+    host: str
+
+
 class FileLock:
     """A held flock; closing it, or dying, releases it."""
 
@@ -75,6 +86,12 @@ class FileLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def write(self, text: str) -> None:
+        """Say something to those who wait; a full disk keeps it from being said."""
+        with suppress(OSError):
+            os.pwrite(self._fd, text.encode(), 0)
+            os.ftruncate(self._fd, len(text.encode()))
 
     def __enter__(self) -> "FileLock":
         return self
@@ -136,8 +153,18 @@ class ModelCache:
     def stage(self, content_id: str) -> FileLock | None:
         """Become the one process that stages this model; None while another is at it."""
         try:
-            return self._lock(f"{content_id}.stage", fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = self._lock(f"{content_id}.stage", fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            return None
+        lock.write(f"{os.getpid()} {time.time():.0f} {socket.gethostname()}")
+        return lock
+
+    def stager(self, content_id: str) -> Stager | None:
+        """Who stages this model, where `stage` said that another process does; None if it left no word."""
+        try:
+            pid, began_at, host = (self._locks / f"{content_id}.stage").read_text().split()
+            return Stager(int(pid), float(began_at), host)
+        except (OSError, ValueError):
             return None
 
     def tell_ready(self, content_id: str) -> FileLock:

@@ -165,6 +165,8 @@ class Fill:
             # Removed, not rewritten: whoever still reads those files keeps what he opened.
             shutil.rmtree(self._folder)
         self._folder.mkdir(mode=0o700, exist_ok=True)
+        if isinstance(self._listing.source, HubSource):
+            self._listing.source.clear(self._folder)
 
     def _copy(
         self,

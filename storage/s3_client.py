@@ -43,6 +43,7 @@ from storage.errors import (
     StoreUnavailable,
     StoreUnfit,
 )
+from storage.exchanges import bound_exchanges
 from storage.object_store import DEFAULT_STORAGE, StorageConfig
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ def make_client(
 ) -> "S3Client":
     """Return a client for the configured endpoint; it never retries by itself (see `Caller`).
 
+    Args:
+        read_timeout_s: How long a store may be silent, and a reply take to come (see `storage.exchanges`).
+
     Raises:
         BadInput: the endpoint is not one that a job may name on this machine.
         StorageError: the profile does not exist or the endpoint is no URL.
@@ -171,6 +175,7 @@ def make_client(
         if foreign:
             client.meta.events.register("before-call.s3.HeadBucket", _ask_once)
         client.meta.events.register("before-parse.s3", _refuse_cut_reply)
+        bound_exchanges(client, read_timeout_s)
         return client
     except (BotoCoreError, ValueError) as error:
         raise StorageError(f"no S3 client: {error}; check the storage settings") from error

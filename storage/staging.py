@@ -9,7 +9,6 @@ file as it is verified. A model is whole when its MANIFEST.json is there, which 
 
 import logging
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from storage.model_manifest import ModelManifest
 from storage.object_store import StorageConfig
 from storage.s3_client import RetryPolicy
 from storage.stage_report import PhaseTimer, StageReport, wire_gb_per_s
+from storage.stage_turn import StageTurn
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ PROCESS_BYTES = 4 << 30
 """Of host memory, for an engine's process and its rows."""
 
 _WORTH_MEASURING_BYTES = 1 << 30
-_LOOK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +263,7 @@ class _Staging:
         lock = cache.use(name)
         try:
             with self._timer("wait"):
-                turn = self._take_turn(cache, listing)
+                turn = StageTurn(cache, listing, self._options).take()
             with turn:
                 if cache.manifest(name):
                     return self._staged(listing, cache, lock, "hit", "another process staged it")
@@ -273,24 +272,6 @@ class _Staging:
         except BaseException:
             lock.close()
             raise
-
-    def _take_turn(self, cache: ModelCache, listing: Listing) -> FileLock:
-        """Become the one process that stages the model; meanwhile tell of the files that another has verified."""
-        told: set[str] = set()
-        while (turn := cache.stage(listing.content_id)) is None:
-            self._options.on_progress(0, listing.num_bytes)
-            if cache.is_ready(listing.content_id):
-                self._tell(cache.path(listing.content_id), listing, told)
-            time.sleep(_LOOK_EVERY_S)
-        return turn
-
-    def _tell(self, folder: Path, listing: Listing, told: set[str]) -> None:
-        if not told:
-            self._options.on_ready(folder)
-        there = {file.name for file in listing.files if (folder / file.name).exists()}
-        for name in sorted(there - told):
-            self._options.on_file(folder / name)
-        told |= there
 
     def _fill(self, place: Place, listing: Listing) -> Filled:
         return Fill(

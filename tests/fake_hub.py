@@ -5,6 +5,7 @@ import json
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
@@ -24,7 +25,28 @@ class FakeHub:
     spoiled: dict[str, bytes] = field(default_factory=dict)
     """What is served instead of a file, under the digests of the right one."""
 
+    xet_store: str = ""
+    """Where hf-xet finds the files: a URL of its own, see `store_in_xet`; "" where they come by plain HTTP."""
+
+    xet_hashes: dict[str, str] = field(default_factory=dict)
+    stalled: set[str] = field(default_factory=set)
+    """Files of which half is sent, and no more."""
+
+    _is_over: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def store_in_xet(self, folder: Path) -> None:
+        """Keep large files in a real Xet store below a folder, from which hf-xet gets them by itself."""
+        import hf_xet
+
+        self.xet_store = f"local://{folder}"
+        with hf_xet.XetSession().new_upload_commit(endpoint=self.xet_store) as commit:
+            sent = {
+                name: commit.start_upload_bytes(data)
+                for name, data in self.files.items()
+                if is_large(name)
+            }
+        self.xet_hashes = {name: one.result().xet_info.hash for name, one in sent.items()}
 
     @property
     def endpoint(self) -> str:
@@ -41,6 +63,10 @@ class FakeHub:
             self.refusals -= 1
             return self.refusals >= 0
 
+    def wait(self) -> None:
+        """Until this hub is closed."""
+        self._is_over.wait()
+
     def __enter__(self) -> Self:
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -51,6 +77,7 @@ class FakeHub:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._is_over.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -82,6 +109,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, json.dumps(self._info()).encode(), {"X-Repo-Commit": COMMIT})
         elif path.startswith(f"/org/model/resolve/{COMMIT}/"):
             self._send_file(path.removeprefix(f"/org/model/resolve/{COMMIT}/"))
+        elif path == "/xet-token":
+            token = {
+                "Access-Token": "t",
+                "Token-Expiration": "4102444800",
+                "Cas-Url": hub.xet_store,
+            }
+            self._answer(200, b"", {f"X-Xet-{name}": value for name, value in token.items()})
         else:
             self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
 
@@ -102,21 +136,32 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = self.hub.spoiled.get(name, self.hub.files[name])
         headers = {"ETag": f'"{digest(name, self.hub.files[name])}"', "X-Repo-Commit": COMMIT}
+        if name in self.hub.xet_hashes:
+            headers["X-Xet-Hash"] = self.hub.xet_hashes[name]
+            headers["X-Xet-Refresh-Route"] = f"{self.hub.endpoint}/xet-token"
         start, _, last = (self.headers.get("Range") or "bytes=0-")[6:].partition("-")
         begin, end = int(start), int(last) + 1 if last else len(data)
         is_part = begin > 0 or end < len(data)
         if is_part:
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
+        if name in self.hub.stalled and self.command == "GET":
+            headers["Connection"] = "close"
+            self._answer(200, data, headers, stop_at=len(data) // 2)
+            self.hub.wait()
+            return
         self._answer(206 if is_part else 200, data[begin:end], headers)
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def _answer(
+        self, status: int, body: bytes, headers: dict[str, str], *, stop_at: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[:stop_at])
+            self.wfile.flush()
 
     def log_message(self, *args: object) -> None:
         pass

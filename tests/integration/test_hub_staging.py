@@ -4,18 +4,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from inference.content_id import NUM_BLOCKS, WeightSample, sample_spans
 from inference.weights import check_model_folder, check_sampled_folder
-from storage import hub_source
-from storage.errors import AccessDenied, CorruptObject, NotFound, StoreUnavailable
+from storage import hub_requests, hub_source
+from storage.disk_space import free_bytes, used_bytes
+from storage.errors import AccessDenied, CorruptObject, NoSpace, NotFound, StoreUnavailable
 from storage.object_store import StorageConfig
 from storage.peek import Peeked, peek_model
 from storage.staging import stage_model
 from tests.fake_hub import COMMIT, FakeHub
+from tests.faults.disks import small_disk
 from tests.model_files import folder_bytes, safetensors_bytes, write_model
 from tests.pipeline import CASES, MODELS, Nightjar
 
@@ -37,7 +40,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_source, "_backoff_s", lambda attempt: 0.01)
+    monkeypatch.setattr(hub_requests, "_backoff_s", lambda attempt: 0.01)
 
 
 def test_a_repo_is_staged_pinned_and_verified(hub: FakeHub, tmp_path: Path) -> None:
@@ -142,6 +145,107 @@ def test_a_file_with_other_bytes_of_the_same_size_is_refused(hub: FakeHub, tmp_p
     with stage_model(SOURCE, config=CONFIG) as staged:
         assert folder_bytes(staged.path) == folder_bytes(tmp_path / "model")
     assert hub.count("GET /org/model/resolve") == before + 1, "only the damaged file came again"
+
+
+@pytest.fixture
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A cache on a disk of its own, of 128 KiB or as many as the test asks for."""
+    with small_disk(tmp_path / "small", getattr(request, "param", 128)) as found:
+        if found is None:
+            pytest.skip("mounting a small tmpfs needs root")
+        yield found / "cache"
+
+
+NO_ROOM = r"small.*: \d+ bytes needed, \d+ free; make room"
+
+
+def test_a_disk_that_lacks_room_for_what_the_hub_lists_is_refused_before_a_byte_moves(
+    hub: FakeHub, disk: Path
+) -> None:
+    hub.files["model-00002-of-00002.safetensors"] = safetensors_bytes(140_000, name="w1")
+    with pytest.raises(NoSpace, match=NO_ROOM):
+        stage_model(SOURCE, config=CONFIG, stage_to=str(disk))
+    assert hub.count("/resolve/") == 0
+    assert not list(disk.rglob("*.safetensors*"))
+
+
+def test_what_an_earlier_try_left_there_needs_no_room_again(hub: FakeHub, disk: Path) -> None:
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    hub.files[first] = safetensors_bytes(60_000, name="w0")
+    right = hub.files[second]
+    hub.spoiled[second] = bytes(len(right))
+    with pytest.raises(CorruptObject):
+        stage_model(SOURCE, config=CONFIG, stage_to=str(disk))
+    assert len(list(disk.rglob(first))) == 1
+    before = hub.count(f"/{first}")
+    assert free_bytes(disk) < sum(map(len, hub.files.values())), "else this proves nothing"
+    hub.spoiled.clear()
+    with stage_model(SOURCE, config=CONFIG, stage_to=str(disk)) as staged:
+        assert (staged.path / second).read_bytes() == right
+    assert hub.count(f"/{first}") == before
+
+
+@pytest.mark.filterwarnings("ignore:Not enough free disk space:UserWarning")  # huggingface_hub's
+@pytest.mark.parametrize("way", ["http", "xet"])
+def test_a_disk_that_fills_up_in_the_middle_is_said_and_nothing_on_it_is_taken_as_whole(
+    hub: FakeHub, disk: Path, tmp_path: Path, way: str
+) -> None:
+    hub.files["model-00002-of-00002.safetensors"] = safetensors_bytes(60_000, name="w1")
+    if way == "xet":
+        hub.store_in_xet(tmp_path / "xet")
+    told: list[str] = []
+
+    def fill(path: Path) -> None:
+        """As another user of the disk would: after the small files, before the weights."""
+        told.append(path.name)
+        with suppress(OSError), (disk.parent / "full").open("ab", buffering=0) as other:
+            while len(told) == 4:
+                other.write(bytes(4096))
+
+    with pytest.raises(NoSpace, match=NO_ROOM):
+        stage_model(SOURCE, config=CONFIG, stage_to=str(disk), on_file=fill)
+    assert hub.count("HEAD /org/model/resolve") > 4, "the weights were under way"
+    assert not list(disk.rglob("MANIFEST.json"))
+    assert "model-00002-of-00002.safetensors" not in told
+    (disk.parent / "full").unlink()
+    with stage_model(SOURCE, config=CONFIG, stage_to=str(disk)) as staged:
+        assert staged.report.outcome == "staged"
+        for name, data in folder_bytes(staged.path).items():
+            assert data == hub.files[name]
+    assert (hub.count(f"GET /org/model/resolve/{COMMIT}/model-00002") == 0) == (way == "xet")
+
+
+def test_a_xet_store_that_does_not_give_a_file_is_asked_again_and_named(
+    hub: FakeHub, quick: None, tmp_path: Path
+) -> None:
+    hub.store_in_xet(tmp_path / "xet")
+    hub.xet_store = f"local://{tmp_path / 'empty'}"
+    with pytest.raises(StoreUnavailable, match=r"safetensors: RuntimeError.*asked 6 times"):
+        stage_model(SOURCE, config=CONFIG)
+    assert not list((tmp_path / "cache").rglob("MANIFEST.json"))
+
+
+@pytest.mark.parametrize("disk", [30 << 10], indirect=True)
+def test_what_a_killed_download_left_behind_is_removed_before_room_is_asked_for(
+    hub: FakeHub, disk: Path
+) -> None:
+    name = "model-00002-of-00002.safetensors"
+    hub.files[name] = safetensors_bytes(24 << 20, name="w1")
+    hub.stalled.add(name)
+    stage = f"from storage.staging import *; stage_model({SOURCE!r}, config=StorageConfig(), stage_to={str(disk)!r})"
+    process = subprocess.Popen([sys.executable, "-c", stage])
+    try:
+        # huggingface_hub writes ten million bytes at a time.
+        while used_bytes(disk) < 8 << 20:
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert free_bytes(disk) < len(hub.files[name]), "else this proves nothing"
+    hub.stalled.clear()
+    with stage_model(SOURCE, config=CONFIG, stage_to=str(disk)) as staged:
+        assert (staged.path / name).read_bytes() == hub.files[name]
 
 
 @pytest.mark.parametrize("source", ["hf://org/other", "hf://org/other@v1"])

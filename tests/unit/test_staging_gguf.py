@@ -1,8 +1,16 @@
 import errno
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from storage import stage_turn
 from storage.errors import BadInput, CorruptObject, InputChanged, NoSpace
 from storage.object_store import StorageConfig
 from storage.staging import find_model, stage_model
@@ -105,3 +113,39 @@ def test_without_a_converter_a_gguf_file_is_refused(gguf: Path, tmp_path: Path) 
         stage_model(str(gguf), config=CONFIG, stage_to=str(tmp_path / "cache"))
     with pytest.raises(BadInput, match="cannot be read in place"):
         stage_model(str(gguf), config=CONFIG, stage_to="none")
+
+
+def test_a_second_process_that_waits_for_a_conversion_says_who_converts_and_for_how_long(
+    gguf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_turn, "_SAY_EVERY_S", 0.3)
+    caplog.set_level(logging.INFO, logger="storage.stage_turn")
+    is_converting, may_end = threading.Event(), threading.Event()
+
+    def convert(path: Path, folder: Path) -> None:
+        is_converting.set()
+        assert may_end.wait(30)
+        Converter()(path, folder)
+
+    def stage() -> str:
+        cache = str(tmp_path / "cache")
+        with stage_model(str(gguf), config=CONFIG, stage_to=cache, convert_gguf=convert) as staged:
+            return staged.report.outcome
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(stage)
+        assert is_converting.wait(30)
+        second = pool.submit(stage)
+        while len(caplog.records) < 2:
+            assert not second.done()
+            time.sleep(0.05)
+        may_end.set()
+        assert (first.result(), second.result()) == ("staged", "hit")
+    said = (
+        rf"process {os.getpid()} of {socket.gethostname()} has been converting .*m\.gguf for \d+ s"
+    )
+    for record in caplog.records:
+        assert re.search(
+            said + ".*none of its files can be read before all are", record.getMessage()
+        )
+    assert [record.levelname for record in caplog.records][:2] == ["INFO", "WARNING"]
