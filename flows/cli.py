@@ -28,7 +28,7 @@ exit codes:
   0          published, or done
   1          a fault of Nightjar's own
   2          nothing was run: the job, the input or the model is wrong; the message says what to change
-  3          partial, or a store was away: run the same again to go on
+  3          partial, or a store was away, or the canary's engine broke: run the same again to go on
   4          verification failed
   5          published, but more rows failed than max_failed_rows allows
   130, 143   stopped by a signal, resumable

@@ -209,7 +209,7 @@ def _trial_runner(
 
 
 def _captured_sizes(settings: PagedSettings) -> list[int]:
-    """Return the token counts whose graphs are captured at the start; larger ones are when they first occur."""
+    """Return the token counts whose graphs are captured at the start; larger ones are when work comes that needs them."""
     return sizes(min(2048, settings.max_num_batched_tokens))
 
 

@@ -41,6 +41,11 @@ class Waiting:
         """Return the one whose turn it is. Raises IndexError when none waits."""
         return self._running[-1]
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Of all, once sorted; shared prefixes not counted."""
+        return self._sums[-1] if self._running else 0
+
     def pop(self) -> Running:
         """Take out the one whose turn it is. Raises IndexError when none waits."""
         return self._running.pop()
@@ -92,7 +97,14 @@ class EvenLoad:
         """Step in which the last one that runs is expected to end."""
 
     def target(self, step: int, num_decodes: int, waiting: Waiting, num_begun_tokens: int) -> int:
-        """Tokens for this step: what is left, over the steps that the longest completion needs anyway.
+        """Tokens for this step: its even load, in a size that steps are computed at while there is prefill."""
+        target = self.share(step, num_decodes, waiting, num_begun_tokens)
+        if waiting or num_begun_tokens:
+            target = max(self._full_size(target), self._sizes_around(max(1, num_decodes))[1])
+        return target
+
+    def share(self, step: int, num_decodes: int, waiting: Waiting, num_begun_tokens: int) -> int:
+        """Return this step's share of what is left, over the steps that the longest completion needs anyway.
 
         More if a waiting sequence would otherwise start too late to end with the longest one.
         """
@@ -102,10 +114,7 @@ class EvenLoad:
             num_steps = max(num_steps, waiting.next().num_expected_tokens)
         even = -(-self.num_work_tokens // num_steps)
         due = num_decodes + waiting.prefill_due(num_steps, num_begun_tokens)
-        target = max(even, due, self._min_step_tokens, num_decodes)
-        if waiting or num_begun_tokens:
-            target = max(self._full_size(target), self._sizes_around(max(1, num_decodes))[1])
-        return target
+        return max(even, due, self._min_step_tokens, num_decodes)
 
     def _full_size(self, target: int) -> int:
         """Return the size below or above a target, such that over many steps it is met on average.

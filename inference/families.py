@@ -26,6 +26,9 @@ PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Families that scale logits or attention scores also where their config.json does not say so.
 _SCALED_MODEL_TYPES = frozenset({"gemma2", "cohere", "cohere2", "gpt_oss"})
 
+# Families whose tokens choose experts before they attend, which no trial without values sees.
+_ROUTED_ATTENTION_MODEL_TYPES = frozenset({"jetmoe"})
+
 
 def rope_types(rope: Mapping[str, Any]) -> set[str]:
     """Return the rope types of all layers; parameters may be nested, one set per type of layer."""
@@ -45,6 +48,8 @@ def paged_refusal(config: Mapping[str, Any]) -> str:
             return f"scales its logits or attention scores ({name}), which it cannot do yet"
     if config.get("model_type") in _SCALED_MODEL_TYPES:
         return "scales its logits or attention scores, which it cannot do yet"
+    if config.get("model_type") in _ROUTED_ATTENTION_MODEL_TYPES:
+        return "has attention heads that are experts"
     if others := set(config.get("layer_types") or ()) - PAGED_LAYER_TYPES:
         return f"has layers of type {sorted(others)}"
     if by_longest_row := rope_types(_rope(config)) & ROPE_BY_LONGEST_ROW:

@@ -31,10 +31,10 @@ def check_family(folder: SmallFiles, config: EngineConfig) -> None:
         raise EngineConfigError(
             f"model.quantization is fp8: not available for model_type {text.get('model_type')}; use none"
         )
-    from inference.loading import empty_model  # torch, and below transformers
-    from inference.model import PagedModel
+    from inference.family_trial import refuse_by_trial  # torch, and below transformers
+    from inference.loading import empty_model
 
-    PagedModel(empty_model(folder, config))
+    refuse_by_trial(empty_model(folder, config))
 
 
 def refuse_by_config(text: Mapping[str, Any]) -> None:

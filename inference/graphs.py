@@ -32,6 +32,19 @@ class GraphPool:
         """Graphs captured so far."""
         return len(self._graphs)
 
+    def lacks(self, key: Hashable) -> bool:
+        """Whether this key's launches would be captured when they are first run."""
+        return self.is_on and key not in self._graphs and key not in self._uncapturable
+
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """Capture between runs meanwhile, where it holds nothing up."""
+        self.is_warm, was_warm = False, self.is_warm
+        try:
+            yield
+        finally:
+            self.is_warm = was_warm
+
     @contextmanager
     def off(self) -> Iterator[None]:
         """Run launches as they are meanwhile."""

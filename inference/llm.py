@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from inference.backends import Backend, create_backend
+from inference.backends.checks import check_sequence
 from inference.chat import to_messages
 from inference.config import EngineConfig
 from inference.errors import PromptError
@@ -26,6 +27,9 @@ from inference.sequence import Completion, Sequence
 
 Messages = Seq[Mapping[str, Any]]
 """One conversation: messages with `role` and `content`."""
+
+SUBMITTED_AT_ONCE = 1024
+"""Sequences, of the greatest length too, that one message to rank processes holds."""
 
 Sampling = SamplingParams | Seq[SamplingParams] | None
 
@@ -189,6 +193,7 @@ def _run(
     backend: Backend, prompts: Seq[list[int] | PromptError], params: Seq[SamplingParams]
 ) -> list[Completion]:
     found: dict[int, Completion] = {}
+    accepted: list[Sequence] = []
     seq_id = 0
     for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
         for sample_index in range(sampling.n):
@@ -196,10 +201,14 @@ def _run(
                 if isinstance(prompt, PromptError):
                     raise prompt
                 seed = draw_seed(sampling.seed, index, sample_index)
-                backend.submit([Sequence(seq_id, prompt, sampling, seed)])
+                sequence = Sequence(seq_id, prompt, sampling, seed)
+                check_sequence(sequence, (), backend.info.max_model_len)
+                accepted.append(sequence)
             except (PromptError, ValueError) as error:
                 found[seq_id] = Completion(seq_id, (), "", "error", str(error))
             seq_id += 1
+    for start in range(0, len(accepted), SUBMITTED_AT_ONCE):
+        backend.submit(accepted[start : start + SUBMITTED_AT_ONCE])
     while backend.num_unfinished:
         for completion in backend.step():
             found[completion.seq_id] = completion

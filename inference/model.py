@@ -38,6 +38,10 @@ class PagedModel:
         self.ranks = ranks or TensorParallel.alone()
         self.config = model.config.get_text_config()
         refuse_by_config({**vars(self.config), "model_type": self.config.model_type})
+        if not getattr(self.config, "num_attention_heads", 0):
+            raise EngineConfigError(
+                f"engine.backend is paged: {self.config.model_type} has no attention heads; use transformers"
+            )
         self._model = model
         self._ops = ops
         self.can_be_captured = not is_bitsandbytes(model)
@@ -110,6 +114,8 @@ class PagedModel:
         """Return what this model caches per token."""
         config = self.config
         num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if getattr(config, "multi_query", False):  # GPTBigCode, which has no other word for it
+            num_kv_heads = 1
         head_dim = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
         )
@@ -280,6 +286,8 @@ def _refuse_what_does_not_fit(model: Any, config: Any) -> None:
     attention = [module for module in model.modules() if hasattr(module, "layer_idx")]
     if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
         found = "counts positions itself"
+    elif getattr(model, "_is_stateful", False):  # transformers' word for it
+        found = "keeps more of earlier tokens than keys and values"
     elif set(model.children()) != {model.base_model, model.get_output_embeddings()}:
         found = "has an output head of several layers"
     elif any(getattr(module, "is_causal", True) is False for module in attention):
@@ -301,14 +309,23 @@ def _register() -> None:
 
 
 def _attention_hook(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
+    if attention_mask is not None:
+        raise EngineConfigError(
+            "engine.backend is paged: the model's attention makes a mask of its own; use transformers"
+        )
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             raise EngineConfigError(
                 f"engine.backend is paged: the model's attention uses {name}; use transformers"
             )
-    scale = options.get("scaling") or q.shape[-1] ** -0.5
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
     window = options.get("sliding_window") or 0
     model: PagedModel = module.nightjar_model.model
-    return model.attend(module.layer_idx, q, k, v, float(scale), int(window)), None
+    return model.attend(module.layer_idx, query, key, value, float(scale), int(window)), None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inference.batch import BatchLimits, Plan, buffer_size, cut, make_batch, views_of
-from inference.graphs import GraphPool, padded
+from inference.graphs import GraphPool, around, padded, sizes
 from inference.in_flight import InFlight
 from inference.model import PagedModel
 from inference.planner import Planner, Slots
@@ -131,7 +131,7 @@ class ModelRunner:
         def body() -> None:
             self._hidden[:num_tokens] = self._model.hidden(batch, self._last_token)
 
-        self._graphs.run(("body", num_tokens, batch.is_mixed), body)
+        self._graphs.run(_body_key(num_tokens, is_mixed=batch.is_mixed), body)
 
     def _logits(self, num_rows: int) -> Tensor:
         rows = self._views["sample_token"][:num_rows].long()
@@ -160,7 +160,7 @@ class ModelRunner:
                 ranks=self._model.ranks,
             )
 
-        self._graphs.run(("head", num_rows, needs), head)
+        self._graphs.run(_head_key(num_rows, needs), head)
 
     def _sample_on_device(self, num_rows: int) -> tuple[Tensor, Any, Tensor | None]:
         self._run_head(num_rows)
@@ -210,6 +210,33 @@ class ModelRunner:
         self._graphs.is_warm = True
         if self._is_cuda:
             torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def expect(self, needs: SamplingNeeds, *, num_rows: int, num_tokens: int) -> None:
+        """Capture what is missing for sequences that an engine is about to begin with, while no other runs.
+
+        Args:
+            needs: of these sequences between them.
+            num_rows: how many they are: heads are captured for as many rows, and fewer.
+            num_tokens: of a full step: bodies are captured for the sizes next to it.
+        """
+        limits = self._limits
+        needs = SamplingNeeds.of_all([self._params.needs, needs])
+        most_rows = padded(min(num_rows, limits.max_num_seqs), limits.max_num_seqs)
+        heads = [n for n in sizes(most_rows) if self._graphs.lacks(_head_key(n, needs))]
+        both = {*around(min(num_tokens, limits.max_num_tokens), limits.max_num_tokens)}
+        bodies = [n for n in both if self._graphs.lacks(_body_key(n, is_mixed=True))]
+        if not heads and not bodies:
+            return
+        if needs.penalties:
+            self._tally.allocated()
+        self._packed.zero_()
+        self._params.expect(needs)
+        with self._graphs.expected():
+            for num_tokens in sorted(bodies, reverse=True):
+                self._run_body(Plan(num_tokens, 0, 0, 1), num_tokens)
+            for num_rows in sorted(heads, reverse=True):
+                self._run_head(num_rows)
 
     @torch.inference_mode()
     def run_sizes(
@@ -266,3 +293,11 @@ class ModelRunner:
         if not self._params.has_slow:
             return False
         return not self._params.are_fast([running.slot for running in step.sampled])
+
+
+def _body_key(num_tokens: int, *, is_mixed: bool) -> tuple[str, int, bool]:
+    return "body", num_tokens, is_mixed
+
+
+def _head_key(num_rows: int, needs: SamplingNeeds) -> tuple[str, int, SamplingNeeds]:
+    return "head", num_rows, needs

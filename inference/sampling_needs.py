@@ -1,6 +1,6 @@
 """SamplingNeeds: what the sampling of a whole run takes part in, known before its first step. No torch."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple, Self
 
 from inference.sampling import SamplingParams
@@ -35,6 +35,11 @@ class SamplingNeeds(NamedTuple):
             bans=sampling.min_tokens > 0 or "min_tokens" in fields,
             logprobs=sampling.logprobs is not None,
         )
+
+    @classmethod
+    def of_all(cls, needs: "Iterable[SamplingNeeds]") -> Self:
+        """Return what rows need that need these between them."""
+        return cls(*map(any, zip(*needs, strict=True)))
 
 
 GREEDY = SamplingNeeds()

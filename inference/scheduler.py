@@ -97,6 +97,11 @@ class Scheduler:
             self._load.num_work_tokens += len(prompt) - running.num_planned_cached
             self._load.num_work_tokens += running.num_expected_tokens
 
+    def foreseen_step_tokens(self) -> int:
+        """Return how many tokens a step will be of, by what waits while nothing runs."""
+        share = self._load.share(self._step + 1, 0, self._waiting, 0)
+        return min(share, self._waiting.num_prefill_tokens, self.max_num_batched_tokens)
+
     def is_short_of_blocks(self) -> bool:
         """Whether the next `schedule` would have to preempt; results in flight may still free blocks."""
         growing, num_free = self._grow_at.get(self._step + 1, ()), self.blocks.num_free_blocks

@@ -30,6 +30,7 @@ from tasks.history import PastRun
 from tasks.job_machine import CanaryConfig
 from tasks.repetition import is_repetitive
 from tasks.results import ResultColumns, RowOutcome, SampleResult, sample_result, stored_sample
+from tasks.unforeseen import engine_faults
 
 Kept = Mapping[tuple[int, int], SampleResult]
 """Answers by row and sample."""
@@ -95,7 +96,8 @@ def run_canary(
     """Run the sample and keep its answers; rows that an earlier run answered are not in it.
 
     Raises:
-        InferenceError: the engine cannot be used at all.
+        EngineFault: the engine broke.
+        InferenceError: it cannot be used at all.
         StorageError: rows cannot be read, or answers not be kept.
     """
     rows = choose_rows([r for r in _candidates(plan, feed) if not is_known(r)], num_rows)
@@ -232,19 +234,20 @@ def _generate(
     rows: Sequence[PreparedRow], backend: Backend, num_samples: int
 ) -> tuple[list[SampleResult], int]:
     owners = [(row, sample) for row in rows for sample in range(num_samples)]
-    backend.submit(
-        EngineSequence(
-            seq_id=index,
-            prompt_token_ids=row.token_ids,
-            sampling=row.sampling,
-            draw_seed=draw_seed(row.sampling.seed, row.row_key, sample),
-        )
-        for index, (row, sample) in enumerate(owners)
-    )
     done: dict[int, Completion] = {}
-    while backend.num_unfinished:
-        for completion in backend.step():
-            done[completion.seq_id] = completion
+    with engine_faults():
+        backend.submit(
+            EngineSequence(
+                seq_id=index,
+                prompt_token_ids=row.token_ids,
+                sampling=row.sampling,
+                draw_seed=draw_seed(row.sampling.seed, row.row_key, sample),
+            )
+            for index, (row, sample) in enumerate(owners)
+        )
+        while backend.num_unfinished:
+            for completion in backend.step():
+                done[completion.seq_id] = completion
     samples = []
     for index, (row, sample) in enumerate(owners):
         outcome = RowOutcome(

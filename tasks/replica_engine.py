@@ -1,22 +1,18 @@
 """ReplicaEngine: a replica's engine, built when the first rows come, and whose each of its sequences is."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from inference.backends.base import Backend
-from inference.errors import EngineFault, InferenceError
 from inference.sequence import Completion, Sequence
-from storage.errors import StorageError
 from tasks.latency import Latencies
 from tasks.metering import Metering
 from tasks.metrics import EngineReading
 from tasks.progress import Progress
 from tasks.results import SampleKey
-from tasks.stop import Stopped
-from tasks.unforeseen import told
+from tasks.unforeseen import engine_faults
 
 
 class Finished(NamedTuple):
@@ -31,17 +27,6 @@ class _Owner(NamedTuple):
     shard_id: int
     key: SampleKey
     submitted_at: float
-
-
-@contextmanager
-def _typed() -> Iterator[None]:
-    """Make an error that no backend announces one of the engine, so that it costs an attempt and not the replica."""
-    try:
-        yield
-    except (InferenceError, StorageError, Stopped):
-        raise
-    except Exception as error:
-        raise EngineFault(told(error)) from error
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,7 +70,7 @@ class ReplicaEngine:
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Hand registered sequences over. Raises InferenceError when no engine can be built."""
-        with _typed():
+        with engine_faults():
             self._built().submit(sequences)
 
     def step(self, *, may_grow: bool) -> list[Finished]:
@@ -94,7 +79,7 @@ class ReplicaEngine:
         Raises:
             InferenceError: the engine broke.
         """
-        with _typed():
+        with engine_faults():
             backend = self._built()
         # Nothing waits and nothing follows: from here on the batch only shrinks.
         is_tail = (
@@ -104,7 +89,7 @@ class ReplicaEngine:
         )
         started, decoded_s = time.monotonic(), backend.stats.decode_s
         num_running, num_steps = backend.num_unfinished, backend.stats.num_steps
-        with _typed():
+        with engine_faults():
             completions = backend.step()
         stepped = time.monotonic()
         tail_s = backend.stats.decode_s - decoded_s if is_tail else 0.0

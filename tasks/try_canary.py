@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from inference.backends import Backend
+from inference.errors import EngineFault
 from tasks.budget import check_budget
 from tasks.canary import (
     CanaryResult,
@@ -24,6 +25,7 @@ from tasks.progress import Progress
 from tasks.run import Run
 from tasks.run_engine import build_engine
 from tasks.run_forecast import forecast_run, workload_of
+from tasks.unforeseen import engine_faults
 
 
 def try_canary(run: Run, *, progress: Progress) -> None:
@@ -32,6 +34,7 @@ def try_canary(run: Run, *, progress: Progress) -> None:
     Raises:
         CanaryFailed: it broke a limit; its answers are kept as evidence.
         BadInput: with its lengths the forecast is over the budget.
+        EngineFault: the engine broke; nothing is kept, and another start runs the sample again.
         InferenceError, StorageError: no engine, or no rows.
     """
     config = run.job.canary
@@ -40,26 +43,38 @@ def try_canary(run: Run, *, progress: Progress) -> None:
     progress.phase = f"canary of {config.rows} rows"
     result = read_canary(run.store)
     if result is None:
-        backend = _warm_engine(run)
-        with run.open_feed(goes_on=True) as feed:
-            started = time.monotonic()
-            result = run_canary(
-                run.store,
-                run.plan,
-                feed,
-                backend,
-                num_rows=config.rows,
-                columns=run.columns,
-                is_known=_is_known(run),
-            )
-            run.spent.canary_s = time.monotonic() - started
+        try:
+            result = _run_sample(run)
+        except EngineFault as error:
+            raise EngineFault(
+                f"canary of {config.rows} rows: {error}; run the same again, or go on with --set canary.rows=0"
+            ) from error
     judge(run, result, progress=progress)
+
+
+def _run_sample(run: Run) -> CanaryResult:
+    """Run the sample on an engine that is left for the replica. Raises as `try_canary`."""
+    backend = _warm_engine(run)
+    with run.open_feed(goes_on=True) as feed:
+        started = time.monotonic()
+        result = run_canary(
+            run.store,
+            run.plan,
+            feed,
+            backend,
+            num_rows=run.job.canary.rows,
+            columns=run.columns,
+            is_known=_is_known(run),
+        )
+        run.spent.canary_s = time.monotonic() - started
+    return result
 
 
 def _warm_engine(run: Run) -> Backend:
     """Build the run's engine, note what it took, and leave it for the replica that follows."""
     started = time.monotonic()
-    backend: Backend = build_engine(run)
+    with engine_faults():
+        backend: Backend = build_engine(run)
     run.warm_backend = backend
     elapsed = time.monotonic() - started
     waited_s = run.model.take_waited_s()

@@ -5,7 +5,13 @@ Not by their own words, which may quote the row a library choked on.
 
 import logging
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from inference.errors import EngineFault, InferenceError
+from storage.errors import StorageError
+from tasks.stop import Stopped
 
 log = logging.getLogger("nightjar.fault")
 
@@ -22,3 +28,18 @@ def told(error: BaseException) -> str:
     log.error("%s at %s", kind, " > ".join(places))
     where = places[-1] if places else "an unknown place"
     return f"{kind} at {where}: a fault of Nightjar's own; see the log"
+
+
+@contextmanager
+def engine_faults() -> Iterator[None]:
+    """Make an error that no backend announces one of the engine, so that it costs an attempt and not the replica.
+
+    Raises:
+        EngineFault: told by the error's kind and place.
+    """
+    try:
+        yield
+    except (InferenceError, StorageError, Stopped):
+        raise
+    except Exception as error:
+        raise EngineFault(told(error)) from error

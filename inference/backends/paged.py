@@ -22,12 +22,13 @@ from inference.engine import PagedEngine
 from inference.errors import EngineConfigError, EngineFault, OutOfMemory
 from inference.kernels import plain
 from inference.loading import dtype_name, load_arriving, load_tokenizer
-from inference.memory import MemoryPlan, free_device_bytes, is_out_of_memory
+from inference.memory import MemoryPlan, first_line, free_device_bytes, is_out_of_memory
 from inference.model import PagedModel, make_paged_model
 from inference.model_config import read_model_shape
 from inference.offload import HOST_MEMORY_SHARE, free_host_bytes
 from inference.paged_settings import PagedSettings
 from inference.precompile import Precompile
+from inference.sampling_needs import SamplingNeeds
 from inference.sequence import Completion, Sequence
 from inference.tensor_parallel import TensorParallel
 from inference.weights import SmallFiles, check_model_folder, check_small_files
@@ -99,6 +100,8 @@ class PagedBackend:
             settings, max_model_len=max_model_len, max_num_seqs=scheduler.max_num_seqs
         )
         self._stats = self._engine.stats
+        self._is_idle = True
+        self._first: list[Sequence] = []  # of those submitted to an idle engine
         self._info = replace(
             _info(model, settings, plan),
             load_s=load_s,
@@ -129,7 +132,10 @@ class PagedBackend:
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Take sequences; see `inference.backends.checks.check_sequence` for what is refused."""
         engine = self._running_engine()
-        engine.submit(check_sequences(sequences, engine.seq_ids, self._info.max_model_len))
+        accepted = check_sequences(sequences, engine.seq_ids, self._info.max_model_len)
+        engine.submit(accepted)
+        if self._is_idle:
+            self._first += accepted
 
     def step(self) -> list[Completion]:
         """Launch the next forward pass and return what an earlier one finished.
@@ -139,11 +145,32 @@ class PagedBackend:
             OutOfMemory: it is out of memory even after shrinking.
         """
         engine = self._running_engine()
+        if self._first:
+            self._expect(engine)
         finished = engine.step()
+        self._is_idle = not engine.num_unfinished
         is_time = not engine.num_unfinished or self.stats.num_steps % _STEPS_A_LOOK == 0
         if is_time and torch.cuda.is_available():
             self.stats.peak_device_bytes = torch.cuda.max_memory_allocated()
         return finished
+
+    def _expect(self, engine: PagedEngine) -> None:
+        """Have graphs captured that what was submitted needs, before its first step. Raises as `step`."""
+        first, self._first = self._first, []
+        needs = SamplingNeeds.of_all({SamplingNeeds.of(sequence.sampling) for sequence in first})
+        num_tokens = engine.scheduler.foreseen_step_tokens()
+        try:
+            engine.runner.expect(needs, num_rows=len(first), num_tokens=num_tokens)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise EngineFault(f"the device failed before the first step: {error}") from error
+            if engine.runner.has_peers:
+                raise OutOfMemory(
+                    f"out of memory before the first step, of {num_tokens} tokens: {first_line(error)}; lower "
+                    f"engine.max_num_batched_tokens or engine.max_num_seqs, or use more ranks"
+                ) from error
+            logger.warning("out of memory while graphs are captured before the first step")
+            torch.cuda.empty_cache()
 
     def _running_engine(self) -> PagedEngine:
         if self._engine is None:

@@ -7,6 +7,8 @@ from array import array
 import pyarrow.parquet as pq
 import pytest
 
+from inference.backends import dummy
+from inference.backends.dummy import DummyBackend
 from inference.sampling import SamplingParams
 from tasks.canary import CanaryResult, choose_rows, verdict
 from tasks.feed import PreparedRow
@@ -113,6 +115,42 @@ def test_a_bad_sample_ends_the_run_with_the_evidence_and_nothing_else_started(ni
     assert again.code == 0, again.err
     assert (run / "_canary.json").read_bytes() == before, "a second look needs no engine"
     assert nightjar.call("verify", str(run)).code == 0
+
+
+class Breaking(DummyBackend):
+    """Ends in its third step, or while it is built, with an error that no engine announces."""
+
+    when = "step"
+
+    def __init__(self, config):
+        if self.when == "build":
+            raise ZeroDivisionError("of row 7's own words")
+        super().__init__(config)
+
+    def step(self):
+        if self.stats.num_steps == 2:
+            raise ZeroDivisionError("of row 7's own words")
+        return super().step()
+
+
+@pytest.mark.parametrize("when", ["build", "step"])
+def test_an_engine_that_breaks_in_the_canary_is_one_line_and_the_next_start_goes_on(
+    nightjar, rows, monkeypatch, when
+):
+    with monkeypatch.context() as broken:
+        broken.setattr(dummy, "DummyBackend", Breaking)
+        broken.setattr(Breaking, "when", when)
+        stopped = nightjar.run("tiny-a", rows, **settings(canary__rows=20))
+    assert stopped.code == 3, stopped.err
+    assert "Traceback" not in stopped.err
+    assert "own words" not in stopped.err
+    (line,) = [line for line in stopped.err.splitlines() if line.startswith("nightjar run: ")]
+    assert "canary of 20 rows: ZeroDivisionError at test_canary.py:" in line
+    assert line.endswith("; run the same again, or go on with --set canary.rows=0")
+    (run,) = (nightjar.folder / "out").glob("case-*")
+    assert not [*run.glob("commits/*"), *run.glob("manifest*"), *run.glob("_canary*")]
+    again = nightjar.run("tiny-a", rows, **settings(canary__rows=20))
+    assert again.code == 0, again.err
 
 
 def test_a_small_run_has_no_canary(nightjar, rows):

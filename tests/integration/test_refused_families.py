@@ -36,6 +36,42 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "gemma3_text attends to later tokens",
     ),
+    "attends twice a layer": (
+        transformers.DiffLlamaConfig(**SIZES),
+        {},
+        "diffllama attends 6 times in 3 layers, not once in each in their order; use transf",
+    ),
+    "layers run over and over": (
+        transformers.HrmTextConfig(**{**SIZES, "num_key_value_heads": 4}),
+        {},
+        r"hrm_text attends \d+ times in \d+ layers, not once in each",
+    ),
+    "heads of latent attention": (
+        transformers.DeepseekV2Config(**SIZES, moe_intermediate_size=16, n_routed_experts=4),
+        {},
+        "deepseek_v2 attends with heads of other sizes than its config.json says",
+    ),
+    "a mask of its own": (
+        transformers.DogeConfig(**SIZES),
+        {},
+        "attention makes a mask of its own",
+    ),
+    "a state beside attention": (
+        transformers.FalconH1Config(**SIZES),
+        {},
+        "falcon_h1 keeps more of earlier tokens than keys and values",
+    ),
+    "no attention": (transformers.MambaConfig(), {}, "mamba has no attention heads"),
+    "heads of several sizes": (
+        transformers.Gemma4TextConfig(**SIZES),
+        {},
+        "gemma4_text has layers with heads of several sizes",
+    ),
+    "attention routed to experts": (
+        transformers.JetMoeConfig(**SIZES),
+        {},
+        "jetmoe has attention heads that are experts",
+    ),
     "fp8 of an unfused family": (
         transformers.GemmaConfig(**SIZES),
         {"quantization": "fp8"},

@@ -1,14 +1,16 @@
 """Graphs are captured in warm-up, of what the run samples with, and none in the middle of it."""
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels are not tested here")
 
-from inference import model_runner
+from inference import LLM, model_runner
+from inference.backends import paged
 from inference.graphs import GraphPool
 from inference.sampling import SamplingParams
 from inference.sampling_needs import SamplingNeeds
@@ -21,7 +23,7 @@ from tests.paged_cases import (
     settings_of,
     tokens,
 )
-from tests.plain_kernels import plain_model_sampled_by_kernels
+from tests.plain_kernels import plain_model_sampled_by_kernels, plain_ops_taken_for_kernels
 
 DRAWN = SamplingParams(max_tokens=4, temperature=0.9, ignore_eos=True)
 SAMPLINGS = {
@@ -99,3 +101,35 @@ def test_steps_that_only_decode_are_captured_for_as_many_tokens_as_there_are_seq
     bodies = {key[1:] for _, key in engine.runner._graphs.captured if key[0] == "body"}
     assert {size for size, is_mixed in bodies if not is_mixed} == {8}
     assert {size for size, is_mixed in bodies if is_mixed} == {8, 16, 32, 64}
+
+
+@pytest.fixture
+def llm(monkeypatch: Any) -> Iterator[LLM]:
+    monkeypatch.setattr(paged, "_ops", plain_ops_taken_for_kernels)
+    model = Path(__file__).parents[1] / "data" / "models" / "tiny-a"
+    with LLM(model, backend="paged", max_num_seqs=32, max_num_batched_tokens=4096) as llm:
+        yield llm
+
+
+def captures_of(llm: LLM) -> list[Any]:
+    backend = llm.backend
+    assert isinstance(backend, paged.PagedBackend)
+    return backend._running_engine().runner._graphs.captured
+
+
+def test_a_notebook_s_call_has_its_graphs_captured_before_its_first_step(llm):
+    mixed = [SAMPLINGS["greedy"], SAMPLINGS["floors"], SAMPLINGS["penalties"]]
+    num_before = len(captures_of(llm))
+    answers = llm.generate([[9, 8, 7]] * 3, mixed)
+    added = captures_of(llm)[num_before:]
+    wanted = SamplingNeeds(draws=True, floors=True, penalties=True)
+    assert added == [(False, ("head", 8, wanted))]
+    assert llm.generate([[9, 8, 7]] * 3, mixed) == answers
+    assert captures_of(llm)[num_before:] == added
+
+
+def test_a_notebook_s_steps_of_many_prompt_tokens_are_captured_before_the_first(llm):
+    prompts = [[1 + i] * 99 for i in range(31)]
+    llm.generate(prompts, SamplingParams(max_tokens=1))
+    sizes = {(is_late, key[1]) for is_late, key in captures_of(llm) if key[1] > 2048}
+    assert sizes == {(False, 2816), (False, 3072)}
