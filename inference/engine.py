@@ -80,6 +80,11 @@ class PagedEngine:
         return len(self._lanes) + len(self._finishing)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits, though completions may still be decoded: the same on every rank."""
+        return not self._lanes
+
+    @property
     def seq_ids(self) -> Collection[int]:
         """Numbers of the unfinished sequences."""
         return self._lanes.keys() | set(self._finishing)

@@ -148,7 +148,7 @@ class PagedBackend:
         if self._first:
             self._expect(engine)
         finished = engine.step()
-        self._is_idle = not engine.num_unfinished
+        self._is_idle = engine.is_idle
         is_time = not engine.num_unfinished or self.stats.num_steps % _STEPS_A_LOOK == 0
         if is_time and torch.cuda.is_available():
             self.stats.peak_device_bytes = torch.cuda.max_memory_allocated()

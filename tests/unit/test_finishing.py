@@ -10,9 +10,10 @@ from inference.backends.row import Row
 from inference.build_engine import build_engine
 from inference.finishing import Finishing
 from inference.sampling import SamplingParams
-from inference.sequence import Sequence
+from inference.sequence import Completion, Sequence
 from tests.paged_cases import make_row, settings_of
 from tests.plain_kernels import plain_model_sampled_by_kernels
+from tests.processes import wait_for
 
 WAIT_S = 60
 
@@ -69,10 +70,20 @@ def test_steps_go_on_while_a_completion_is_decoded() -> None:
     early = [completion for _ in range(10) for completion in engine.step()]
     assert (early, engine.num_unfinished, set(engine.seq_ids)) == ([], 2, {0, 1})
     assert engine.stats.num_completion_tokens == 1  # the first has ended
+    assert not engine.is_idle
+    later: list[Completion] = []
+
+    def finish() -> None:
+        while engine.num_unfinished:
+            later.extend(engine.step())
+
+    finishing = threading.Thread(target=finish)
+    finishing.start()
+    wait_for(lambda: engine.is_idle, timeout_s=WAIT_S, what="the last token")
+    # Ranks must agree on it, so it does not hang on how far a thread has come.
+    assert engine.num_unfinished
     may_decode.set()
-    later = []
-    while engine.num_unfinished:
-        later += engine.step()
+    finishing.join()
     assert [(c.seq_id, len(c.token_ids), c.text) for c in later] == [
         (0, 1, "decoded"),
         (1, 12, "decoded"),
