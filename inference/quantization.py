@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -148,6 +148,12 @@ def quantization_options(folder: SmallFiles, config: EngineConfig) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=_compute_dtype(folder, config),
     )
+
+
+def prints_aside(folder: SmallFiles) -> AbstractContextManager[Any]:
+    """Within, what gptqmodel prints goes to the standard error: the standard output is the command's answer."""
+    is_talkative = stored_method(folder.config) in _PACKAGES
+    return redirect_stdout(sys.stderr) if is_talkative else nullcontext()
 
 
 def is_bitsandbytes(model: Any) -> bool:

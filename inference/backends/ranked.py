@@ -8,12 +8,10 @@ The ranks start as soon as the model's small files are here, and read each weigh
 ones are is told to them (`inference.rank_files`). If staging fails, they end, and its error is this backend's.
 
 A rank that is out of memory is in the middle of a step that the others cannot take back. So all shrink together:
-they are started again, and what is unfinished is given to them anew. `paged` takes smaller steps and a KV cache a tenth
-smaller; `zero` half of the batch that was too large, and one sequence that is too large alone has failed.
+they are started again with less (`inference.backends.shrinking`), and what is unfinished is given to them anew.
 """
 
 import dataclasses
-import logging
 import time
 from collections.abc import Iterable
 
@@ -21,6 +19,7 @@ from inference.arriving import Arriving
 from inference.backends import check_engine
 from inference.backends.base import BackendInfo, EngineStats
 from inference.backends.checks import check_sequences
+from inference.backends.shrinking import Shrinking, failed_alone
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, EngineFault, OutOfMemory
 from inference.heads import check_heads
@@ -39,19 +38,9 @@ from inference.sequence import Completion, Sequence
 from inference.weights import SmallFiles, check_model_folder, check_small_files
 from inference.zero import check_zero
 
-logger = logging.getLogger(__name__)
-
 _STEP_S = 0.05
 _LOAD_POLL_S = 0.5
 _ARRIVAL_POLL_S = 0.05
-_MAX_SHRINKS = 3
-_MAX_BATCH_SHRINKS = 10
-"""A batch of zero's 1,024 rows, halved, is one row then."""
-_AUTO_STEP_TOKENS = 8192
-"""What `auto` is at least on any device: where it is less, the first shrinking changes nothing."""
-
-_SPARE_BYTES = 2**30
-"""Left alone beside the KV cache by ranks that start again before any has said how large the cache was."""
 
 
 class RankedBackend:
@@ -83,13 +72,12 @@ class RankedBackend:
             check_model_folder(config.model, config.allowed_code).path
         )
         check_ranks(check_small_files(self._files.folder(), config.allowed_code), config)
-        self._config = config
+        self._shrinking = Shrinking(config)
         self._module = module
         self._stats = EngineStats()
         self._stats_before = EngineStats()
         self._unfinished: dict[int, Sequence] = {}
         self._num_submitted = self._num_received = self._reported_waiting = 0
-        self._num_shrinks = 0
         self._heard_at = time.monotonic()
         self._silence_s = config.distributed.timeout_s + 60
         self._group: RankGroup | None = None
@@ -175,14 +163,14 @@ class RankedBackend:
 
     def _start(self) -> BackendInfo:
         """Start the ranks and wait until they are ready."""
-        distributed = self._config.distributed
+        config = self._shrinking.config
         self._group = RankGroup(
             Launch(
                 module=self._module,
-                num_ranks=self._config.tensor_parallel_size // distributed.num_hosts,
-                distributed=distributed,
+                num_ranks=config.tensor_parallel_size // config.distributed.num_hosts,
+                distributed=config.distributed,
             ),
-            dataclasses.asdict(self._config),
+            dataclasses.asdict(config),
         )
         return self._wait_until_ready(self._group)
 
@@ -218,84 +206,11 @@ class RankedBackend:
         """End the ranks; those that follow need less memory. Return what has failed: a sequence too large alone.
 
         Raises:
-            OutOfMemory: steps cannot be smaller, were made smaller too often, or other hosts would have to start
-                their ranks anew.
+            OutOfMemory: as `Shrinking.shrink`.
         """
-        if self._config.distributed.num_hosts > 1:
-            raise error
-        failed: list[Completion] = []
-        if self._config.backend != "zero":
-            self._config = self._with_smaller_steps(error)
-        elif len(error.seq_ids) == 1:
-            failed = [self._fail(error.seq_ids[0], error)]
-        else:
-            self._config = self._with_smaller_batches(error)
+        too_large = self._shrinking.shrink(error, self._built)
         self.ranks.close()
-        self._num_shrinks += 1
-        return failed
-
-    def _with_smaller_steps(self, error: OutOfMemory) -> EngineConfig:
-        """Return the settings with steps half as large and some memory spare. Raises OutOfMemory."""
-        config, built = self._config, self._built
-        limit = config.max_num_batched_tokens
-        if limit == "auto":
-            limit = _AUTO_STEP_TOKENS
-        fewest = 1 if config.max_num_seqs == "auto" else config.max_num_seqs
-        if built is not None:
-            config = dataclasses.replace(config, max_model_len=built.max_model_len)
-            fewest = built.max_num_seqs
-        smaller = max(fewest, limit // 2)
-        if self._num_shrinks == _MAX_SHRINKS or smaller >= limit:
-            raise OutOfMemory(
-                f"{error}; steps were made smaller {self._num_shrinks} times, to {limit} tokens, and cannot be "
-                f"smaller than engine.max_num_seqs, {fewest}; lower it, or use more ranks"
-            ) from error
-        logger.warning(
-            "out of memory: the ranks start again with at most %d tokens a step instead of %d",
-            smaller,
-            limit,
-        )
-        tenth = _SPARE_BYTES if built is None else built.memory.get("kv_cache", 0) // 10
-        return dataclasses.replace(
-            config,
-            max_num_batched_tokens=smaller,
-            max_num_seqs=config.max_num_seqs if built is None else fewest,
-            spare_bytes=config.spare_bytes + tenth,
-        )
-
-    def _with_smaller_batches(self, error: OutOfMemory) -> EngineConfig:
-        """Return the settings with half the batch that a rank had. Raises OutOfMemory."""
-        if self._built is None:  # no batch is under way: it is the weights
-            raise error
-        limit = self._config.max_num_seqs
-        limit = self._built.max_num_seqs if limit == "auto" else limit
-        num_rows = len(error.seq_ids) or limit
-        smaller = num_rows // 2
-        if self._num_shrinks == _MAX_BATCH_SHRINKS or smaller == 0:
-            raise OutOfMemory(
-                f"{error}; batches were made smaller {self._num_shrinks} times, to {limit} sequences; "
-                f"lower engine.max_model_len or engine.max_num_batched_tokens, or use a larger device"
-            ) from error
-        logger.warning(
-            "%s: the ranks start again with at most %d sequences at once instead of %d",
-            error,
-            smaller,
-            num_rows,
-        )
-        return dataclasses.replace(self._config, max_num_seqs=smaller)
-
-    def _fail(self, seq_id: int, error: OutOfMemory) -> Completion:
-        """End the one sequence that a rank is out of memory with. Raises OutOfMemory."""
-        if self._num_shrinks == _MAX_BATCH_SHRINKS:
-            raise error
-        sequence = self._unfinished.pop(seq_id)
-        num_tokens = len(sequence.prompt_token_ids)
-        logger.warning("out of memory with one sequence, of %d prompt tokens: it fails", num_tokens)
-        reason = (
-            f"out of memory with this sequence alone ({num_tokens} prompt tokens); "
-            f"lower engine.max_model_len or use a larger device"
-        )
-        return Completion(seq_id, (), "", "error", reason)
+        return [] if too_large is None else [failed_alone(self._unfinished.pop(too_large))]
 
     def _take_in(self, message: Message) -> list[Completion]:
         update_stats(self._stats, message["stats"], self._stats_before)

@@ -1,5 +1,6 @@
 """Quantised weights: bitsandbytes on this machine, checkpoints that are quantised already, and what is refused."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -11,15 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from inference.backends import check_engine, create_backend
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
+from inference.quantization import _PACKAGES
 from inference.sampling import SamplingParams
 from inference.sequence import Completion, Sequence
 from inference.weights import check_small_files
 from tests.fp8_checkpoints import quantised_in_blocks, store
+from tests.int4_checkpoints import quantised_in_four_bits
 from tests.pipeline import CASES, MODELS, Nightjar
 from tests.tiny_models import EXPERTS, SIZES, make_model
 
@@ -56,6 +59,24 @@ def test_weights_stored_in_fp8_blocks_give_the_tokens_of_what_they_stand_for(
     assert found != run(source, backend)
 
 
+@pytest.mark.filterwarnings("ignore")  # what gptqmodel and what it imports warn of is not ours
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_weights_stored_in_four_bits_give_the_tokens_of_what_they_stand_for(
+    method, tmp_path, capsys
+):
+    for package in _PACKAGES[method]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    sizes = SIZES | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    source = make_model(tmp_path / "source", LlamaConfig(**sizes))
+    stored, whole = quantised_in_four_bits(source, tmp_path, method)
+    capsys.readouterr()
+    found = run(stored)
+    assert capsys.readouterr().out == ""  # which is the command's answer
+    assert found == run(whole)
+    assert found != run(source)
+
+
 @pytest.mark.parametrize(
     ("settings", "backend", "words"),
     [
@@ -66,7 +87,11 @@ def test_weights_stored_in_fp8_blocks_give_the_tokens_of_what_they_stand_for(
         ({"quant_method": "quip"}, "transformers", "quip, which no backend reads; use the unquantised"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_refused_by_name_with_the_remedy(settings, backend, words, tmp_path):
+def test_what_cannot_be_read_is_refused_by_name_with_the_remedy(
+    settings, backend, words, tmp_path, monkeypatch
+):
+    for package in _PACKAGES["gptq"]:
+        monkeypatch.setitem(sys.modules, package, None)
     folder = store(Path(shutil.copytree(MODELS / "tiny-a", tmp_path / "model")), settings)
     with pytest.raises(EngineConfigError, match=words):
         run(folder, backend)

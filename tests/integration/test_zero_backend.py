@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -243,6 +244,49 @@ def loaded_without_a_compiler(folder: Path, tmp_path: Path) -> str:
 def test_what_was_built_for_an_image_is_loaded_where_nothing_can_be_built(tmp_path):
     built = build_folder("async_io")
     assert loaded_without_a_compiler(built.parent, tmp_path) == str(built / "async_io.so")
+
+
+@pytest.mark.usefixtures("async_io")
+@pytest.mark.parametrize("name", ["pin_memory", "async_io"])
+def test_operators_are_built_without_what_takes_most_of_the_time(name):
+    (flags,) = re.findall("^cflags = (.*)$", (build_folder(name) / "build.ninja").read_text(), re.M)
+    assert "-DTORCH_INDUCTOR_CPP_WRAPPER" in flags.split()
+    assert b".debug_info" not in (build_folder(name) / f"{name}.so").read_bytes()
+
+
+@pytest.mark.usefixtures("async_io")
+def test_a_build_that_fails_is_told_in_one_line(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *.cpp*) exit 1;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    said = subprocess.run(
+        [sys.executable, "-m", "inference.async_io"],
+        env=os.environ | {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert said.returncode == 1
+    assert said.stderr.splitlines()[-1].startswith(
+        "engine.offload is nvme: async_io does not build: Error building extension 'pin_memory'"
+    )
+
+
+@pytest.mark.usefixtures("async_io")
+def test_a_build_needs_no_ninja_on_the_path_but_that_beside_python(tmp_path):
+    for folder in map(Path, os.environ["PATH"].split(os.pathsep)):
+        if folder != Path(sys.executable).parent and folder.is_dir():
+            for program in folder.iterdir():
+                if program.name != "ninja" and not (tmp_path / program.name).is_symlink():
+                    (tmp_path / program.name).symlink_to(program)
+    said = subprocess.run(
+        [sys.executable, "-m", "inference.async_io"],
+        env=os.environ | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert said.stdout.startswith("async_io is built"), said.stderr
 
 
 def test_what_was_built_for_another_torch_is_refused_with_its_path(tmp_path):
