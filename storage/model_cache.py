@@ -13,7 +13,6 @@ Locks are flocks: the kernel drops them when their process dies, however it dies
 """
 
 import fcntl
-import logging
 import os
 import secrets
 import shutil
@@ -26,10 +25,9 @@ from typing import NamedTuple
 
 from storage.disk_space import NO_SPACE, free_bytes, no_space, used_bytes
 from storage.errors import AccessDenied, CorruptObject, NoSpace
+from storage.file_lock import FileLock, take_lock
 from storage.model_manifest import ModelManifest
 from storage.weight_files import MANIFEST
-
-logger = logging.getLogger(__name__)
 
 _TRASH_PREFIX = ".trash-"
 
@@ -73,31 +71,6 @@ class Stager(NamedTuple):
     """Seconds since 1970."""
 
     host: str
-
-
-class FileLock:
-    """A held flock; closing it, or dying, releases it."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def close(self) -> None:
-        """Release; releasing twice is no fault."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def write(self, text: str) -> None:
-        """Say something to those who wait; a full disk keeps it from being said."""
-        with suppress(OSError):
-            os.pwrite(self._fd, text.encode(), 0)
-            os.ftruncate(self._fd, len(text.encode()))
-
-    def __enter__(self) -> "FileLock":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class ModelCache:
@@ -338,14 +311,7 @@ class ModelCache:
             return None
 
     def _lock(self, name: str, operation: int) -> FileLock:
-        path = self._locks / name
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, operation)
-        except BaseException:
-            os.close(fd)
-            raise
-        return FileLock(fd)
+        return take_lock(self._locks / name, operation)
 
 
 def _remove(folder: Path) -> None:

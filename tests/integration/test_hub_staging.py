@@ -232,7 +232,7 @@ def test_what_a_killed_download_left_behind_is_removed_before_room_is_asked_for(
     name = "model-00002-of-00002.safetensors"
     hub.files[name] = safetensors_bytes(24 << 20, name="w1")
     hub.stalled.add(name)
-    stage = f"from storage.staging import *; stage_model({SOURCE!r}, config=StorageConfig(), stage_to={str(disk)!r})"
+    stage = f"from storage.staging import stage_model; from storage.object_store import StorageConfig; stage_model({SOURCE!r}, config=StorageConfig(), stage_to={str(disk)!r})"
     process = subprocess.Popen([sys.executable, "-c", stage])
     try:
         # huggingface_hub writes ten million bytes at a time.
