@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from storage import formats
-from storage.errors import BadInput, NotFound, StoreUnavailable
+from storage.disk_space import NO_SPACE, free_bytes
+from storage.errors import BadInput, NoSpace, NotFound, StoreUnavailable
 from storage.globs import has_wildcard, matches
+from storage.hub_requests import errno_of
 
 HUB_SCHEME = "hf://"
 _DATASETS = "hf://datasets/"
@@ -38,6 +40,7 @@ class HubInputs:
             BadInput: the URI is malformed.
             NotFound: no such dataset or revision.
             StoreUnavailable: the Hub does not answer.
+            NoSpace: there is no room for a file (`fetch` alone).
         """
         repo_id, revision, path = parse(uri)
         info = self._call(uri, "repo_info", repo_id, repo_type="dataset", revision=revision)
@@ -75,7 +78,12 @@ class HubInputs:
             raise NotFound(f"{uri}: no such dataset on the Hub, or no access to it") from None
         except HfHubHTTPError as error:
             raise NotFound(f"{uri}: the Hub refuses: {str(error).splitlines()[0]}") from None
-        except (OSError, httpx.HTTPError) as error:
+        except (OSError, httpx.HTTPError, RuntimeError) as error:  # RuntimeError: hf-xet's
+            if errno_of(error) in NO_SPACE:
+                raise NoSpace(
+                    f"{uri}: does not fit {self._cache_dir}, {free_bytes(self._cache_dir)} bytes free; "
+                    "make room, or name another folder in NIGHTJAR_WORK_DIR"
+                ) from None
             raise StoreUnavailable(f"{uri}: the Hub does not answer: {error}") from None
 
     def _api(self) -> Any:

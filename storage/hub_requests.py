@@ -38,7 +38,7 @@ def bounded(request: Callable[[], Reply], what: str) -> Reply:
             fault = _from_reply(error, what)
             wait_s = _retry_after_s(error, attempt)
         except (OSError, errors.HTTPError, RuntimeError) as error:  # HTTPError: no answer at all
-            if (number := _errno(error)) in NO_SPACE:
+            if (number := errno_of(error)) in NO_SPACE:
                 raise OSError(number, str(error)) from error
             fault = StoreUnavailable(f"{what}: {type(error).__name__}: {error}")
             wait_s = _backoff_s(attempt)
@@ -50,7 +50,7 @@ def bounded(request: Callable[[], Reply], what: str) -> Reply:
     raise type(fault)(f"{fault}; asked {attempt} times{later if fault.retryable else ''}")
 
 
-def _errno(error: Exception) -> int | None:
+def errno_of(error: Exception) -> int | None:
     """What the system said; hf-xet tells it in its message alone, as Rust spells it."""
     told = re.search(r"\(os error (\d+)\)", str(error))
     return int(told[1]) if told else getattr(error, "errno", None)

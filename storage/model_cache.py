@@ -1,4 +1,4 @@
-"""A folder of staged models on one disk: who reads which, which are whole, and what may go.
+"""A folder of staged models on one disk: who reads which, which are whole, and how one goes.
 
     <root>/models/<content_id>/MANIFEST.json   written last: the model is whole
     <root>/models/<content_id>/...             its files, and partials while it is being staged
@@ -13,7 +13,6 @@ Locks are flocks: the kernel drops them when their process dies, however it dies
 """
 
 import fcntl
-import logging
 import os
 import secrets
 import shutil
@@ -24,14 +23,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.disk_space import NO_SPACE, free_bytes, no_space, used_bytes
-from storage.errors import AccessDenied, CorruptObject, NoSpace
+from storage.disk_space import NO_SPACE, no_space, used_bytes
+from storage.errors import AccessDenied, CorruptObject
+from storage.file_lock import FileLock, take_lock
 from storage.model_manifest import ModelManifest
 from storage.weight_files import MANIFEST
 
-logger = logging.getLogger(__name__)
-
-_TRASH_PREFIX = ".trash-"
+TRASH_PREFIX = ".trash-"
+"""Of folders that are being deleted."""
 
 
 class CacheEntry(NamedTuple):
@@ -73,31 +72,6 @@ class Stager(NamedTuple):
     """Seconds since 1970."""
 
     host: str
-
-
-class FileLock:
-    """A held flock; closing it, or dying, releases it."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def close(self) -> None:
-        """Release; releasing twice is no fault."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def write(self, text: str) -> None:
-        """Say something to those who wait; a full disk keeps it from being said."""
-        with suppress(OSError):
-            os.pwrite(self._fd, text.encode(), 0)
-            os.ftruncate(self._fd, len(text.encode()))
-
-    def __enter__(self) -> "FileLock":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class ModelCache:
@@ -223,7 +197,7 @@ class ModelCache:
         with lock:
             num_bytes = used_bytes(self.path(content_id))
             # Renamed first: whoever dies here leaves trash, never a model with files missing.
-            trash = self.models / f"{_TRASH_PREFIX}{content_id}-{secrets.token_hex(4)}"
+            trash = self.models / f"{TRASH_PREFIX}{content_id}-{secrets.token_hex(4)}"
             try:
                 self.path(content_id).rename(trash)
             except FileNotFoundError:
@@ -231,85 +205,6 @@ class ModelCache:
             _remove(trash)
         (self._pins / content_id).unlink(missing_ok=True)
         return Eviction(content_id, num_bytes, "")
-
-    def make_room(
-        self, num_bytes: int, *, budget_bytes: int | None = None, keep: str = ""
-    ) -> list[str]:
-        """Evict least recently used models until `num_bytes` more fit the disk and the budget.
-
-        Call while holding `reserve()`. `keep` is the model that is being staged, of which
-        `num_bytes` are still to be reserved. Returns the content ids that went.
-
-        Raises:
-            NoSpace: it would not fit with every idle model gone, and none was evicted; or one that
-                was idle is in use by now.
-        """
-        gone: list[str] = []
-        entries = self.entries()
-        used = sum(entry.num_bytes for entry in entries)
-        idle = [entry for entry in entries if entry.is_idle and entry.content_id != keep]
-        idle_bytes = sum(entry.num_bytes for entry in idle)
-        if not self._fits(num_bytes - idle_bytes, used, budget_bytes):
-            raise self._no_room(num_bytes, used - idle_bytes, budget_bytes)
-        for entry in idle:
-            if self._fits(num_bytes, used, budget_bytes):
-                break
-            eviction = self.evict(entry.content_id)
-            used -= eviction.freed_bytes
-            gone += [entry.content_id] if not eviction.kept_because else []
-        if not self._fits(num_bytes, used, budget_bytes):
-            raise self._no_room(num_bytes, used, budget_bytes)
-        return gone
-
-    def gc(
-        self,
-        *,
-        min_age_s: float = 3600.0,
-        budget_bytes: int | None = None,
-        dry_run: bool = False,
-    ) -> list[Eviction]:
-        """Delete what was left behind: half-deleted models, and partial ones nobody works on.
-
-        With `budget_bytes`, idle models go too, least recently used first, until the rest keeps to
-        it; those that are kept though it does not are listed. `dry_run` deletes nothing.
-        """
-        gone = []
-        if self.models.is_dir():
-            for trash in self.models.glob(f"{_TRASH_PREFIX}*"):
-                gone.append(Eviction(trash.name, used_bytes(trash), ""))
-                if not dry_run:
-                    shutil.rmtree(trash, ignore_errors=True)
-        entries = self.entries()
-        left_behind = {
-            entry.content_id
-            for entry in entries
-            if not entry.is_whole and time.time() - entry.last_used_at >= min_age_s
-        }
-        used = sum(entry.num_bytes for entry in entries)
-        kept: list[Eviction] = []
-        for entry in sorted(entries, key=lambda entry: entry.content_id not in left_behind):
-            is_over = budget_bytes is not None and used > budget_bytes
-            if not is_over and entry.content_id not in left_behind:
-                continue
-            eviction = self._would_evict(entry) if dry_run else self.evict(entry.content_id)
-            used -= eviction.freed_bytes
-            (kept if eviction.kept_because else gone).append(eviction)
-        return gone + kept if budget_bytes is not None and used > budget_bytes else gone
-
-    def _would_evict(self, entry: CacheEntry) -> Eviction:
-        reason = "it is pinned" if entry.is_pinned else "a process is using it"
-        return Eviction(
-            entry.content_id, *((entry.num_bytes, "") if entry.is_idle else (0, reason))
-        )
-
-    def _fits(self, num_bytes: int, used_bytes: int, budget_bytes: int | None) -> bool:
-        if budget_bytes is not None and used_bytes + num_bytes > budget_bytes:
-            return False
-        return num_bytes <= free_bytes(self.root)
-
-    def _no_room(self, num_bytes: int, used_bytes: int, budget_bytes: int | None) -> NoSpace:
-        limit = f", budget {budget_bytes} of which {used_bytes} are pinned or in use"
-        return no_space(self.root, num_bytes, limit=limit if budget_bytes is not None else "")
 
     def _entry(self, folder: Path) -> CacheEntry:
         manifest = self.manifest(folder.name)
@@ -338,14 +233,7 @@ class ModelCache:
             return None
 
     def _lock(self, name: str, operation: int) -> FileLock:
-        path = self._locks / name
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, operation)
-        except BaseException:
-            os.close(fd)
-            raise
-        return FileLock(fd)
+        return take_lock(self._locks / name, operation)
 
 
 def _remove(folder: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from storage import cache_room
 from storage.destinations import (
     Destination,
     EngineMemory,
@@ -104,7 +105,9 @@ def gc(
     return [
         eviction
         for cache in _caches(roots)
-        for eviction in cache.gc(min_age_s=min_age_s, budget_bytes=budget_bytes, dry_run=dry_run)
+        for eviction in cache_room.gc(
+            cache, min_age_s=min_age_s, budget_bytes=budget_bytes, dry_run=dry_run
+        )
     ]
 
 

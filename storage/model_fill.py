@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from storage.cache_room import make_room
 from storage.checksums import CRC64NVME, Checksum, file_checksum
 from storage.disk_space import NO_SPACE, no_space, used_bytes
 from storage.errors import BadInput
@@ -219,8 +220,8 @@ class Fill:
 
     def _make_room(self) -> None:
         missing = max(0, self._listing.staged_bytes - used_bytes(self._folder))
-        self.filled.evicted += self._cache.make_room(
-            missing, budget_bytes=self._budget_bytes, keep=self._listing.content_id
+        self.filled.evicted += make_room(
+            self._cache, missing, budget_bytes=self._budget_bytes, keep=self._listing.content_id
         )
 
     def _count(self, num_bytes: int) -> None:

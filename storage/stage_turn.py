@@ -7,7 +7,8 @@ in one piece: its files are written when every weight is unpacked, and appear to
 import logging
 import time
 
-from storage.model_cache import FileLock, ModelCache
+from storage.file_lock import FileLock
+from storage.model_cache import ModelCache
 from storage.model_fill import FillOptions
 from storage.model_listing import Listing
 

@@ -14,7 +14,7 @@ COMMIT = "a" * 40
 
 @dataclass
 class FakeHub:
-    """One repository, `org/model`, at one commit."""
+    """One repository, `org/model`, at one commit; its files are those of a dataset of that name too."""
 
     files: dict[str, bytes]
     refusals: int = 0
@@ -85,7 +85,7 @@ class FakeHub:
 
 def is_large(name: str) -> bool:
     """Whether the hub keeps the file in LFS, under its SHA-256, or in Git, under its blob's SHA-1."""
-    return name.endswith(".safetensors")
+    return name.endswith((".safetensors", ".parquet"))
 
 
 def digest(name: str, data: bytes) -> str:
@@ -107,8 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(429, b"slow down", {"Retry-After": hub.retry_after})
         elif path.startswith("/api/models/org/model/revision/"):
             self._answer(200, json.dumps(self._info()).encode(), {"X-Repo-Commit": COMMIT})
-        elif path.startswith(f"/org/model/resolve/{COMMIT}/"):
-            self._send_file(path.removeprefix(f"/org/model/resolve/{COMMIT}/"))
+        elif path.removeprefix("/datasets").startswith(f"/org/model/resolve/{COMMIT}/"):
+            self._send_file(path.split(COMMIT + "/", 1)[1])
         elif path == "/xet-token":
             token = {
                 "Access-Token": "t",

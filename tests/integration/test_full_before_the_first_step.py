@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference import build_engine as building
-from inference import memory
+from inference import engine_sizes, memory
 from inference.arriving import Arriving
 from inference.backends import paged
 from inference.build_engine import build_engine
@@ -35,14 +34,14 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB.\nAdvice over several lin
 
 
 def full_in_measuring(monkeypatch: Any, is_full: Callable[[Any, int], bool]) -> None:
-    plan_memory = building._plan_memory
+    plan_memory = engine_sizes._plan_memory
 
     def plan(model: Any, settings: Any, *others: Any) -> Any:
         if is_full(settings, 0):
             raise torch.OutOfMemoryError(FULL)
         return plan_memory(model, settings, *others)
 
-    monkeypatch.setattr(building, "_plan_memory", plan)
+    monkeypatch.setattr(engine_sizes, "_plan_memory", plan)
 
 
 def full_in_warm_up(

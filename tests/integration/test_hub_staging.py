@@ -8,12 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 
 from inference.content_id import NUM_BLOCKS, WeightSample, sample_spans
 from inference.weights import check_model_folder, check_sampled_folder
 from storage import hub_requests, hub_source
 from storage.disk_space import free_bytes, used_bytes
 from storage.errors import AccessDenied, CorruptObject, NoSpace, NotFound, StoreUnavailable
+from storage.hub_inputs import HubInputs
 from storage.object_store import StorageConfig
 from storage.peek import Peeked, peek_model
 from storage.staging import stage_model
@@ -215,6 +217,23 @@ def test_a_disk_that_fills_up_in_the_middle_is_said_and_nothing_on_it_is_taken_a
     assert (hub.count(f"GET /org/model/resolve/{COMMIT}/model-00002") == 0) == (way == "xet")
 
 
+@pytest.mark.filterwarnings("ignore:Not enough free disk space:UserWarning")  # huggingface_hub's
+@pytest.mark.parametrize("way", ["http", "xet"])
+def test_a_disk_that_lacks_room_for_an_input_of_the_hub_is_said_by_name(
+    hub: FakeHub, disk: Path, tmp_path: Path, way: str
+) -> None:
+    hub.files["rows.parquet"] = bytes(range(256)) * 1000
+    if way == "xet":
+        hub.store_in_xet(tmp_path / "xet")
+    inputs = HubInputs(disk, api=HfApi(endpoint=hub.endpoint))
+    uri = f"hf://datasets/org/model@{COMMIT}/rows.parquet"
+    with pytest.raises(NoSpace, match=rf"{uri}: does not fit {disk}, \d+ bytes free; make room"):
+        inputs.fetch(uri)
+    (tmp_path / "other").mkdir()
+    inputs = HubInputs(tmp_path / "other", api=HfApi(endpoint=hub.endpoint))
+    assert inputs.fetch(uri).read_bytes() == hub.files["rows.parquet"]
+
+
 def test_a_xet_store_that_does_not_give_a_file_is_asked_again_and_named(
     hub: FakeHub, quick: None, tmp_path: Path
 ) -> None:
@@ -232,7 +251,7 @@ def test_what_a_killed_download_left_behind_is_removed_before_room_is_asked_for(
     name = "model-00002-of-00002.safetensors"
     hub.files[name] = safetensors_bytes(24 << 20, name="w1")
     hub.stalled.add(name)
-    stage = f"from storage.staging import *; stage_model({SOURCE!r}, config=StorageConfig(), stage_to={str(disk)!r})"
+    stage = f"from storage.staging import stage_model; from storage.object_store import StorageConfig; stage_model({SOURCE!r}, config=StorageConfig(), stage_to={str(disk)!r})"
     process = subprocess.Popen([sys.executable, "-c", stage])
     try:
         # huggingface_hub writes ten million bytes at a time.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from storage import model_caches
+from storage import cache_room, model_caches
 from storage.errors import AccessDenied, BadInput, CorruptObject, NoSpace, NotFound
 from storage.model_cache import ModelCache
 from storage.object_store import StorageConfig
@@ -200,7 +200,7 @@ def test_an_eviction_whose_trash_is_collected_meanwhile_goes_through(
 
     def race(path: Path, *, ignore_errors: bool = False) -> None:
         if not ignore_errors:
-            cache.gc()
+            cache_room.gc(cache)
         rmtree(path, ignore_errors=ignore_errors)
 
     monkeypatch.setattr("shutil.rmtree", race)

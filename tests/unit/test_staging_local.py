@@ -425,7 +425,7 @@ def test_a_network_folder_that_fits_nowhere_is_read_in_place_and_the_arithmetic_
         assert (staged.path, staged.report.outcome) == (model, "in place")
         assert "fits nowhere: weights 0.0 MB + 1.1 GB spare > 0.5 GB free" in staged.report.reason
     for stage_to in ("nvme", str(tmp_path / "full")):
-        monkeypatch.setattr("storage.model_cache.free_bytes", lambda folder: 10)
+        monkeypatch.setattr("storage.cache_room.free_bytes", lambda folder: 10)
         with pytest.raises(NoSpace):
             stage_model(str(model), config=CONFIG, stage_to=stage_to)
 

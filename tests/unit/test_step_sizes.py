@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference import build_engine
+from inference import engine_sizes
 from inference.config import EngineConfig
 from inference.memory import MemoryPlan, NoRoom
 from inference.paged_settings import PagedSettings, _min_step_tokens
@@ -40,12 +40,12 @@ def planned_steps(monkeypatch: Any, cache_gb: float, *, others_agree: bool = Tru
             weights=0, step=step, graphs=0, tally=0, kv_cache=left, num_blocks=left // 10**6
         )
 
-    monkeypatch.setattr(build_engine, "_plan_memory", plan)
-    monkeypatch.setattr(build_engine, "_limits", lambda model, settings: None)
+    monkeypatch.setattr(engine_sizes, "_plan_memory", plan)
+    monkeypatch.setattr(engine_sizes, "batch_limits", lambda model, settings: None)
     settings = settings_of(max_num_batched_tokens=8192, fewer_batched_tokens=2048)
     ranks = SimpleNamespace(size=1, agree_on_least=lambda value: value if others_agree else 0)
     model = SimpleNamespace(uses_kernels=False, ranks=ranks, detach=lambda: None)
-    found = build_engine._plan_sizes(model, settings)
+    found = engine_sizes.plan_sizes(model, settings)
     assert found.settings.max_num_batched_tokens == tried[-1]
     return tried
 
