@@ -87,15 +87,15 @@ class Precompile:
     ) -> None:
         self._stop()
 
-    def wait(self) -> float:
-        """Wait until all is compiled, or has failed; return the seconds that took."""
+    def wait(self, patience_s: float = _PATIENCE_S) -> float:
+        """Wait until all is compiled, or has failed, or for `patience_s`; return the seconds that took."""
         if self._process is None:
             return 0.0
         started_at = time.perf_counter()
         try:
-            output, errors = self._process.communicate(timeout=_PATIENCE_S)
+            output, errors = self._process.communicate(timeout=patience_s)
         except subprocess.TimeoutExpired:
-            logger.debug("compiling ahead was stopped: not done after %.0f s more", _PATIENCE_S)
+            logger.debug("compiling ahead was stopped: not done after %.0f s more", patience_s)
         else:
             code = self._process.returncode
             lines = (errors if code else output).decode(errors="replace").splitlines()

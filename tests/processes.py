@@ -132,7 +132,7 @@ def json_lines(module: str, *, triton_cache: Path, **env: str) -> list[Any]:
         cwd=REPOSITORY,
         env={**inherited, **env, "TRITON_CACHE_DIR": str(triton_cache)},
         capture_output=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]

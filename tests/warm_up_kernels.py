@@ -140,7 +140,7 @@ class Case:
         task = task_for(FACTS, self.model_config, self.config, 2)
         was_done = is_done(task)
         with Precompile(task) as kernels:
-            kernels.wait()
+            kernels.wait(patience_s=600)  # however slow the machine
         before = num_cached()
         triton.knobs.compilation.listener = listen
         run_all(self.model("cpu"), self.settings())

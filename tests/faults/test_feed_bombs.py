@@ -196,7 +196,7 @@ def test_the_child_ends_when_its_parent_is_killed(bench, tmp_path):
     list(feed.read(plan, 0, 1))
     child = feed._process._child
     child.stdin.close()
-    assert child.wait(timeout=10) == 0
+    assert child.wait(timeout=120) == 0
     feed.close()
 
 

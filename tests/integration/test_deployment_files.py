@@ -401,7 +401,7 @@ def entrypoint(tmp_path, *argv, **env):
         check=True,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
     ).stdout.strip()
 
 

@@ -74,7 +74,7 @@ def replica_at_work(folder, metrics, num_rows=4000):
 
 
 def get(url):
-    with urllib.request.urlopen(url, timeout=5) as reply:
+    with urllib.request.urlopen(url, timeout=60) as reply:
         return reply.read().decode()
 
 

@@ -19,6 +19,7 @@ from inference.config import EngineConfig
 from inference.precompile import CardFacts, Precompile, task_for
 from tests.processes import json_lines
 
+pytestmark = pytest.mark.timeout(900)
 FACTS = CardFacts(capability=90, num_multiprocessors=132)
 LLAMA: dict[str, Any] = {"model_type": "llama"}
 
@@ -100,7 +101,7 @@ def test_what_cannot_be_compiled_ahead_is_left_to_the_engine(
 ) -> None:
     caplog.set_level("DEBUG", logger="inference.precompile")
     with Precompile(task_for(FACTS, LLAMA, EngineConfig(model="none"), 1)) as kernels:
-        assert kernels.wait() > 0
+        assert kernels.wait(patience_s=600) > 0
     assert "ended with 1" in caplog.text
     assert "ModelError: hidden_size is None" in caplog.text
 

@@ -464,6 +464,7 @@ def test_a_source_that_cannot_be_used_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.timing
 def test_the_second_stage_takes_no_time(model: Path, tmp_path: Path) -> None:
     stage_model(str(model), config=CONFIG, stage_to=str(tmp_path / "cache")).close()
     began = time.perf_counter()
