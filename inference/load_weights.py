@@ -8,6 +8,7 @@ keeps disk, processor and bus busy together (`inference.weight_movers`). Under t
 asks for its slices only.
 """
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from inference.pinned_memory import make_ready
 from inference.weight_movers import (
     BUFFER_BYTES,
     PAGE_SLACK,
@@ -85,6 +87,16 @@ def default_threads() -> int:
     """
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as launchers of ranks set it
     return max(4, min(16, len(os.sched_getaffinity(0)) // num_ranks))
+
+
+def make_buffers_ready(device: torch.device, num_weight_bytes: int) -> None:
+    """Begin to make ready what files of so many bytes are read through on a CUDA device; `load_weights` waits for it.
+
+    The first load of a process would else spend a tenth of a second or two on it.
+    """
+    num_threads = default_threads()
+    count = min(2 * num_threads, math.ceil(num_weight_bytes / BUFFER_BYTES))
+    make_ready(count, BUFFER_BYTES, device, num_threads=num_threads)
 
 
 def _plain(

@@ -18,6 +18,7 @@ from inference.arriving import Arriving
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
 from inference.lazy_weights import LazyWeights
+from inference.load_weights import make_buffers_ready
 from inference.placement import placement
 from inference.quantization import prints_aside, quantization_options, use_portable_products
 from inference.weights import (
@@ -86,6 +87,18 @@ def load_model(
     except _UNLOADABLE as error:
         raise ModelError(f"{folder.path}: cannot be loaded: {_one_line(error)}") from error
     return _checked(model, report, folder.path)
+
+
+def expect_weights(
+    files: Arriving, config: EngineConfig, device: torch.device, *, num_ranks: int
+) -> None:
+    """Have ready what `load_arriving`, or else `load_partition` on one of several ranks, will read files through.
+
+    Called before the tokenizer is read and the model's class imported, which takes longer.
+    """
+    is_ours = num_ranks > 1 or not _wants_plain_way(files, config, device)
+    if device.type == "cuda" and is_ours:
+        make_buffers_ready(device, _num_weight_bytes(files) // num_ranks)
 
 
 def load_arriving(files: Arriving, config: EngineConfig, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import threading
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
@@ -16,19 +17,65 @@ import torch
 _HUGE_PAGE_BYTES = 2 << 20
 _libc = ctypes.CDLL(None)
 _libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-_lock = threading.Lock()
+_changed = threading.Condition()
 _free: dict[int, list[torch.Tensor]] = defaultdict(list)
 """By their bytes."""
+
+_num_coming: dict[int, int] = defaultdict(int)
+"""By their bytes: those that are being made ready."""
 
 _registered: list[torch.Tensor] = []
 """All there is: were one let go of, CUDA would take whatever is mapped in its place for it."""
 
 
+def make_ready(count: int, num_bytes: int, device: torch.device, *, num_threads: int) -> None:
+    """Begin to make `count` pieces of pinned memory on threads; `take_pinned` waits for them rather than make more.
+
+    Called before something else takes its time, so that whoever takes the memory then finds it.
+
+    Args:
+        count: how many there are to be, those that are free by now among them.
+        num_bytes: of each; whole pages.
+        device: whose driver is asked, on threads that would else ask the first device's.
+        num_threads: how many are made at once.
+    """
+    with _changed:
+        missing = max(0, count - len(_free[num_bytes]) - _num_coming[num_bytes])
+        _num_coming[num_bytes] += missing
+    pool = ThreadPoolExecutor(num_threads, "nightjar-pinned")
+    for _ in range(missing):
+        pool.submit(_make_one, num_bytes, device)
+    pool.shutdown(wait=False)
+
+
 def take_pinned(num_bytes: int) -> torch.Tensor:
     """Return pinned memory, flat uint8 and page-aligned, with whatever is in it; `num_bytes` are whole pages."""
-    with _lock:
+    with _changed:
+        _changed.wait_for(lambda: _free[num_bytes] or not _num_coming[num_bytes])
         if _free[num_bytes]:
             return _free[num_bytes].pop()
+    return _made(num_bytes)
+
+
+def give_back(memory: torch.Tensor) -> None:
+    """Take back what `take_pinned` returned, when no copy from or to it is under way."""
+    with _changed:
+        _free[memory.nbytes].append(memory)
+        _changed.notify_all()
+
+
+def _make_one(num_bytes: int, device: torch.device) -> None:
+    """Make one piece for `make_ready`; where that fails, whoever takes memory meets the error."""
+    try:
+        torch.cuda.set_device(device)
+        give_back(_made(num_bytes))
+    finally:
+        with _changed:
+            _num_coming[num_bytes] -= 1
+            _changed.notify_all()
+
+
+def _made(num_bytes: int) -> torch.Tensor:
     memory = _touched(num_bytes)
     code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)  # type: ignore[no-untyped-call]
     if int(code) == 0:
@@ -36,12 +83,6 @@ def take_pinned(num_bytes: int) -> torch.Tensor:
         return memory
     _forget_error()  # a driver or a sandbox that cannot register: slower
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-
-
-def give_back(memory: torch.Tensor) -> None:
-    """Take back what `take_pinned` returned, when no copy from or to it is under way."""
-    with _lock:
-        _free[memory.nbytes].append(memory)
 
 
 def _touched(num_bytes: int) -> torch.Tensor:

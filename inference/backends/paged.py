@@ -21,7 +21,7 @@ from inference.end_tokens import end_token_ids
 from inference.engine import PagedEngine
 from inference.errors import EngineConfigError, EngineFault, OutOfMemory
 from inference.kernels import plain
-from inference.loading import dtype_name, load_arriving, load_tokenizer
+from inference.loading import dtype_name, expect_weights, load_arriving, load_tokenizer
 from inference.memory import MemoryPlan, first_line, free_device_bytes, is_out_of_memory
 from inference.model import PagedModel, make_paged_model
 from inference.model_config import read_model_shape
@@ -82,6 +82,7 @@ class PagedBackend:
         check_engine(folder, replace(config, backend="paged"))
         device = current_device()
         with Precompile.beside(folder.config, config, device) as kernels:
+            expect_weights(files, _without_fp8(config), device, num_ranks=ranks.size)
             self.tokenizer = load_tokenizer(folder)
             model = _load_model(files, folder, config, ranks, device)
             settings = PagedSettings.of(config, model)

@@ -9,10 +9,10 @@ Measures pinned host-to-device copies (`bus`), then, from /dev/shm on small page
 huge pages, as staging reserves them where it can (`huge`), and from disk (its page cache dropped before): the
 bare ways without a loader (`read`, `mapped`, `populated`, `registered`: see `bare_copies`; the ceiling of
 ours), the library's loader, and ours (`parallel`), each for every number of threads and size of buffers;
-`first` is in a process that has no pinned memory yet, as an engine loads. `small` are files of many
-small tensors. `disk` is O_DIRECT reads without a GPU. The last two take the defaults and the last of the
-given numbers only: there, buffers are not what decides. `--host-only` needs no GPU: /dev/shm into warm
-ordinary memory, and ours on the CPU. The last line is JSON.
+`first` is in a process that has loaded nothing yet, its pinned memory made ready beforehand as an engine does,
+and with `cold` not so. `small` are files of many small tensors. `disk` is O_DIRECT reads without a GPU. The
+last two take the defaults and the last of the given numbers only: there, buffers are not what decides.
+`--host-only` needs no GPU: /dev/shm into warm ordinary memory, and ours on the CPU. The last line is JSON.
 """
 
 import argparse
@@ -37,12 +37,14 @@ from pathlib import Path
 import torch
 
 from inference.load_weights import default_threads, load_weights
+from inference.pinned_memory import make_ready
 from inference.weight_movers import BUFFER_BYTES
 from storage.huge_pages import HugePages
 from tests.benchmarks.bare_copies import DEVICE_WAYS, HOST_WAYS, into_memory, to_device
 
 HIDDEN, INTERMEDIATE = 4096, 12_288  # an 8B model's biggest matrices
 NUM_FILES = 4
+_TOKENIZER_S = 0.5  # less than what an engine does between the two
 _BEGAN = time.perf_counter()
 PLACES = ("shm", "huge", "small", "disk")
 BARS = {"shm": 0.7, "huge": 0.7, "disk": 0.9}
@@ -67,7 +69,8 @@ def main() -> None:
                 found |= _bare(place, paths, args)
             found |= _loaders(place, paths, args, _variants(args))
             peers = ["safetensors", *(peer for peer in PEERS if find_spec(peer))]
-            for way in [*peers, *(f"{threads}x{mib}" for threads, mib in _few_variants(args))]:
+            ours = [f"{threads}x{mib}" for threads, mib in _few_variants(args)]
+            for way in [*peers, *ours, *(f"{way}cold" for way in ours)]:
                 name = f"{place}_first_{way}"
                 work = partial(_first_in_new_process, paths, way)
                 found[name] = _median(name, args.rounds, work)
@@ -229,7 +232,11 @@ def _bare(place: str, paths: list[Path], args: argparse.Namespace) -> dict[str, 
 
 
 def _first_load(paths: list[Path], way: str) -> float:
-    """GB/s of the first load of a process by a library, or by ours with so many threads and MiB."""
+    """GB/s of the first load of a process by a library, or by ours with so many threads and MiB.
+
+    `16x32` has its pinned memory made ready beforehand, `16x32cold` does not.
+    """
+    is_expected, way = not way.endswith("cold"), way.removesuffix("cold")
     torch.zeros(1, device="cuda")
     kept: dict[str, torch.Tensor] = {}
     if way in PEERS:
@@ -239,6 +246,10 @@ def _first_load(paths: list[Path], way: str) -> float:
         work = partial(kept.update, load_weights(paths, device="cuda", method="safetensors"))
     else:
         threads, mib = map(int, way.split("x"))
+        if is_expected:  # as an engine does, before it reads the tokenizer
+            device = torch.device("cuda", 0)
+            make_ready(2 * threads, mib << 20, device, num_threads=threads)
+            time.sleep(_TOKENIZER_S)
         loading = load_weights(
             paths,
             device="cuda",

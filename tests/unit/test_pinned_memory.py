@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inference import pinned_memory as module
-from inference.pinned_memory import give_back, take_pinned
+from inference.pinned_memory import give_back, make_ready, take_pinned
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -55,3 +55,32 @@ def test_memory_that_cannot_be_registered_is_taken_from_torch_and_nothing_else_f
     memory.fill_(9)
     copied = torch.empty_like(memory, device="cuda").copy_(memory, non_blocking=True)
     assert (copied == 9).all()
+
+
+@gpu
+@needs_cuda
+def test_what_is_made_ready_is_what_is_taken_and_no_more_is_made() -> None:
+    num_bytes = 16 * mmap.PAGESIZE
+    before = len(module._registered)
+    make_ready(6, num_bytes, torch.device("cuda", 0), num_threads=3)
+    make_ready(6, num_bytes, torch.device("cuda", 0), num_threads=3)  # the same six
+    taken = [take_pinned(num_bytes) for _ in range(6)]
+    assert len({memory.data_ptr() for memory in taken}) == 6
+    assert len(module._registered) == before + 6
+    seventh = take_pinned(num_bytes)
+    assert seventh.data_ptr() not in {memory.data_ptr() for memory in taken}
+    for memory in [*taken, seventh]:
+        give_back(memory)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_takes_memory_that_could_not_be_made_ready_meets_the_error_instead_of_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(num_bytes: int) -> torch.Tensor:
+        raise MemoryError(f"{num_bytes} bytes")
+
+    monkeypatch.setattr(module, "_touched", no_memory)
+    make_ready(4, 32 * mmap.PAGESIZE, torch.device("cuda", 0), num_threads=2)
+    with pytest.raises(MemoryError, match=str(32 * mmap.PAGESIZE)):
+        take_pinned(32 * mmap.PAGESIZE)
