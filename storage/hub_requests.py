@@ -4,6 +4,7 @@ huggingface_hub repeats little by itself; hf-xet, which it leaves large files to
 for whatever goes wrong.
 """
 
+import os
 import random
 import re
 import time
@@ -17,6 +18,13 @@ from storage.errors import AccessDenied, BadInput, NotFound, StorageError, Store
 _PASSING = {408, 409, 429, 500, 502, 503, 504}
 _MAX_ATTEMPTS = 6
 _MAX_WAIT_S = 120.0
+_XET_BOUNDS = {
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
+    "HF_XET_CLIENT_RETRY_BASE_DELAY": "500ms",
+    "HF_XET_CLIENT_READ_TIMEOUT": "30s",
+}
+"""hf-xet 1.8 repeats by itself for 4 minutes where its store refuses and 9 or more where it is silent, and hears no
+signal meanwhile: it is kept short, since whole requests are repeated here. What the user has set stays."""
 
 Reply = TypeVar("Reply")
 
@@ -29,7 +37,7 @@ def bounded(request: Callable[[], Reply], what: str) -> Reply:
         OSError: the disk is full; its errno is one of `NO_SPACE`.
     """
     errors: Any = import_module("huggingface_hub.errors")
-
+    os.environ.update(_XET_BOUNDS | os.environ)  # read when its first session begins
     waited_s = 0.0
     for attempt in range(1, _MAX_ATTEMPTS + 1):
         try:

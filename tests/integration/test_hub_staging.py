@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -249,6 +250,19 @@ def test_a_xet_store_that_does_not_give_a_file_is_asked_again_and_named(
     with pytest.raises(StoreUnavailable, match=r"safetensors: RuntimeError.*asked 6 times"):
         stage_model(SOURCE, config=CONFIG)
     assert not list((tmp_path / "cache").rglob("MANIFEST.json"))
+
+
+def test_a_xet_store_that_cannot_be_reached_is_given_up_soon(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub.store_in_xet(tmp_path / "xet")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        hub.xet_store = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr(hub_requests, "_MAX_ATTEMPTS", 1)
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="error sending request"):
+        stage_model(SOURCE, config=CONFIG)
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("disk", [30 << 10], indirect=True)
