@@ -5,7 +5,9 @@ rank reads it and tells the others. So further hosts of a replica need no more t
 
     torchrun --nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr HOST0 --master-port PORT -m inference
 
-with the model's folder at the same path, or named by NIGHTJAR_MODEL (`tasks.follow` stages and names it). How a rank's process ends is a contract: see `inference.rank_exit`.
+with the model's folder at the same path, or named by NIGHTJAR_MODEL. Ranks that are out of memory end to be started
+again with less, by whoever started them on each host: `tasks.follow` does, and stages the model. How a rank's process
+ends is a contract: see `inference.rank_exit`.
 """
 
 import json
@@ -21,10 +23,11 @@ import torch.distributed as dist
 from inference.arriving import Arriving
 from inference.backends.base import Backend
 from inference.config import DistributedConfig, EngineConfig, config_from_json
-from inference.errors import InferenceError, OutOfMemory
+from inference.errors import InferenceError
 from inference.launch import MODEL_VARIABLE
 from inference.preflight_collective import check_fabric
-from inference.rank_exit import ExitCode, code_of
+from inference.rank_alarm import RankAlarm
+from inference.rank_exit import ExitCode, code_of, failure_of
 from inference.rank_group import SOCKET_VARIABLE
 from inference.rank_link import LinkHandler, RankLink
 from inference.rank_loop import serve
@@ -41,39 +44,37 @@ from inference.world import (
 def main(arguments: list[str]) -> ExitCode:
     """Run one rank to its end."""
     link: RankLink | None = None
+    alarm: RankAlarm | None = None
     try:
         place = Place.from_environment()
         path = os.environ.get(SOCKET_VARIABLE)
         link = RankLink(path, place.rank) if path else None
         if link is not None and place.rank == 0:
             logging.getLogger().addHandler(LinkHandler(link))
-        run_rank(Path(arguments[0]).read_text() if place.rank == 0 else "", place, link)
+        alarm = RankAlarm(place, link)
+        run_rank(Path(arguments[0]).read_text() if place.rank == 0 else "", place, link, alarm)
     except Exception as error:  # whatever it is, the replica must hear of it
         code = code_of(error)
         if code == ExitCode.FAULT or not isinstance(error, InferenceError):
             traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
+        failure = failure_of(error)
+        if alarm is not None:
+            alarm.settle(failure)
         if link is not None:
-            text = (
-                lines[0]
-                if isinstance(error, InferenceError)
-                else f"{type(error).__name__}: {lines[0]}"
-            )
-            seq_ids = error.seq_ids if isinstance(error, OutOfMemory) else ()
-            link.send(
-                {"kind": "failed", "code": int(code), "error": text[:1000], "seq_ids": seq_ids}
-            )
+            link.send(failure)
             link.flush()
         return code
     return ExitCode.FINISHED
 
 
-def run_rank(document: str, place: Place, link: RankLink | None) -> None:
+def run_rank(document: str, place: Place, link: RankLink | None, alarm: RankAlarm) -> None:
     """Join the world, build this rank's part of the engine and serve until told to stop.
 
     `document` is the first rank's.
     """
     config = meet(document, place)
+    if config.distributed.num_hosts > 1:
+        alarm.listen()
     timeout_s = config.distributed.timeout_s
     ranks = tensor_parallel_group(config.tensor_parallel_size, timeout_s=timeout_s)
     fabric = check_fabric(ranks, current_device(), config.distributed)

@@ -9,12 +9,14 @@ So nothing outlives the replica, whichever process is killed, and the replica le
 """
 
 import base64
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,8 @@ MODEL_VARIABLE = "NIGHTJAR_MODEL"
 """Where ranks find the model's folder on their host, if it is not where the first rank has it."""
 
 _STOP_GRACE_S = 5.0
+_START_S = 60.0
+_GONE_S, _GONE_POLL_S = 15.0, 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,9 @@ class Launch:
 
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to this process's environment."""
+
+    is_again: bool = False
+    """Whether all hosts start anew: none has anything to stage, so they meet soon or not at all."""
 
 
 def environment(distributed: DistributedConfig) -> dict[str, str]:
@@ -84,6 +91,8 @@ def _torchrun_command(launch: Launch) -> list[str]:
         host, _, port = distributed.rendezvous.rpartition(":")
         options += [f"--nnodes={distributed.num_hosts}", f"--node-rank={launch.host_rank}"]
         options += [f"--master-addr={host}", f"--master-port={port}"]
+        if launch.is_again:
+            options += [f"--rdzv-conf=timeout={int(distributed.timeout_s + _START_S)}"]
     return [
         *(sys.executable, "-m", "torch.distributed.run", *options),
         *("-m", launch.module, *launch.args),
@@ -116,6 +125,19 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def wait_until_gone(rendezvous: str) -> None:
+    """Wait, for seconds, until no first host's launcher answers any more at `host:port`.
+
+    One that is still ending would take in those that start anew, and take them with it.
+    """
+    host, _, port = rendezvous.rpartition(":")
+    deadline = time.monotonic() + _GONE_S
+    with contextlib.suppress(OSError):
+        while time.monotonic() < deadline:
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+            time.sleep(_GONE_POLL_S)
 
 
 class RankProcesses:

@@ -5,7 +5,7 @@
 3 config error      the settings cannot work on this model or machine      (trying again cannot help)
 4 model error       the model folder is unusable                           (trying again cannot help)
 5 lost peer         another rank is gone or does not answer                (trying again can help)
-6 out of memory     the device is full                                     (trying again can help)
+6 out of memory     the device is full; over several hosts, any rank's     (all can start again, with less)
 7 engine fault      the device or the engine broke                         (trying again can help)
 8 orphaned          the replica's process is gone
 9 files lost        the replica gave up staging the model; its own error says why
@@ -13,6 +13,7 @@
 
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import Any
 
 from inference.errors import (
     EngineConfigError,
@@ -67,6 +68,20 @@ def error_of(code: int | None, message: str, *, seq_ids: Iterable[int] = ()) -> 
     if code == ExitCode.OUT_OF_MEMORY:
         return OutOfMemory(message, seq_ids=seq_ids)
     return EngineFault(message)
+
+
+def failure_of(error: BaseException) -> dict[str, Any]:
+    """Return the `failed` message of a rank that ends on this error."""
+    lines = str(error).strip().splitlines() or [""]
+    is_ours = isinstance(error, InferenceError)
+    text = lines[0] if is_ours else f"{type(error).__name__}: {lines[0]}"
+    seq_ids = error.seq_ids if isinstance(error, OutOfMemory) else ()
+    return {
+        "kind": "failed",
+        "code": int(code_of(error)),
+        "error": text[:1000],
+        "seq_ids": list(seq_ids),
+    }
 
 
 def code_of(error: BaseException) -> ExitCode:

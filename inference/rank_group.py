@@ -31,6 +31,7 @@ SOCKET_VARIABLE = "NIGHTJAR_RANK_SOCKET"
 
 _LOG_TAIL_BYTES = 4_000
 _VERDICT_S = 2.0
+_WAIT_POLL_S = 0.5
 _MAX_PATH = 100  # of a Unix socket, less a margin
 
 
@@ -46,8 +47,16 @@ class _Ending(NamedTuple):
 class RankGroup:
     """Starts ranks on construction. One thread uses it."""
 
-    def __init__(self, launch: Launch, document: Mapping[str, Any]) -> None:
-        """Start `launch`, whose ranks are given `document` as the file in their last argument."""
+    def __init__(
+        self, launch: Launch, document: Mapping[str, Any], *, output: int | None = None
+    ) -> None:
+        """Start them.
+
+        Args:
+            launch: what to start.
+            document: given to the ranks as the file in their last argument.
+            output: where launcher and ranks print; None: kept, and logged if they fail.
+        """
         self._folder = _private_folder()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(self._folder / "ranks"))
@@ -65,14 +74,14 @@ class RankGroup:
         path = self._folder / "document.json"
         path.write_text(json.dumps(document))
         self._log_path = self._folder / "output"
-        with self._log_path.open("wb") as output:
+        with self._log_path.open("wb") as kept:
             self._processes = RankProcesses(
                 replace(
                     launch,
                     args=[*launch.args, str(path)],
                     env={**launch.env, SOCKET_VARIABLE: str(self._folder / "ranks")},
                 ),
-                output.fileno(),
+                kept.fileno() if output is None else output,
             )
 
     @property
@@ -110,6 +119,21 @@ class RankGroup:
         self._inbox.clear()
         return messages
 
+    def wait(self) -> int:
+        """Wait until all have ended.
+
+        Returns:
+            The launcher's exit code; `ExitCode.OUT_OF_MEMORY` if any rank ended with that.
+        """
+        while self._processes.poll() is None:
+            self._poll(_WAIT_POLL_S)
+        self._hear_out()
+        exit_code = self._processes.wait()
+        if exit_code:
+            self._log_endings(logging.WARNING)
+        is_full = any(ending.code == ExitCode.OUT_OF_MEMORY for ending in self._endings.values())
+        return ExitCode.OUT_OF_MEMORY if is_full else exit_code
+
     def close(self) -> None:
         """End all ranks. Safe to repeat."""
         if self._is_closed:
@@ -129,8 +153,7 @@ class RankGroup:
         """Tell every rank something that it ends on, hear how each does, and end whoever is left."""
         self.tell(message)
         self._hear_out()
-        for name, ending in sorted(self._endings.items()):
-            logger.info("%s: ended with exit code %s: %s", name, ending.code, ending.text)
+        self._log_endings(logging.INFO)
         self.close()
 
     def _poll(self, timeout_s: float) -> None:
@@ -206,6 +229,10 @@ class RankGroup:
             self._poll(0.1)
             if all(self._name(c) in self._endings for c in self._decoders if c in self._ranks):
                 break
+
+    def _log_endings(self, level: int) -> None:
+        for name, ending in sorted(self._endings.items()):
+            logger.log(level, "%s: ended with exit code %s: %s", name, ending.code, ending.text)
 
     def _output(self) -> str:
         """The end of what launcher and ranks printed."""

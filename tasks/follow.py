@@ -4,16 +4,29 @@
 
 Started by `deployments/entrypoint.sh` in every pod of an indexed Job but the first, which runs the flow. Nothing of
 the first host's disk is needed: the model comes from the run's own source, and must be the one it was planned with.
+
+Where a rank of any host is out of memory, all hosts' ranks end with that (`inference.rank_alarm`), and the first host
+starts its own again with less. So do these, and meet it where they met before. They end for good on any other ending,
+and if it does not come back within `engine.distributed.timeout_s` and a minute.
 """
 
 import json
+import logging
 import os
 import signal
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
+from inference.arriving import Arriving
+from inference.backends.shrinking import MOST_SHRINKS
+from inference.config import DistributedConfig
 from inference.errors import InferenceError
-from inference.launch import MODEL_VARIABLE, Launch, RankProcesses
+from inference.launch import MODEL_VARIABLE, Launch, wait_until_gone
+from inference.rank_exit import ExitCode
+from inference.rank_files import FileNews
+from inference.rank_group import RankGroup
 from storage.errors import BadInput, StorageError
 from storage.manifest import RunRecord
 from storage.object_store import StorageConfig
@@ -23,6 +36,8 @@ from tasks.progress import Progress
 from tasks.ranks import distributed_of
 from tasks.run import Run
 from tasks.run_folder import open_run
+
+logger = logging.getLogger(__name__)
 
 FOLLOW_VARIABLE = "NIGHTJAR_FOLLOW"
 """JSON: the run folder, and how its store is reached."""
@@ -42,18 +57,26 @@ def follow_env(run: Run) -> dict[str, str]:
     return {FOLLOW_VARIABLE: json.dumps(told)}
 
 
-def main() -> int:
-    """Stage, join, and wait for the ranks to end; return their launcher's exit code, 2 where nothing was started."""
+def main(*, module: str = "inference") -> int:
+    """Stage, join, and wait for the ranks to end; return an exit code.
+
+    Args:
+        module: what each rank runs; another one must keep to what `inference.__main__` promises.
+
+    Returns:
+        The last launcher's, 6 where even a replica that was made smaller as often as it may is out of memory,
+        2 where nothing was started.
+    """
     signal.signal(signal.SIGTERM, _end)  # the first process of a container has no default action
     try:
-        return follow(_record())
+        return follow(_record(), module)
     except (StorageError, InferenceError) as error:
         print(f"nightjar: {error}", file=sys.stderr, flush=True)
         return 2
 
 
-def follow(record: RunRecord) -> int:
-    """Stage a planned run's model on this host, then run the host's ranks until they end.
+def follow(record: RunRecord, module: str = "inference") -> int:
+    """Stage a planned run's model on this host, then run the host's ranks until they end for good.
 
     Raises:
         ModelError: it is not the model that the run was planned with.
@@ -63,22 +86,43 @@ def follow(record: RunRecord) -> int:
     model = open_model(job, progress=Progress())
     try:
         model.expect(record.fingerprint_fields["model.content_id"])
-        processes = RankProcesses(
-            Launch(
-                module="inference",
-                num_ranks=int(os.environ[GPUS_VARIABLE]),
-                distributed=distributed_of(job),
-                host_rank=int(os.environ[INDEX_VARIABLE]),
-                env={MODEL_VARIABLE: str(model.path)},
-            ),
-            sys.stdout.fileno(),
-        )
-        try:
-            return processes.wait()
-        finally:
-            processes.stop()
+        return join(model.path, distributed_of(job), module)
     finally:
         model.close()
+
+
+def join(folder: Path, distributed: DistributedConfig, module: str = "inference") -> int:
+    """Run this host's ranks of the model in `folder` until they end, again after each end out of memory.
+
+    Returns:
+        As `main`.
+    """
+    launch = Launch(
+        module=module,
+        num_ranks=int(os.environ[GPUS_VARIABLE]),
+        distributed=distributed,
+        host_rank=int(os.environ[INDEX_VARIABLE]),
+        env={MODEL_VARIABLE: str(folder)},
+    )
+    exit_code = _run(launch, folder)
+    for _ in range(MOST_SHRINKS):
+        if exit_code != ExitCode.OUT_OF_MEMORY:
+            break
+        logger.warning("out of memory: this host's ranks start again with the first host's")
+        wait_until_gone(distributed.rendezvous)
+        exit_code = _run(replace(launch, is_again=True), folder)
+    return exit_code
+
+
+def _run(launch: Launch, folder: Path) -> int:
+    """Run ranks, all of whose files are there, to their end; return what `RankGroup.wait` does."""
+    group = RankGroup(launch, {}, output=sys.stdout.fileno())
+    try:
+        for message in FileNews(Arriving.whole(folder)).since_last():
+            group.tell(message)
+        return group.wait()
+    finally:
+        group.close()
 
 
 def _record() -> RunRecord:

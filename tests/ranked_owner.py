@@ -1,6 +1,6 @@
-"""A process that owns a ranked backend, for tests that kill it: `python -m tests.ranked_owner CONFIG`.
+"""A process that owns a ranked backend, for tests that kill it: `python -m tests.ranked_owner CONFIG [MODULE]`.
 
-CONFIG is an engine's configuration as JSON. Prints the process ids of its launcher and ranks once they are ready,
+CONFIG is an engine's configuration as JSON, MODULE what its ranks run. Prints the process ids of its launcher and ranks once they are ready,
 then what eight prompts give, then generates until it is stopped or a rank is lost.
 """
 
@@ -19,8 +19,8 @@ def prompts() -> list[Sequence]:
     return [Sequence(i, [5, 6, 7 + i], sampling, draw_seed=i) for i in range(8)]
 
 
-def main(config: str) -> None:
-    backend = RankedBackend(config_from_json(json.loads(config)))
+def main(config: str, module: str = "inference") -> None:
+    backend = RankedBackend(config_from_json(json.loads(config)), module=module)
     print(json.dumps([backend.ranks.launcher_pid, *backend.ranks.pids.values()]), flush=True)
     backend.submit(prompts())
     found = {}
@@ -38,6 +38,6 @@ def main(config: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1])
+        main(*sys.argv[1:])
     except InferenceError as error:
         print(json.dumps([type(error).__name__, str(error)]), flush=True)

@@ -1,8 +1,8 @@
-"""One rank of a replica whose second rank has little memory: `python -m tests.small_rank`, under a launcher.
+"""One rank of a replica of which one has little memory: `python -m tests.small_rank`, under a launcher.
 
-As `python -m inference`, but for rank 1, which runs out of memory in steps of more than NIGHTJAR_TEST_MOST_TOKENS (with
-NIGHTJAR_TEST_WARM_UP while it is warmed up for them), or of a static batch of more than NIGHTJAR_TEST_MOST_ROWS, or with a
-prompt of NIGHTJAR_TEST_FULL_AT tokens.
+As `python -m inference`, but for rank NIGHTJAR_TEST_SMALL_RANK, 1 unless set, which runs out of memory in steps of more
+than NIGHTJAR_TEST_MOST_TOKENS (with NIGHTJAR_TEST_WARM_UP while it is warmed up for them), or of a static batch of more
+than NIGHTJAR_TEST_MOST_ROWS, or with a prompt of NIGHTJAR_TEST_FULL_AT tokens.
 """
 
 import os
@@ -53,7 +53,7 @@ def shrink_batches(most: int, full_at: int) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ["RANK"] == "1":
+    if os.environ["RANK"] == os.environ.get("NIGHTJAR_TEST_SMALL_RANK", "1"):
         most_tokens = int(os.environ.get("NIGHTJAR_TEST_MOST_TOKENS", "1000000"))
         if "NIGHTJAR_TEST_WARM_UP" in os.environ:
             shrink_memory_before_the_first_step(most_tokens)

@@ -9,6 +9,7 @@ ones are is told to them (`inference.rank_files`). If staging fails, they end, a
 
 A rank that is out of memory is in the middle of a step that the others cannot take back. So all shrink together:
 they are started again with less (`inference.backends.shrinking`), and what is unfinished is given to them anew.
+Over several hosts each starts its own (`tasks.follow`), and they meet where they met before.
 """
 
 import dataclasses
@@ -169,6 +170,7 @@ class RankedBackend:
                 module=self._module,
                 num_ranks=config.tensor_parallel_size // config.distributed.num_hosts,
                 distributed=config.distributed,
+                is_again=self._shrinking.num_shrinks > 0,
             ),
             dataclasses.asdict(config),
         )

@@ -1,8 +1,7 @@
 """Less for ranks that are out of memory: what they are started again with.
 
 `paged` takes smaller steps and a KV cache a tenth smaller; `zero` half of the batch that was too large, and one
-sequence that is too large alone has failed. Ranks over several hosts cannot be: those that follow would have to
-start anew too.
+sequence that is too large alone has failed.
 """
 
 import dataclasses
@@ -19,6 +18,9 @@ _MAX_SHRINKS = 3
 _MAX_BATCH_SHRINKS = 10
 """A batch of zero's 1,024 rows, halved, is one row then."""
 
+MOST_SHRINKS = max(_MAX_SHRINKS, _MAX_BATCH_SHRINKS)
+"""Of one replica, whatever its backend."""
+
 _AUTO_STEP_TOKENS = 8192
 """What `auto` is at least on any device: where it is less, the first shrinking changes nothing."""
 
@@ -31,7 +33,7 @@ class Shrinking:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self._num_shrinks = 0
+        self.num_shrinks = 0
 
     def shrink(self, error: OutOfMemory, built: BackendInfo | None) -> int | None:
         """Make the settings smaller; or else return the one sequence that is too large alone, and has to go.
@@ -41,21 +43,18 @@ class Shrinking:
             built: what they had built; None: they were not ready yet.
 
         Raises:
-            OutOfMemory: steps cannot be smaller, were made smaller too often, or other hosts would have to start
-                their ranks anew.
+            OutOfMemory: steps cannot be smaller, or were made smaller too often.
         """
         too_large: int | None = None
-        if self.config.distributed.num_hosts > 1:
-            raise error
         if self.config.backend != "zero":
             self.config = self._with_smaller_steps(error, built)
         elif len(error.seq_ids) != 1:
             self.config = self._with_smaller_batches(error, built)
-        elif self._num_shrinks == _MAX_BATCH_SHRINKS:
+        elif self.num_shrinks == _MAX_BATCH_SHRINKS:
             raise error
         else:
             too_large = error.seq_ids[0]
-        self._num_shrinks += 1
+        self.num_shrinks += 1
         return too_large
 
     def _with_smaller_steps(self, error: OutOfMemory, built: BackendInfo | None) -> EngineConfig:
@@ -69,9 +68,9 @@ class Shrinking:
             config = dataclasses.replace(config, max_model_len=built.max_model_len)
             fewest = built.max_num_seqs
         smaller = max(fewest, limit // 2)
-        if self._num_shrinks == _MAX_SHRINKS or smaller >= limit:
+        if self.num_shrinks == _MAX_SHRINKS or smaller >= limit:
             raise OutOfMemory(
-                f"{error}; steps were made smaller {self._num_shrinks} times, to {limit} tokens, and cannot be "
+                f"{error}; steps were made smaller {self.num_shrinks} times, to {limit} tokens, and cannot be "
                 f"smaller than engine.max_num_seqs, {fewest}; lower it, or use more ranks"
             ) from error
         logger.warning(
@@ -95,9 +94,9 @@ class Shrinking:
         limit = built.max_num_seqs if limit == "auto" else limit
         num_rows = len(error.seq_ids) or limit
         smaller = num_rows // 2
-        if self._num_shrinks == _MAX_BATCH_SHRINKS or smaller == 0:
+        if self.num_shrinks == _MAX_BATCH_SHRINKS or smaller == 0:
             raise OutOfMemory(
-                f"{error}; batches were made smaller {self._num_shrinks} times, to {limit} sequences; "
+                f"{error}; batches were made smaller {self.num_shrinks} times, to {limit} sequences; "
                 f"lower engine.max_model_len or engine.max_num_batched_tokens, or use a larger device"
             ) from error
         logger.warning(

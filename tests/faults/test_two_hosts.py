@@ -131,6 +131,19 @@ def environment_of(run: str, folder: Path) -> dict[str, str]:
     }
 
 
+@contextmanager
+def ended(*processes: "subprocess.Popen[str]") -> Iterator[None]:
+    """End what is left of the hosts' processes, and print what they said."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+            print(out, err)
+
+
 def tokens_of_one_host() -> dict[int, tuple[int, ...]]:
     alone = PagedBackend(config())
     alone.submit(prompts())
@@ -217,3 +230,50 @@ def test_a_second_host_stages_the_model_itself_and_gives_the_tokens_of_one(hosts
                 process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=60)
             print(out, err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "small_rank"), [("paged", "1"), ("paged", "0"), ("zero", "1")])
+def test_a_rank_of_either_host_that_is_out_of_memory_has_both_hosts_start_again_with_less(
+    hosts, tmp_path, backend, small_rank
+):
+    run = planned(tmp_path, MODEL)
+    expected = tokens_of_one_host()
+    settings = DistributedConfig(
+        num_hosts=2, rendezvous="10.77.0.1:29500", interface=CABLE, timeout_s=TIMEOUT_S
+    )
+    sizes = {"paged": {"max_num_batched_tokens": 32}, "zero": {}}[backend]
+    asked = dataclasses.replace(
+        config(tensor_parallel_size=2, distributed=settings, max_num_seqs=8, **sizes),
+        backend=backend,
+    )
+    memory = {
+        "NIGHTJAR_TEST_SMALL_RANK": small_rank,
+        "NIGHTJAR_TEST_MOST_TOKENS": "20",  # the first step has 24
+        "NIGHTJAR_TEST_MOST_ROWS": "3",
+    }
+    document = json.dumps(dataclasses.asdict(asked))
+    leader = start(
+        hosts[0],
+        sys.executable,
+        *("-m", "tests.ranked_owner", document, "tests.small_rank"),
+        **memory,
+    )
+    follower = start(
+        hosts[1],
+        *(sys.executable, "-m", "tests.small_follower"),
+        **environment_of(run, tmp_path),
+        **memory,
+        GLOO_SOCKET_IFNAME=CABLE,
+    )
+    assert leader.stdout is not None
+    with ended(leader, follower):
+        before = json.loads(leader.stdout.readline())
+        assert len(before) == 2
+        found = json.loads(leader.stdout.readline())
+        assert [tuple(token_ids) for token_ids in found] == [expected[i] for i in range(8)]
+        assert not any(map(is_alive, before))
+        leader.kill()  # from here on there is nobody to follow
+        assert follower.wait(3 * TIMEOUT_S) == 1
+        assert follower.stderr is not None
+        assert follower.stderr.read().count("start again with the first host's") == 1

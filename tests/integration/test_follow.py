@@ -65,7 +65,7 @@ def test_a_host_that_finds_another_model_joins_nothing_and_says_which(
     model = shutil.copytree(MODELS / "tiny-a", tmp_path / "model")
     run = plan(model)
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
-    monkeypatch.setattr(follow, "RankProcesses", None)  # nothing may be started
+    monkeypatch.setattr(follow, "RankGroup", None)  # nothing may be started
     with pytest.raises(ModelError, match="this run was planned with"):
         follow.follow(run.record)
     monkeypatch.setenv(

@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from inference.backends.base import BackendInfo
+from inference.backends.shrinking import Shrinking
 from inference.config import DistributedConfig, EngineConfig, config_from_json
 from inference.errors import EngineConfigError, EngineFault, ModelError, OutOfMemory
 from inference.heads import check_heads, possible_sizes
@@ -69,6 +70,33 @@ def test_hosts_meet_where_the_job_says(launcher):
     assert "--master-addr=node-0.ranks --master-port=29500" in text
     assert "--node-rank=1" in text
     assert line[-2:] == ["inference", "x"]
+
+
+@pytest.mark.parametrize(("num_hosts", "is_again"), [(1, True), (2, False)])
+def test_only_hosts_that_have_met_before_expect_each_other_soon(num_hosts, is_again):
+    settings = DistributedConfig(num_hosts=num_hosts, rendezvous="node-0:29500", timeout_s=20)
+    launch = Launch(module="inference", num_ranks=1, distributed=settings, is_again=is_again)
+    assert not any("timeout" in option for option in command(launch))
+    again = dataclasses.replace(
+        launch, distributed=dataclasses.replace(settings, num_hosts=2), is_again=True
+    )
+    assert "--rdzv-conf=timeout=80" in command(again)
+
+
+def test_ranks_over_several_hosts_shrink_as_those_of_one_do():
+    settings = DistributedConfig(num_hosts=2, rendezvous="node-0:29500")
+    shrinking = Shrinking(
+        EngineConfig(
+            model="m",
+            backend="paged",
+            tensor_parallel_size=2,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            distributed=settings,
+        )
+    )
+    assert shrinking.shrink(OutOfMemory("full"), None) is None
+    assert shrinking.config.max_num_batched_tokens == 32
 
 
 @pytest.mark.parametrize(
