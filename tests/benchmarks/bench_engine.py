@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,29 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import torch
 import transformers
-from random_model import SHAPES, config_of
+from random_model import SHAPES, config_of, write_folder
 
 from inference.backends.row import Row
 from inference.build_engine import build_engine
 from inference.config import EngineConfig
+from inference.loading import load_model
 from inference.model import make_paged_model
 from inference.paged_settings import PagedSettings
 from inference.request_mixes import requests, run_to_ends
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
+from inference.tier import BITSANDBYTES
+from inference.weights import check_model_folder
 
 
 def build(args: argparse.Namespace) -> Any:
     """Return an engine over random weights of the model's shape."""
     is_cuda = torch.cuda.is_available()
-    with torch.device("cuda" if is_cuda else "cpu"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config_of(args.model), dtype=torch.bfloat16 if is_cuda else torch.float32
-        ).eval()
+    device = torch.device("cuda" if is_cuda else "cpu")
+    if args.bitsandbytes:
+        model = through_bitsandbytes(args.model, args.bitsandbytes, device)
+    else:
+        model = random_weights(args.model, device)
     ops: Any
     if is_cuda:
         from inference.kernels import fused as ops
@@ -56,6 +61,21 @@ def build(args: argparse.Namespace) -> Any:
 
         settings = dataclasses.replace(settings, min_step_tokens=args.min_step_tokens or None)
     return build_engine(paged, settings, make_row)
+
+
+def random_weights(name: str, device: torch.device) -> Any:
+    """Return a transformers model with random weights."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config_of(name), dtype=dtype).eval()
+
+
+def through_bitsandbytes(name: str, quantization: Any, device: torch.device) -> Any:
+    """Return such a model as the engine loads it from a folder with `quantization`."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        write_folder(Path(folder), config_of(name), is_random=True)
+        config = EngineConfig(model=folder, quantization=quantization)
+        return load_model(check_model_folder(Path(folder)), config, {"": device})
 
 
 def make_row(sequence: Sequence) -> Row:
@@ -144,6 +164,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--fp8", action="store_true")
+    parser.add_argument("--bitsandbytes", choices=BITSANDBYTES)
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
