@@ -1,10 +1,11 @@
 """Weights quantised to fp8 while they are read: the tokens of those quantised from the whole model, and no room for it."""
 
 import json
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from inference import load_weights as reader
-from inference import partition_fill
+from inference import partition_fill, quantised_loading
 from inference.arriving import Arriving
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, ModelError
 from inference.kernels import plain
+from inference.layers import take_layer
 from inference.loading import load_model
 from inference.model import FusedModel, make_paged_model
 from inference.quantised_loading import load_quantised
@@ -201,14 +203,34 @@ def test_files_may_hold_layers_in_any_order_and_come_in_any(kind, spread, is_rev
     resave(folder, SPREAD[spread])
     files = Arriving()
     files.begin(folder)
-    loaded: list[FusedModel] = []
-    thread = threading.Thread(target=lambda: loaded.append(quantised_while_read(folder, files)))
-    thread.start()
-    for path in sorted(folder.glob("*.safetensors"), reverse=is_reversed):
-        files.add(path)
-    files.finish(folder)
-    thread.join(60)
-    assert tokens_of(loaded[0]) == expected
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(quantised_while_read, folder, files)
+        for path in sorted(folder.glob("*.safetensors"), reverse=is_reversed):
+            files.add(path)
+        files.finish(folder)
+    assert tokens_of(loading.result()) == expected
+
+
+def test_layers_are_quantised_while_other_files_are_on_their_way(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model", "dense")
+    expected = tokens_of(quantised_afterwards(folder))
+    resave(folder, lambda name: int("layers.2" in name))
+    files, taken = Arriving(), Queue[int]()
+
+    def noted(model: Any, index: int, *others: Any) -> Any:
+        taken.put(index)
+        return take_layer(model, index, *others)
+
+    monkeypatch.setattr(quantised_loading, "take_layer", noted)
+    files.begin(folder)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(quantised_while_read, folder, files)
+        try:
+            files.add(folder / "model-0.safetensors")
+            assert [taken.get(timeout=60), taken.get(timeout=60)] == [0, 1]
+        finally:
+            files.finish(folder)
+    assert tokens_of(loading.result()) == expected
 
 
 @pytest.mark.parametrize("method", ["safetensors", "parallel"])
