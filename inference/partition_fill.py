@@ -38,8 +38,10 @@ def fill(
         ModelError: the files do not belong to config.json; or the error of who fills the folder.
     """
     filler = _Filler(_Targets(model, parts, device, take_layer), files.folder())
+    # In order, a layer that two files hold is completed before the next is begun.
+    paths = files.weight_files(in_order=take_layer is not None)
     for name, tensor in load_weights(
-        files.weight_files(), device=device, slicer=filler.slice_of, destination=filler.destination
+        paths, device=device, slicer=filler.slice_of, destination=filler.destination
     ):
         filler.take(name, tensor)
         del tensor  # may be all that keeps a layer that is done with

@@ -1,6 +1,8 @@
 """Weights quantised to fp8 while they are read: the tokens of those quantised from the whole model, and no room for it."""
 
 import json
+import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -74,8 +76,15 @@ def tokens_of(model: Any) -> dict[int, Any]:
     return tokens(completions)
 
 
+def sizes_of(folder: Path) -> tuple[int, int]:
+    """Return the bytes of a layer, and of all but the layers."""
+    weights = load_file(folder / "model.safetensors")
+    layer_bytes = sum(t.nbytes for name, t in weights.items() if "layers.1." in name)
+    return layer_bytes, sum(t.nbytes for name, t in weights.items() if "layers." not in name)
+
+
 def resave(folder: Path, place: Callable[[str], int]) -> Path:
-    """Spread the tensors over two files, 0 and 1, with an index."""
+    """Spread the tensors over numbered files, with an index."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = {name: f"model-{place(name)}.safetensors" for name in weights}
@@ -233,16 +242,35 @@ def test_layers_are_quantised_while_other_files_are_on_their_way(tmp_path, monke
     assert tokens_of(loading.result()) == expected
 
 
+def test_files_that_come_out_of_order_are_read_in_order_so_that_layers_are_completed(tmp_path):
+    folder = saved(tmp_path / "model", "dense", num_layers=8)
+    layer_bytes, beside = sizes_of(folder)
+
+    def place(name: str) -> int:
+        """Each layer is in two files."""
+        layer = re.search(r"layers\.(\d+)", name)
+        return int(layer[1]) + ("mlp" in name) if layer else 0
+
+    resave(folder, place)
+    files = Arriving()
+    files.begin(folder)
+    for number in range(1, 9, 2):
+        files.add(folder / f"model-{number}.safetensors")
+    others = threading.Timer(0.5, files.finish, [folder])
+    others.start()
+    with measured_full_precision() as found:
+        quantised_while_read(folder, files)
+    others.join()
+    assert max(found) < beside + 3 * layer_bytes
+
+
 @pytest.mark.parametrize("method", ["safetensors", "parallel"])
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_no_more_than_a_few_layers_are_in_full_precision_at_once(
     kind, method, tmp_path, monkeypatch
 ):
     folder = saved(tmp_path / "model", kind, num_layers=8)
-    weights = load_file(folder / "model.safetensors")
-    layer_bytes = sum(t.nbytes for name, t in weights.items() if "layers.1." in name)
-    beside = sum(t.nbytes for name, t in weights.items() if "layers." not in name)
-    del weights
+    layer_bytes, beside = sizes_of(folder)
     ahead = 0
     if method == "parallel":
         ahead = layer_bytes
