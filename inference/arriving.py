@@ -109,16 +109,24 @@ class Arriving:
             self._wait_for(lambda: False)
         return self.folder()
 
-    def weight_files(self) -> Iterator[Path]:
-        """Yield the weight files, each as soon as it is whole. Raises ModelError, the filler's error."""
+    def weight_files(self, *, in_order: bool = False) -> Iterator[Path]:
+        """Yield the weight files, each as soon as it is whole; `in_order`: of their names, as layers go on in them.
+
+        Raises:
+            ModelError: the index cannot be read; or the filler's error.
+        """
         tensors = indexed_tensors(self.folder())
         left = set(tensors.values()) if tensors else {"model.safetensors"}
         while left:
-            with self._changed:
-                self._wait_for(lambda: bool(left & self._names))
-                name = min(left & self._names or left)
+            name = self._next({min(left)} if in_order else left)
             left.remove(name)
             yield self.folder() / name
+
+    def _next(self, wanted: set[str]) -> str:
+        """Wait for one of these files. Raises as `weight_files`."""
+        with self._changed:
+            self._wait_for(lambda: bool(wanted & self._names))
+            return min(wanted & self._names or wanted)
 
     def _wait_for(self, is_there: Callable[[], bool]) -> None:
         """Wait for it, or for the end; the lock is held. Raises the filler's error."""

@@ -28,6 +28,12 @@ class Experts:
         self._ops = ops
         self._ranks = ranks
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights here and their scales."""
+        tensors = (self._router, *self._gate_up, *self._down)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def __call__(self, x_TD: Tensor) -> Tensor:
         """[T,D] -> [T,D], the same on every rank."""
         logits_TE = F.linear(x_TD, self._router)

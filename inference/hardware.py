@@ -61,6 +61,11 @@ class GpuType:
         """Memory left for weights and KV cache."""
         return self.memory_bytes * (1 - RESERVED_SHARE) - RESERVED_BYTES
 
+    @property
+    def loading_bytes(self) -> float:
+        """Memory left for weights while they are loaded, when there are no graphs and no steps yet."""
+        return self.memory_bytes * (1 - RESERVED_SHARE)
+
     def compute_dtype(self, dtype: str) -> str:
         """The element type a model of `dtype` runs in here: float16 where bfloat16 is missing."""
         return "float16" if dtype == "bfloat16" and dtype not in self.flops else dtype

@@ -18,6 +18,7 @@ from inference.kernels.plain import FP8_MAX
 from inference.tensor_parallel import TensorParallel
 
 _CUDA_MULTIPLE = 16  # of the widths of an e4m3 product
+_ELEMENTS_AT_ONCE = 1 << 22  # of a weight that is being quantised
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """Rows as they are, or in e4m3 with their fp32 scales."""
@@ -29,6 +30,11 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight = weight
         self._bias = bias
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights."""
+        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: Rows) -> Tensor:
         """[T, in] -> [T, out]"""
@@ -64,6 +70,11 @@ class Linear8(Linear):
         self._scale = scale
         self._dtype = dtype
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights and their scales."""
+        return super().num_bytes + self._scale.nbytes
+
     def __call__(self, x: Rows) -> Tensor:
         """([T, in] e4m3, [T,1] scales) -> [T, out]"""
         rows, row_scale = x
@@ -93,6 +104,11 @@ class RowLinear:
         self._bias: Tensor | None = None if module.bias is None else module.bias.data
         self._ranks = ranks
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights here."""
+        return self._product.num_bytes + (0 if self._bias is None else self._bias.nbytes)
+
     def __call__(self, x: Rows) -> Tensor:
         """[T, in here] -> [T, out], the same on every rank."""
         out = self._product.summed_by(self._ranks, x)
@@ -100,9 +116,15 @@ class RowLinear:
 
 
 def quantised(weight: Tensor, bias: Tensor | None = None) -> Linear8:
-    """Quantise a weight [out, in] to e4m3 by output."""
-    scale = (weight.abs().amax(dim=1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
-    weight_8 = (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    """Quantise a weight [out, in] to e4m3 by output, some outputs at a time: the rest of it is never in fp32."""
+    weight = weight.detach()
+    weight_8 = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    scale = weight.new_empty(len(weight), 1, dtype=torch.float32)
+    num_rows = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
+    parts = (torch.split(tensor, num_rows) for tensor in (weight, weight_8, scale))
+    for part, part_8, part_scale in zip(*parts, strict=True):
+        part_scale.copy_(part.abs().amax(dim=1, keepdim=True).float() / FP8_MAX).clamp_(min=1e-12)
+        part_8.copy_((part.float() / part_scale).clamp(-FP8_MAX, FP8_MAX))
     return Linear8(weight_8, scale.t().contiguous(), bias, weight.dtype)
 
 
@@ -150,6 +172,12 @@ class FusedLayer:
             self._down = _reduced(mlp.down_proj, is_fp8, ranks)
         else:
             self._mlp = Experts(mlp, ops, is_fp8, ranks)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights here, but for norms."""
+        parts = [self._mlp] if self._mlp is not None else [self._gate_up, self._down]
+        return sum(part.num_bytes for part in (self._qkv, self._o, *parts))
 
     def first_norm(self, residual_TD: Tensor) -> Rows:
         """Return this layer's input when it is the first layer."""
@@ -206,3 +234,13 @@ def _window(attention: Any, config: Any) -> int:
     if config.model_type == "mistral":
         return int(getattr(config, "sliding_window", None) or 0)
     return int(getattr(attention, "sliding_window", None) or 0)
+
+
+def take_layer(
+    model: Any, index: int, ops: ModuleType, is_fp8: bool, ranks: TensorParallel
+) -> FusedLayer:
+    """Take a layer out of a transformers model; weights of it that the fused layer has no use for are let go of."""
+    base, config = model.base_model, model.config.get_text_config()
+    taken = FusedLayer(base.layers[index], index, config, ops, is_fp8, ranks)
+    base.layers[index] = torch.nn.Identity()
+    return taken

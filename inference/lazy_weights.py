@@ -47,7 +47,9 @@ class LazyWeights:
         self._files = files
         self._device = device
         self._slicer = slicer
-        self._futures: dict[str, Future[torch.Tensor]] = {name: Future() for name in _names(files)}
+        self._futures: dict[str, Future[torch.Tensor]] = {
+            name: Future() for name in tensor_names(files)
+        }
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -111,8 +113,12 @@ class LazyWeights:
                 future.set_exception(error)
 
 
-def _names(files: Arriving) -> list[str]:
-    """Names of all tensors: the index knows before the files are there; a single file must be."""
+def tensor_names(files: Arriving) -> list[str]:
+    """Return the names of all tensors: the index knows before the files are there; a single file must be.
+
+    Raises:
+        ModelError: they cannot be read; or the error of who fills the folder.
+    """
     tensors = indexed_tensors(files.folder())
     if tensors is not None:
         return list(tensors)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from inference.model_shape import MAX_AHEAD_BYTES
 from inference.pinned_memory import make_ready
 from inference.weight_movers import (
     BUFFER_BYTES,
@@ -31,9 +32,6 @@ from inference.weight_movers import (
 )
 from inference.weight_reader import Entry, Slice, WeightFileReader
 from inference.weights import check_weight_file
-
-MAX_AHEAD_BYTES = 2 << 30
-"""Most bytes of tensors that are loaded before the caller has taken those in front of them."""
 
 Slicer = Callable[[str, tuple[int, ...]], Slice | None]
 """(name, shape in the file) -> this rank's part; None for all of it."""

@@ -92,12 +92,12 @@ def load_model(
 def expect_weights(
     files: Arriving, config: EngineConfig, device: torch.device, *, num_ranks: int
 ) -> None:
-    """Have ready what `load_arriving`, or else `load_partition` on one of several ranks, will read files through.
+    """Have ready what `load_arriving`, or else `partition_fill`, will read files through.
 
     Called before the tokenizer is read and the model's class imported, which takes longer.
     """
-    is_ours = num_ranks > 1 or not _wants_plain_way(files, config, device)
-    if device.type == "cuda" and is_ours:
+    is_ours = num_ranks > 1 or config.quantization == "fp8"
+    if device.type == "cuda" and (is_ours or not _wants_plain_way(files, config, device)):
         make_buffers_ready(device, _num_weight_bytes(files) // num_ranks)
 
 

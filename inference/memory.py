@@ -83,12 +83,17 @@ def measure_step(run: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def free_device_bytes(device: torch.device) -> int:
-    """Return what this process may still allocate there: what is free, or its share of the device if it has one."""
-    free, total = torch.cuda.mem_get_info(device)
+def allowed_device_bytes(device: torch.device) -> int:
+    """Return what this process may ever allocate there: the device's memory, or its share if it has one."""
+    _, total = torch.cuda.mem_get_info(device)
     share_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not in older torch
-    allowed = int(share_of(device) * total) if share_of else total
-    return min(free, allowed - torch.cuda.memory_reserved(device))
+    return int(share_of(device) * total) if share_of else total
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Return what this process may still allocate there."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(free, allowed_device_bytes(device) - torch.cuda.memory_reserved(device))
 
 
 def plan_cuda(

@@ -8,25 +8,28 @@ Under tensor parallel the weights are this rank's partitions (`inference.partiti
 T tokens   D hidden size   R rows   C columns of the vocabulary   N query heads   K KV heads   H head dim
 """
 
-import inspect
 from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from inference.attention_interface import (
+    ATTENTION_NAME,
+    Reference,
+    refuse_what_does_not_fit,
+    register,
+)
 from inference.batch import Batch
 from inference.errors import EngineConfigError
 from inference.families import FUSED_MODEL_TYPES, FUSED_ROPE_TYPES
 from inference.family_check import refuse_by_config
 from inference.kernels import plain
 from inference.kv_cache import KVCache, KVShape
-from inference.layers import FusedLayer, Linear, quantised
+from inference.layers import FusedLayer, Linear, quantised, take_layer
 from inference.quantization import is_bitsandbytes
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import PartitionedVocabulary, WholeVocabulary, columns_of
-
-ATTENTION_NAME = "nightjar_paged"
 
 
 class PagedModel:
@@ -48,30 +51,30 @@ class PagedModel:
         """Whether a step may be replayed as a CUDA graph; bitsandbytes looks at values on the host."""
 
         self.num_weight_bytes = sum(p.nbytes for p in model.parameters())
-        """Of the model as it was loaded."""
+        """Of what this rank holds of the model."""
 
         self._cache: KVCache | None = None
         self._batch: Batch | None = None
         self._num_attended = 0
         self._embedding: Tensor = model.get_input_embeddings().weight
         self.vocabulary = WholeVocabulary(self._embedding.shape[0])
-        self._head, self._head_bias = self._take_head(model.get_output_embeddings())
+        self._head = Linear(*self._take_head(model.get_output_embeddings()))
         self.num_heads: int = self.config.num_attention_heads // self.ranks.size
         self._take_over_attention(model)
 
     def _take_over_attention(self, model: Any) -> None:
         """Have the model's attention modules call `attend`."""
-        _register()
+        register()
         model.set_attn_implementation(ATTENTION_NAME)
         if self.config._attn_implementation != ATTENTION_NAME:
             raise EngineConfigError(
                 f"engine.backend is paged: {self.config.model_type} does not use transformers' "
                 f"attention interface; use transformers"
             )
-        _refuse_what_does_not_fit(model, self.config)
+        refuse_what_does_not_fit(model, self.config)
         for module in model.modules():
             if hasattr(module, "layer_idx"):
-                module.nightjar_model = _Reference(self)
+                module.nightjar_model = Reference(self)
 
     def _take_head(self, head: Any) -> tuple[Tensor, Tensor | None]:
         """Return this rank's rows of the output head, without a copy."""
@@ -153,7 +156,7 @@ class PagedModel:
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Return the logits [R,C] of hidden states."""
-        return torch.nn.functional.linear(hidden_RD, self._head, self._head_bias)
+        return self._head(hidden_RD)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int
@@ -171,13 +174,6 @@ class PagedModel:
         return out[None]
 
 
-class _Reference:
-    """Holds the model without being a submodule or being copied with the module."""
-
-    def __init__(self, model: PagedModel) -> None:
-        self.model = model
-
-
 class FusedModel(PagedModel):
     """The same weights run by fused layers; takes the transformers model apart."""
 
@@ -188,28 +184,23 @@ class FusedModel(PagedModel):
         *,
         is_fp8: bool = False,
         ranks: TensorParallel | None = None,
-        device: torch.device | None = None,
+        layers: list[FusedLayer] | None = None,
     ) -> None:
-        """Layers go to `device` one by one, each before it is quantised; default: the model is there."""
-        base = model.base_model
-        if device is not None:
-            head = model.get_output_embeddings()
-            for module in (model.get_input_embeddings(), head, base.norm, base.rotary_emb):
-                module.to(device)
+        """`layers`: the model's, where they were taken from it while it was read (`inference.quantised_loading`)."""
         super().__init__(model, ops, ranks=ranks)
+        base = model.base_model
         self._rotary = base.rotary_emb
         self._eps: float = base.norm.variance_epsilon
         self._norm: Tensor = base.norm.weight
         self._cos = self._sin = torch.empty(0)
-        self._layers: list[FusedLayer] = []
         self._is_fp8 = is_fp8
-        for index, layer in enumerate(base.layers):
-            layer.to(self.device)
-            self._layers.append(FusedLayer(layer, index, self.config, ops, is_fp8, self.ranks))
-            base.layers[index] = torch.nn.Identity()  # its weights live on in the fused layer
-        self._head_linear: Linear = Linear(self._head, self._head_bias)
+        self._layers = layers or [
+            take_layer(model, index, ops, is_fp8, self.ranks) for index in range(len(base.layers))
+        ]
         if is_fp8:
-            self._head_linear = quantised(self._head, self._head_bias)
+            self._head = quantised(*self._take_head(model.get_output_embeddings()))
+            layer_bytes = sum(layer.num_bytes for layer in self._layers)
+            self.num_weight_bytes = self._embedding.nbytes + layer_bytes + self._head.num_bytes
         self._model = None if is_fp8 else model
 
     def _take_over_attention(self, model: Any) -> None:
@@ -245,7 +236,7 @@ class FusedModel(PagedModel):
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Return the logits [R,C] of hidden states."""
-        return self._head_linear(self._ops.quantise_rows(hidden_RD) if self._is_fp8 else hidden_RD)
+        return self._head(self._ops.quantise_rows(hidden_RD) if self._is_fp8 else hidden_RD)
 
 
 def make_paged_model(
@@ -254,78 +245,35 @@ def make_paged_model(
     *,
     is_fp8: bool = False,
     ranks: TensorParallel | None = None,
-    device: torch.device | None = None,
 ) -> PagedModel:
     """Return the fastest form in which this engine can run a transformers model.
-
-    With `is_fp8` the model may be in host memory; what it becomes is on `device`.
 
     Raises:
         EngineConfigError: the model needs what the paged backend does not have.
     """
+    if is_fp8:
+        check_fp8_layers(model)
+    if _has_fused_layers(model):
+        return FusedModel(model, ops, is_fp8=is_fp8, ranks=ranks)
+    return PagedModel(model, ops, ranks=ranks)
+
+
+def check_fp8_layers(model: Any) -> None:
+    """Refuse a model, of which no weight need be there, whose layers cannot run in e4m3. Raises EngineConfigError."""
+    if not _has_fused_layers(model):
+        kind = model.config.get_text_config().model_type
+        raise EngineConfigError(
+            f"model.quantization is fp8: not available for model_type {kind}; use none"
+        )
+
+
+def _has_fused_layers(model: Any) -> bool:
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    is_known = (
+    return (
         not is_bitsandbytes(model)  # whose linears are more than their weights
         and config.model_type in FUSED_MODEL_TYPES
         and getattr(config, "hidden_act", "") == "silu"
         and rope.get("rope_type", "") in FUSED_ROPE_TYPES
         and rope.get("partial_rotary_factor", 1.0) in (None, 1.0)
     )
-    if is_known:
-        return FusedModel(model, ops, is_fp8=is_fp8, ranks=ranks, device=device)
-    if is_fp8:
-        raise EngineConfigError(
-            f"model.quantization is fp8: not available for model_type {config.model_type}; use none"
-        )
-    return PagedModel(model, ops, ranks=ranks)
-
-
-def _refuse_what_does_not_fit(model: Any, config: Any) -> None:
-    """Refuse classes that would run, and give other tokens than their own."""
-    attention = [module for module in model.modules() if hasattr(module, "layer_idx")]
-    if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
-        found = "counts positions itself"
-    elif getattr(model, "_is_stateful", False):  # transformers' word for it
-        found = "keeps more of earlier tokens than keys and values"
-    elif set(model.children()) != {model.base_model, model.get_output_embeddings()}:
-        found = "has an output head of several layers"
-    elif any(getattr(module, "is_causal", True) is False for module in attention):
-        found = "attends to later tokens"
-    else:
-        return
-    raise EngineConfigError(
-        f"engine.backend is paged: {config.model_type} {found}; use transformers"
-    )
-
-
-def _register() -> None:
-    """Teach transformers our attention; its masks are not wanted. Safe to repeat."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION_NAME, _attention_hook)
-    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
-
-
-def _attention_hook(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    if attention_mask is not None:
-        raise EngineConfigError(
-            "engine.backend is paged: the model's attention makes a mask of its own; use transformers"
-        )
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise EngineConfigError(
-                f"engine.backend is paged: the model's attention uses {name}; use transformers"
-            )
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
-    window = options.get("sliding_window") or 0
-    model: PagedModel = module.nightjar_model.model
-    return model.attend(module.layer_idx, query, key, value, float(scale), int(window)), None

@@ -10,6 +10,9 @@ DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0}
 # int8 keeps one scale a row; nf4 one fp32 scale for 64 weights; fp8 one scale a row or 128x128 block.
 QUANTIZED_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
 
+MAX_AHEAD_BYTES = 2 << 30
+"""Most bytes of tensors that are loaded before the caller has taken those in front of them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -142,3 +145,18 @@ class ModelShape:
         layers = total - heads * embedding - self.num_other_params * element
         split = (layers + embedding) / tensor_parallel_size
         return int(split + embedding + self.num_other_params * element)
+
+    def loading_bytes_per_rank(
+        self, tensor_parallel_size: int, dtype: str = "auto", quantization: str = "none"
+    ) -> int:
+        """Most bytes of weights on one rank while they are loaded.
+
+        To fp8 they are quantised layer by layer: in full precision are two layers, and what the readers are ahead.
+        """
+        dtype = self.dtype if dtype == "auto" else dtype
+        loaded = self.weight_bytes_per_rank(tensor_parallel_size, dtype, quantization)
+        if quantization != "fp8":
+            return loaded
+        params = self.num_attention_params + self.num_mlp_params + self.num_expert_params
+        layers = params * DTYPE_BYTES[dtype] / tensor_parallel_size
+        return loaded + int(min(layers, 2 * layers / self.num_layers + MAX_AHEAD_BYTES))

@@ -12,6 +12,7 @@ No rank ever reads or holds more than its own part. What is partitioned:
 E experts   I intermediate size of an expert   D hidden size
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.families import EXPERT_MODEL_TYPES
 from inference.heads import check_heads
-from inference.loading import empty_model
-from inference.partition_fill import fill
+from inference.lazy_weights import tensor_names
+from inference.loading import dtype_name, empty_model
+from inference.partition_fill import fill, give_memory
 from inference.quantization import check_quantization
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import columns_of
-from inference.weight_reader import Slice
-from inference.weights import check_small_files
+from inference.weight_reader import Slice, stored_dtype
+from inference.weights import SmallFiles, check_small_files
 
 
 def load_partition(
@@ -44,19 +46,51 @@ def load_partition(
         ModelError: weights are missing or of another shape than config.json says; or the error of who
             fills the folder.
     """
+    model, parts = empty_part(files, config, ranks)
+    allocate(model, device)
+    fill(model, parts, files, device)
+    return model.eval()
+
+
+def empty_part(
+    files: Arriving, config: EngineConfig, ranks: TensorParallel
+) -> tuple[Any, dict[str, Slice]]:
+    """Return the model without weights, in this rank's shapes, and what of each parameter that is not whole is here.
+
+    Raises:
+        As `load_partition`.
+    """
     folder = check_small_files(files.folder(), config.allowed_code)
     check_quantization(folder, config, "paged")
-    model = empty_model(folder, config)
+    model = empty_model(folder, _with_dtype(folder, config, files))
+    _untie(model, files)
     text = model.config.get_text_config()
     check_heads(
         ranks.size,
         num_heads=text.num_attention_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
     )
-    parts = cut(model, ranks)
-    _allocate(model, device)
-    fill(model, parts, files)
-    return model.eval()
+    return model, cut(model, ranks) if ranks.size > 1 else {}
+
+
+def _with_dtype(folder: SmallFiles, config: EngineConfig, files: Arriving) -> EngineConfig:
+    """Where config.json does not say what element type the model is of, its weights do."""
+    if config.dtype != "auto" or folder.config.get("dtype") or folder.config.get("torch_dtype"):
+        return config
+    stored = stored_dtype(next(iter(files.weight_files())))
+    name: Any = "auto" if stored is None else dtype_name(stored)
+    return replace(config, dtype=name)
+
+
+def _untie(model: Any, files: Arriving) -> None:
+    """Give the head memory of its own where the files have one beside the embedding that it is said to be."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is not embedding.weight:
+        return
+    of_model = model.named_modules()
+    names = {f"{name}.weight" for name, module in of_model if module is head or module is embedding}
+    if names <= set(tensor_names(files)):
+        head.weight = _meta(head.weight, tuple(head.weight.shape))
 
 
 def cut(model: Any, ranks: TensorParallel) -> dict[str, Slice]:
@@ -117,14 +151,15 @@ def _meta(like: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=like.dtype, device="meta"), requires_grad=False)
 
 
-def _allocate(model: Any, device: torch.device) -> None:
-    """Put real memory under every parameter; tied ones stay tied."""
-    made: dict[int, nn.Parameter] = {}
+def allocate(model: Any, device: torch.device) -> None:
+    """Put real memory under every parameter."""
+    for parameter in model.parameters():
+        give_memory(parameter, device)
+    move_buffers(model, device)
+
+
+def move_buffers(model: Any, device: torch.device) -> None:
+    """Move what is computed, not read: rotary frequencies."""
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(parameter) not in made:
-                real = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                made[id(parameter)] = nn.Parameter(real, requires_grad=False)
-            setattr(module, name, made[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -190,6 +190,13 @@ class Replica:
         )
 
     @property
+    def loading_bytes_per_gpu(self) -> int:
+        """Most bytes of weights on each GPU while they are loaded."""
+        return self.shape.loading_bytes_per_rank(
+            self.tensor_parallel_size, self.dtype, self.quantization
+        )
+
+    @property
     def kv_bytes_per_token_per_gpu(self) -> float:
         """Bytes of KV cache one token takes on each GPU; the KV heads are split."""
         kv_dtype = self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype

@@ -129,7 +129,8 @@ def _layouts(replica: Replica, count: int, workload: Workload, options: Options)
         if _blocked(replica, size, options):
             continue
         candidate = replace(replica, tensor_parallel_size=size)
-        if candidate.kv_tokens >= workload.max_sequence_tokens:
+        is_loadable = candidate.loading_bytes_per_gpu <= candidate.gpu.loading_bytes
+        if is_loadable and candidate.kv_tokens >= workload.max_sequence_tokens:
             yield _tier(candidate, count // size, workload, options)
 
 
@@ -189,11 +190,14 @@ def _refusal(replica: Replica, count: int, workload: Workload, options: Options)
 def _too_small(replica: Replica, workload: Workload) -> str:
     weights = replica.weight_bytes_per_gpu
     kv = workload.max_sequence_tokens * replica.kv_bytes_per_token_per_gpu
-    gpu = replica.gpu
+    gpu, beside, room = replica.gpu, kv, replica.gpu.usable_bytes
+    what = f"{kv / GB:.2f} GB of KV cache for the longest sequence ({workload.max_sequence_tokens:,} tokens)"
+    if replica.kv_tokens >= workload.max_sequence_tokens:  # loading is what it is too small for
+        beside, room = replica.loading_bytes_per_gpu - weights, gpu.loading_bytes
+        what = f"{beside / GB:.1f} GB of layers in {replica.dtype} while they are quantised"
     return (
         f"at tensor parallel {replica.tensor_parallel_size} a GPU needs {weights / GB:.1f} GB of weights "
-        f"and {kv / GB:.2f} GB of KV cache for the longest sequence ({workload.max_sequence_tokens:,} "
-        f"tokens), {(weights + kv) / GB:.1f} GB in all, and has {gpu.usable_bytes / GB:.1f} GB "
+        f"and {what}, {(weights + beside) / GB:.1f} GB in all, and has {room / GB:.1f} GB "
         f"of {gpu.memory_bytes / GB:.1f}"
     )
 

@@ -202,6 +202,13 @@ class _MappedFile:
         self._map.close()
 
 
+def stored_dtype(path: Path) -> torch.dtype | None:
+    """Return the element type of a file's first tensor that is not quantised; None: all are. Raises ModelError."""
+    full = (torch.float32, torch.float16, torch.bfloat16)
+    entries = _entries(path, check_weight_file(path).header)
+    return next((entry.dtype for entry in entries if entry.dtype in full), None)
+
+
 def _device_of(path: str | Path) -> int | None:
     """Return the number of the file system that a path is on; None if there is nothing."""
     try:

@@ -7,6 +7,7 @@ groups of its own: two groups of two beside each other, three of the four ranks,
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ from inference.arriving import Arriving
 from inference.build_engine import build_engine
 from inference.config import DistributedConfig, EngineConfig
 from inference.errors import EngineConfigError, ModelError
+from inference.kernels import plain
 from inference.load_weights import load_weights
 from inference.model import PagedModel, make_paged_model
 from inference.partition import cut, load_partition
 from inference.preflight_collective import check_fabric
+from inference.quantised_loading import load_quantised
 from inference.sampler import SamplerRow, sample
 from inference.sampling import SamplingParams
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import PartitionedVocabulary, columns_of
 from inference.weights import check_model_folder
 from inference.world import Place, join_world, leave_world, tensor_parallel_group
+from tests.full_precision import measured_full_precision
 from tests.paged_cases import COMMON, make_row, prompts_of, run, sequences_of, settings_of, tokens
 
 TIMEOUT_S = 120.0
@@ -79,6 +83,28 @@ def compare(folder: str, ranks: TensorParallel, *, seed: int, is_fused: bool = T
                 if not torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5):
                     return f"logprobs {here} instead of {there}"
     return ""
+
+
+def quantised_while_read(folder: str, ranks: TensorParallel, *, seed: int) -> str:
+    """A rank's part that is quantised while it is read gives the tokens of one that is quantised afterwards.
+
+    And it is never held in full precision.
+    """
+    files = Arriving.whole(check_model_folder(folder).path)
+    config = EngineConfig(model=folder, dtype="float32", quantization="fp8")
+    with measured_full_precision() as found:
+        model = load_quantised(files, config, ranks, torch.device("cpu"), plain)
+    part = load(folder, ranks)
+    layer_bytes = sum(p.nbytes for p in part.base_model.layers[1].parameters())
+    beside = sum(p.nbytes for p in part.parameters()) - len(part.base_model.layers) * layer_bytes
+    whole = make_paged_model(part, is_fp8=True, ranks=ranks)
+    runs = [
+        tokens(run(it, sequences_of(prompts_of(6, seed=seed)), settings_of())[0])
+        for it in (model, whole)
+    ]
+    if max(found) > beside + 2 * layer_bytes:
+        return f"{max(found) - beside} bytes of layers of {layer_bytes} at once"
+    return "" if runs[0] == runs[1] else f"tokens {runs[0]} instead of {runs[1]}"
 
 
 def compare_stored(folders: str, ranks: TensorParallel, *, seed: int) -> str:
@@ -191,6 +217,12 @@ def main(document: dict[str, Any]) -> None:
             folders["expert-blocks"], four, seed=7
         ),
         "pair-fp8-scale-missing": lambda: scale_missing(folders["no-scale"], pair),
+        **{
+            f"pair-{name}-while-read": partial(
+                quantised_while_read, folders[f"deep-{name}"], pair, seed=seed
+            )
+            for name in ("dense", "tied", "moe")
+        },
         "pair-refusals": lambda: refusals(pair),
         "pair-weight-bytes": lambda: weight_bytes(folders["dense"], pair),
         "pair-least-blocks": lambda: least_blocks(folders["dense"], pair),

@@ -22,10 +22,9 @@ from inference.engine import PagedEngine
 from inference.errors import EngineConfigError, EngineFault, OutOfMemory
 from inference.kernels import plain
 from inference.loading import dtype_name, expect_weights, load_arriving, load_tokenizer
-from inference.memory import MemoryPlan, first_line, free_device_bytes, is_out_of_memory
+from inference.memory import MemoryPlan, first_line, is_out_of_memory
 from inference.model import PagedModel, make_paged_model
 from inference.model_config import read_model_shape
-from inference.offload import HOST_MEMORY_SHARE, free_host_bytes
 from inference.paged_settings import PagedSettings
 from inference.precompile import Precompile
 from inference.sampling_needs import SamplingNeeds
@@ -35,9 +34,6 @@ from inference.weights import SmallFiles, check_model_folder, check_small_files
 from inference.world import current_device
 
 logger = logging.getLogger(__name__)
-
-_MAX_WEIGHT_SHARE = 0.85
-"""Of the device, what weights may take that are to be quantised there: both forms of a layer are held at once."""
 
 _STEPS_A_LOOK = 64
 """Steps between two looks at the device's memory: asking takes a tenth of a millisecond."""
@@ -82,7 +78,7 @@ class PagedBackend:
         check_engine(folder, replace(config, backend="paged"))
         device = current_device()
         with Precompile.beside(folder.config, config, device) as kernels:
-            expect_weights(files, _without_fp8(config), device, num_ranks=ranks.size)
+            expect_weights(files, config, device, num_ranks=ranks.size)
             self.tokenizer = load_tokenizer(folder)
             model = _load_model(files, folder, config, ranks, device)
             settings = PagedSettings.of(config, model)
@@ -207,36 +203,31 @@ def _load_model(
 ) -> PagedModel:
     """Load the weights and make the engine's model of them.
 
-    Where the device is too full to quantise weights on, they are read to host memory first.
-
     Raises:
         EngineConfigError: the weights do not fit, with the arithmetic.
         OutOfMemory: they do, and the device is full of something else.
     """
-    is_fp8 = config.quantization == "fp8"
-    source = _loading_device(folder, config, ranks, device) if is_fp8 else device
-    while True:
-        try:
-            loaded = _load(files, _without_fp8(config), ranks, source)
-            return make_paged_model(loaded, _ops(), is_fp8=is_fp8, ranks=ranks, device=device)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if not is_fp8 or source.type == "cpu":
-                raise _too_full(folder, config, ranks) from error
-            logger.warning("out of memory: weights are quantised from host memory instead")
-        loaded, source = None, torch.device("cpu")
-        gc.collect()
-        torch.cuda.empty_cache()
+    try:
+        if config.quantization == "fp8":
+            from inference.quantised_loading import load_quantised
+
+            return load_quantised(files, config, ranks, device, _ops())
+        return make_paged_model(_load(files, config, ranks, device), _ops(), ranks=ranks)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _too_full(folder, config, ranks) from error
 
 
 def _too_full(folder: SmallFiles, config: EngineConfig, ranks: TensorParallel) -> OutOfMemory:
     shape = read_model_shape(folder.path)
     dtype = shape.dtype if config.dtype == "auto" else config.dtype
-    needed = shape.weight_bytes_per_rank(ranks.size, dtype)
+    kind = "fp8" if config.quantization == "fp8" else "none"
+    needed = shape.weight_bytes_per_rank(ranks.size, dtype, kind)
     return OutOfMemory(
-        f"out of memory while the model is loaded: {needed / 1e9:.1f} GB of weights in {dtype} on each of "
-        f"{ranks.size} ranks; free the device of other processes, or use more ranks or a larger device"
+        f"out of memory while the model is loaded: {needed / 1e9:.1f} GB of weights in "
+        f"{dtype if kind == 'none' else kind} on each of {ranks.size} ranks; free the device of other "
+        f"processes, or use more ranks or a larger device"
     )
 
 
@@ -248,29 +239,6 @@ def _load(
     from inference.partition import load_partition
 
     return load_partition(files, config, ranks, device)
-
-
-def _loading_device(
-    folder: SmallFiles, config: EngineConfig, ranks: TensorParallel, device: torch.device
-) -> torch.device:
-    """Return where weights are read to before they are quantised: host memory, if the device is too small.
-
-    Raises:
-        EngineConfigError: host memory is too small as well; with the arithmetic.
-    """
-    shape = read_model_shape(folder.path)
-    dtype = shape.dtype if config.dtype == "auto" else config.dtype
-    whole = shape.weight_bytes_per_rank(ranks.size, dtype)
-    if whole <= _MAX_WEIGHT_SHARE * free_device_bytes(device):
-        return device
-    free = free_host_bytes() // ranks.size
-    if whole > HOST_MEMORY_SHARE * free:
-        raise EngineConfigError(
-            f"model.quantization is fp8: {whole / 1e9:.1f} GB of weights in {dtype} are read before they are "
-            f"quantised, and neither the device nor {free / 1e9:.1f} GB of host memory holds them; use "
-            f"more ranks or a larger machine"
-        )
-    return torch.device("cpu")
 
 
 def _ops() -> ModuleType:
@@ -292,7 +260,3 @@ def _check_fp8(config: EngineConfig) -> None:
             raise EngineConfigError(
                 f"{name} is fp8: needs a CUDA device of capability 8.9 or above; use {other}"
             )
-
-
-def _without_fp8(config: EngineConfig) -> EngineConfig:
-    return replace(config, quantization="none") if config.quantization == "fp8" else config

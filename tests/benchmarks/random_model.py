@@ -161,32 +161,11 @@ def _write_randomly(file: BinaryIO, model: Any) -> None:
 
 
 @torch.no_grad()
-def fill_randomly(model: Any) -> None:
+def fill_randomly(model: Any, seed: int = 0) -> None:
     """Give every parameter random values where it is; vectors, which scale, become ones."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.02)
         else:
             parameter.fill_(1.0)
-
-
-def alias_randomly(model: Any) -> None:
-    """Put one run of random values under all parameters, begun elsewhere in each; vectors become ones.
-
-    For weights that are only read, and that host memory would not hold: they take what the largest of them does.
-    """
-    largest = max(parameter.numel() for parameter in model.parameters())
-    values = torch.empty(largest + _NUM_RANDOM_VALUES, dtype=model.dtype)
-    values.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    begin, made = 0, {}
-    for module in model.modules():
-        for name, old in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(old) not in made:
-                part = values[begin : begin + old.numel()].view(old.shape)
-                part = part if old.dim() > 1 else torch.ones_like(old, device="cpu")
-                made[id(old)] = torch.nn.Parameter(part, requires_grad=False)
-                begin = (begin + old.numel()) % _NUM_RANDOM_VALUES // 64 * 64
-            setattr(module, name, made[id(old)])
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to("cpu"))

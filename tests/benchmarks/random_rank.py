@@ -10,28 +10,27 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import inference.__main__ as rank_process
+from inference import quantised_loading
 from inference.arriving import Arriving
 from inference.backends import paged
 from inference.build_engine import build_engine
 from inference.config import EngineConfig
-from inference.errors import EngineConfigError
-from inference.loading import empty_model
 from inference.model import PagedModel
 from inference.paged_settings import PagedSettings
-from inference.partition import _allocate, cut
+from inference.partition import allocate, empty_part
 from inference.rank_exit import ExitCode
 from inference.tensor_parallel import TensorParallel
-from inference.weights import SmallFiles, check_model_folder
-from tests.benchmarks.random_model import alias_randomly, fill_randomly
+from inference.weight_reader import Slice
+from tests.benchmarks.random_model import fill_randomly
 
 logger = logging.getLogger("bench")
-_loading_device = paged._loading_device
 
 
 def random_part(
@@ -39,28 +38,30 @@ def random_part(
 ) -> Any:
     """Return this rank's part of the model with random weights, on the device."""
     started_at = time.perf_counter()
-    model = empty_model(check_model_folder(files.folder()), config)
-    if ranks.size > 1:
-        cut(model, ranks)
-    if (
-        device.type == "cpu" and torch.cuda.is_available()
-    ):  # to be quantised on their way to the device
-        alias_randomly(model)
-    else:
-        _allocate(model, device)
-        fill_randomly(model)
+    model, _ = empty_part(files, config, ranks)
+    allocate(model, device)
+    fill_randomly(model)
     _say(f"weights in {time.perf_counter() - started_at:.1f} s")
     return model.eval()
 
 
-def place_for(
-    folder: SmallFiles, config: EngineConfig, ranks: TensorParallel, device: torch.device
-) -> torch.device:
-    """Where the weights are filled before they are quantised: in host memory if need be, which they hardly take."""
-    try:
-        return _loading_device(folder, config, ranks, device)
-    except EngineConfigError:
-        return torch.device("cpu")
+def random_fill(
+    model: Any,
+    parts: dict[str, Slice],
+    files: Arriving,
+    device: torch.device,
+    take_layer: Callable[[int], None],
+) -> None:
+    """Stand in for `fill`: layers have random values, and are quantised one by one."""
+    started_at = time.perf_counter()
+    for index in range(len(model.base_model.layers)):
+        layer = model.base_model.layers[index]
+        allocate(layer, device)
+        fill_randomly(layer, seed=1 + index)
+        take_layer(index)
+    allocate(model, device)
+    fill_randomly(model)
+    _say(f"weights in {time.perf_counter() - started_at:.1f} s")
 
 
 def reported_build(model: PagedModel, settings: PagedSettings, make_row: Any) -> Any:
@@ -94,7 +95,7 @@ def main(arguments: list[str]) -> ExitCode:
     faulthandler.dump_traceback_later(60, repeat=True)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     paged._load = random_part
-    paged._loading_device = place_for
+    quantised_loading.fill = random_fill
     paged.build_engine = reported_build
     return rank_process.main(arguments)
 

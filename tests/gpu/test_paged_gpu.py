@@ -52,20 +52,6 @@ def test_experts_are_captured_too():
     assert tokens(completions) == expected
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe"])
-def test_layers_quantised_on_their_way_from_host_memory_are_those_quantised_in_place(family):
-    from inference.kernels import fused
-
-    sequences = sequences_of(prompts_of(20))
-    settings = settings_of(**SETTINGS, kv_dtype=torch.bfloat16)
-    model = model_of(family).bfloat16()
-    moved = make_paged_model(model, fused, is_fp8=True, device=torch.device("cuda"))
-    found, _ = run(moved, sequences, settings)
-    in_place = make_paged_model(model_of(family).bfloat16().cuda(), fused, is_fp8=True)
-    expected, _ = run(in_place, sequences, settings)
-    assert tokens(found) == tokens(expected)
-
-
 @pytest.mark.parametrize(
     "changes",
     [

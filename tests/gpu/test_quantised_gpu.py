@@ -1,18 +1,26 @@
-"""bitsandbytes on a device: the paged engine and transformers run the same quantised weights."""
+"""Quantised weights on a device: bitsandbytes as transformers runs it, and fp8 made while the weights are read."""
 
+import gc
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from inference import load_weights
+from inference.arriving import Arriving
 from inference.backends import create_backend
 from inference.config import EngineConfig
+from inference.model import FusedModel, make_paged_model
+from inference.quantised_loading import load_quantised
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
-from tests.tiny_models import make_model
+from inference.tensor_parallel import TensorParallel
+from tests.benchmarks.random_model import write_folder
+from tests.paged_cases import model_of, prompts_of, run, sequences_of, settings_of, tokens
+from tests.tiny_models import MODELS, make_model
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -46,6 +54,7 @@ def first_tokens(model: Path, backend_name: str, quantization: str) -> list[int]
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_quantised_weights_mean_the_same_to_both_engines(quantization, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     config = transformers.Qwen3Config(
         vocab_size=4096,
         hidden_size=256,
@@ -63,3 +72,60 @@ def test_quantised_weights_mean_the_same_to_both_engines(quantization, tmp_path)
     # bf16 rounds attention differently in the two engines: a near tie may fall the other way
     same = sum(a == b for a, b in zip(found, expected, strict=True))
     assert same >= NUM_ROWS - 4, (found, expected)
+
+
+def quantised_while_read(folder: Path) -> FusedModel:
+    from inference.kernels import fused
+
+    config = EngineConfig(model=str(folder), quantization="fp8", dtype="bfloat16")
+    files, device = Arriving.whole(folder), torch.device("cuda", torch.cuda.current_device())
+    return load_quantised(files, config, TensorParallel.alone(), device, fused)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe"])
+def test_layers_quantised_while_they_are_read_are_those_quantised_in_place(family, tmp_path):
+    from inference.kernels import fused
+
+    model = model_of(family).bfloat16()
+    model.save_pretrained(tmp_path)
+    shutil.copy(MODELS / "tiny-a" / "tokenizer.json", tmp_path)
+    sequences = sequences_of(prompts_of(20))
+    settings = settings_of(
+        max_num_seqs=16,
+        block_size=16,
+        min_step_tokens=8,
+        max_num_blocks=400,
+        kv_dtype=torch.bfloat16,
+    )
+    found, _ = run(quantised_while_read(tmp_path), sequences, settings)
+    in_place = make_paged_model(model.cuda(), fused, is_fp8=True)
+    expected, _ = run(in_place, sequences, settings)
+    assert tokens(found) == tokens(expected)
+
+
+def test_the_device_never_holds_more_than_what_is_quantised_and_a_few_layers(tmp_path, monkeypatch):
+    ahead = 128 << 20
+    monkeypatch.setattr(load_weights, "MAX_AHEAD_BYTES", ahead)
+    config = transformers.Qwen3Config(
+        vocab_size=4096,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    folder = write_folder(tmp_path / "model", config, is_random=True)
+    layer_bytes = 2 * 2048 * (2 * 16 * 128 + 2 * 8 * 128 + 3 * 8192)
+    whole = (folder / "model.safetensors").stat().st_size
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = quantised_while_read(folder)
+    torch.cuda.synchronize()
+    peak, left = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+    print(f"{whole / 1e9:.2f} GB of weights: {left / 1e9:.2f} GB in fp8, {peak / 1e9:.2f} at most")
+    assert model.num_weight_bytes <= left < 0.53 * whole
+    assert peak < left + ahead + 4 * layer_bytes < 0.9 * whole

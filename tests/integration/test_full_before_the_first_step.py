@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference import engine_sizes, memory
+from inference import engine_sizes, memory, quantised_loading
 from inference.arriving import Arriving
 from inference.backends import paged
 from inference.build_engine import build_engine
@@ -131,40 +131,22 @@ def test_an_error_that_is_not_of_memory_is_not_taken_for_it(monkeypatch):
         engine_after()
 
 
-def loading_fails_once(monkeypatch: Any, config: EngineConfig) -> list[str]:
-    """The first model made of loaded weights fills the device; return where weights were read to."""
-    sources: list[str] = []
-    make, load = paged.make_paged_model, paged._load
-
-    def load_noted(files: Any, config: Any, ranks: Any, device: torch.device) -> Any:
-        sources.append(device.type)
-        return load(files, config, ranks, torch.device("cpu"))
-
-    def make_later(*args: Any, **kwargs: Any) -> Any:
-        if len(sources) == 1:
-            raise torch.OutOfMemoryError(FULL)
-        return make(*args, **kwargs)
-
-    monkeypatch.setattr(paged, "_load", load_noted)
-    monkeypatch.setattr(paged, "make_paged_model", make_later)
-    files, ranks = Arriving.whole(MODELS / "tiny-a"), TensorParallel.alone()
-    paged._load_model(files, check_small_files(files.folder()), config, ranks, torch.device("cpu"))
-    return sources
-
-
-def test_weights_that_fill_the_device_are_an_error_with_the_numbers(monkeypatch):
-    config = EngineConfig(model=str(MODELS / "tiny-a"), backend="paged", dtype="float32")
-    with pytest.raises(OutOfMemory, match=r"loaded: 0\.0 GB of weights in float32 on each of 1"):
-        loading_fails_once(monkeypatch, config)
-
-
-def test_weights_that_cannot_be_quantised_on_a_full_device_are_read_to_host_memory(
-    monkeypatch, caplog
+@pytest.mark.parametrize(
+    ("where", "quantization", "kind"),
+    [(paged, "none", "float32"), (quantised_loading, "fp8", "fp8")],
+)
+def test_weights_that_fill_the_device_are_an_error_with_the_numbers(
+    monkeypatch, where, quantization, kind
 ):
-    monkeypatch.setattr(paged, "_loading_device", lambda *_: torch.device("cuda"))
-    config = EngineConfig(model=str(MODELS / "tiny-a"), backend="paged", quantization="fp8")
-    assert loading_fails_once(monkeypatch, config) == ["cuda", "cpu"]
-    assert "quantised from host memory" in caplog.text
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(where, "take_layer" if kind == "fp8" else "make_paged_model", full)
+    config = EngineConfig(model=str(MODELS / "tiny-a"), dtype="float32", quantization=quantization)
+    files, ranks = Arriving.whole(MODELS / "tiny-a"), TensorParallel.alone()
+    folder, device = check_small_files(files.folder()), torch.device("cpu")
+    with pytest.raises(OutOfMemory, match=rf"loaded: 0\.0 GB of weights in {kind} on each of 1"):
+        paged._load_model(files, folder, config, ranks, device)
 
 
 def test_a_backend_says_how_many_sequences_it_runs_after_all(monkeypatch):

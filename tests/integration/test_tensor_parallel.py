@@ -22,14 +22,24 @@ from tests.rank_cases import HEADS
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: tensor parallel needs it")
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
+
+
+def kinds(sizes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "dense": lambda: transformers.Qwen3Config(**sizes, head_dim=8),
+        "tied": lambda: transformers.LlamaConfig(
+            **sizes, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+        ),
+        "moe": lambda: transformers.Qwen3MoeConfig(
+            **sizes, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        ),
+    }
+
+
+DEEP = {f"deep-{name}": make for name, make in kinds({**HEADS, "num_hidden_layers": 6}).items()}
 CONFIGS: dict[str, Any] = {
-    "dense": lambda: transformers.Qwen3Config(**HEADS, head_dim=8),
-    "tied": lambda: transformers.LlamaConfig(
-        **HEADS, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
-    ),
-    "moe": lambda: transformers.Qwen3MoeConfig(
-        **HEADS, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-    ),
+    **kinds(HEADS),
+    **DEEP,
     "shared": lambda: transformers.Qwen2MoeConfig(
         **HEADS,
         num_experts=4,
@@ -52,6 +62,9 @@ PAIRS = [
     "pair-fp8-blocks",
     "pair-fp8-blocks-of-experts",
     "pair-fp8-scale-missing",
+    "pair-dense-while-read",
+    "pair-tied-while-read",
+    "pair-moe-while-read",
     "pair-refusals",
     "pair-weight-bytes",
     "pair-least-blocks",

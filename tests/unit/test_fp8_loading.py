@@ -1,37 +1,56 @@
-"""Weights that are to be quantised to fp8 are read to the device, or to host memory when the device is too small."""
+"""A model that is to be quantised to fp8 needs room for what it becomes and for a few layers, or is refused before."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from inference.backends import paged
+from inference import layers, quantised_loading
 from inference.config import EngineConfig
-from inference.errors import EngineConfigError
+from inference.errors import EngineConfigError, InferenceError, OutOfMemory
+from inference.kernels.plain import FP8_MAX
+from inference.model_config import read_model_shape
 from inference.tensor_parallel import TensorParallel
 from inference.weights import check_small_files
 
 MODEL = Path(__file__).parents[1] / "data" / "models" / "tiny-a"
-DEVICE = torch.device("cuda", 0)
+NEEDED = read_model_shape(MODEL).loading_bytes_per_rank(1, quantization="fp8")
 
 
-def place(monkeypatch: pytest.MonkeyPatch, *, device_bytes: int, host_bytes: int) -> torch.device:
-    monkeypatch.setattr(paged, "free_device_bytes", lambda device: device_bytes)
-    monkeypatch.setattr(paged, "free_host_bytes", lambda: host_bytes)
+def check(monkeypatch: pytest.MonkeyPatch, *, free: int, allowed: int) -> None:
+    monkeypatch.setattr(quantised_loading, "free_device_bytes", lambda device: free)
+    monkeypatch.setattr(quantised_loading, "allowed_device_bytes", lambda device: allowed)
     config = EngineConfig(model=str(MODEL), quantization="fp8")
-    ranks = TensorParallel.alone()
-    return paged._loading_device(check_small_files(MODEL), config, ranks, DEVICE)
+    device = torch.device("cuda", 0)
+    quantised_loading.check_room(check_small_files(MODEL), config, TensorParallel.alone(), device)
 
 
-def test_a_device_that_holds_the_full_weights_takes_them(monkeypatch):
-    assert place(monkeypatch, device_bytes=10**9, host_bytes=0) == DEVICE
+def test_a_device_that_holds_what_weights_become_and_a_few_layers_takes_them(monkeypatch):
+    check(monkeypatch, free=NEEDED, allowed=10**9)
 
 
-def test_else_they_wait_in_host_memory(monkeypatch):
-    found = place(monkeypatch, device_bytes=100_000, host_bytes=10**9)
-    assert found == torch.device("cpu")
+@pytest.mark.parametrize(
+    ("allowed", "error", "remedy"),
+    [
+        (NEEDED - 1, EngineConfigError, r"the device has 0\.0 GB; use more ranks or a larger"),
+        (10**9, OutOfMemory, r"the device has 0\.0 of 1\.0 GB free; free it of other processes"),
+    ],
+)
+def test_one_that_does_not_is_refused_with_the_numbers(
+    monkeypatch, allowed: int, error: type[InferenceError], remedy: str
+):
+    words = r"0\.0 GB of weights on each of 1 ranks, and 0\.0 GB of layers in float32 while.*; "
+    with pytest.raises(error, match=words + remedy):
+        check(monkeypatch, free=NEEDED - 1, allowed=allowed)
 
 
-def test_where_neither_holds_them_the_message_has_the_numbers(monkeypatch):
-    with pytest.raises(EngineConfigError, match=r"0\.0 GB of weights in float32 are read before"):
-        place(monkeypatch, device_bytes=100_000, host_bytes=100_000)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_quantised_some_rows_at_a_time_is_the_one_quantised_at_once(monkeypatch, dtype):
+    weight = torch.randn(37, 48, dtype=dtype)
+    weight[5] = 0
+    monkeypatch.setattr(layers, "_ELEMENTS_AT_ONCE", 5 * 48 + 1)
+    found = layers.quantised(weight)
+    scale = (weight.abs().amax(dim=1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
+    expected = (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    assert torch.equal(found._scale, scale.t())
+    assert torch.equal(found._weight.view(torch.uint8), expected.view(torch.uint8))

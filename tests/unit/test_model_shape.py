@@ -6,6 +6,7 @@ import pytest
 
 from inference.errors import ModelError
 from inference.model_config import model_shape, read_model_shape
+from inference.model_shape import MAX_AHEAD_BYTES
 
 
 def qwen3(layers, hidden, ffn, heads, kv_heads, *, tied=False, **extra):
@@ -148,6 +149,22 @@ def test_ranks_hold_their_part_of_the_layers_and_the_whole_embedding():
     two = shape.weight_bytes_per_rank(2)
     assert two == pytest.approx((shape.weight_bytes() - embedding) / 2 + embedding, rel=1e-3)
     assert 2 * two > shape.weight_bytes()
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), [("Qwen3-32B", 1), ("Qwen3-235B-A22B", 4)])
+def test_a_rank_that_quantises_to_fp8_holds_what_is_done_and_a_few_layers(name, num_ranks):
+    shape = model_shape(PUBLISHED[name][0])
+    done = shape.weight_bytes_per_rank(num_ranks, quantization="fp8")
+    layer = shape.weight_bytes() / shape.num_layers / num_ranks
+    most = shape.loading_bytes_per_rank(num_ranks, quantization="fp8")
+    assert done + MAX_AHEAD_BYTES + 1.8 * layer < most < done + MAX_AHEAD_BYTES + 2 * layer
+    assert shape.loading_bytes_per_rank(num_ranks) == shape.weight_bytes_per_rank(num_ranks)
+
+
+def test_readers_cannot_be_further_ahead_than_all_layers():
+    shape = model_shape(PUBLISHED["Qwen3-0.6B"][0])
+    most = shape.loading_bytes_per_rank(1, quantization="fp8")
+    assert most <= shape.weight_bytes(quantization="fp8") + shape.weight_bytes()
 
 
 def test_a_tied_head_becomes_a_slice_of_its_own_when_it_is_split():

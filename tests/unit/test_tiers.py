@@ -10,8 +10,9 @@ import pytest
 from inference.backends import check_engine
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
+from inference.hardware import RESERVED_SHARE
 from inference.model_config import model_shape
-from inference.roofline import Workload
+from inference.roofline import Replica, Workload
 from inference.tier import Options
 from inference.tier_price import LOAD_BANDWIDTH, PINNED_LOAD_BANDWIDTH, RANKS_STARTUP_S, STARTUP_S
 from inference.tiers import choose_tier, size_model, tiers_table
@@ -340,6 +341,23 @@ def test_a_replica_over_several_hosts_takes_whole_ones():
     options = Options(quantizations=("none",), backend="paged")
     for tier in size_model(LLAMA_70B, small_hosts, WORKLOAD, options=options).tiers:
         assert tier.num_gpus <= 3
+
+
+def test_room_that_holds_fp8_weights_but_not_the_layers_they_are_made_of_is_refused_with_both():
+    replica = Replica(shape=QWEN3_14B, gpu=GPUS["L4"], quantization="fp8")
+    needed = replica.loading_bytes_per_gpu
+    assert replica.weight_bytes_per_gpu + 3e9 < needed
+
+    def sized(room):
+        gpu = replace(GPUS["L4"], memory_bytes=room / (1 - RESERVED_SHARE))
+        options = Options(quantizations=("fp8",), tensor_parallel_size=1, replicas=1)
+        return size_model(QWEN3_14B, [gpu], WORKLOAD, options=options)
+
+    assert sized(needed + 1).tiers
+    (refusal,) = sized(needed - 1e6).refusals
+    assert "16.3 GB of weights and 3.5 GB of layers in bfloat16 while they are quantised" in str(
+        refusal
+    )
 
 
 def test_a_235b_model_at_full_precision_on_h100s_is_refused_for_its_heads_and_its_size():
