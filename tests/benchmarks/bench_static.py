@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_static.py --model 8b --mixes chat:256
 
-Held against `inference.static_prediction`. Loading comes first and is reported apart. Prints a line a mix, then one line of JSON.
+Loading comes first and is reported apart. Prints a line a mix, then one line of JSON.
 """
 
 import argparse
