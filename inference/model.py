@@ -27,7 +27,7 @@ from inference.family_check import refuse_by_config
 from inference.kernels import plain
 from inference.kv_cache import KVCache, KVShape
 from inference.layers import FusedLayer, Linear, quantised, take_layer
-from inference.quantization import is_bitsandbytes
+from inference.quantization import is_bitsandbytes, looks_at_values
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import PartitionedVocabulary, WholeVocabulary, columns_of
 
@@ -47,8 +47,8 @@ class PagedModel:
             )
         self._model = model
         self._ops = ops
-        self.can_be_captured = not is_bitsandbytes(model)
-        """Whether a step may be replayed as a CUDA graph; bitsandbytes looks at values on the host."""
+        self.can_be_captured = not looks_at_values(model)
+        """Whether a step may be replayed as a CUDA graph."""
 
         self.num_weight_bytes = sum(p.nbytes for p in model.parameters())
         """Of what this rank holds of the model."""

@@ -161,6 +161,12 @@ def is_bitsandbytes(model: Any) -> bool:
     return getattr(model, "quantization_method", None) == "bitsandbytes"
 
 
+def looks_at_values(model: Any) -> bool:
+    """Whether a loaded model's products wait for the device in the middle: int8 looks for outliers on the host."""
+    kept = getattr(model.config, "quantization_config", None)
+    return is_bitsandbytes(model) and bool(getattr(kept, "load_in_8bit", True))
+
+
 def use_portable_products(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 

@@ -7,7 +7,6 @@ back, without which SIGTERM never stops them.
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 POOL = "nightjar"
@@ -214,7 +215,7 @@ class PrefectLab:
 @contextmanager
 def running_prefect(folder: Path) -> Iterator[PrefectLab]:
     """Start a server with Nightjar's pool and deployments; stop all that was started."""
-    lab = PrefectLab(folder, _free_port())
+    lab = PrefectLab(folder, free_port())
     (folder / "home").mkdir()
     try:
         lab.start_server()
@@ -270,9 +271,3 @@ def _is_installed() -> bool:
         return bool(distribution("nightjar").entry_points.select(group="prefect.collections"))
     except PackageNotFoundError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

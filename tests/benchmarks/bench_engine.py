@@ -26,7 +26,7 @@ from inference.backends.row import Row
 from inference.build_engine import build_engine
 from inference.config import EngineConfig
 from inference.loading import load_model
-from inference.model import make_paged_model
+from inference.model import PagedModel, make_paged_model
 from inference.paged_settings import PagedSettings
 from inference.request_mixes import requests, run_to_ends
 from inference.sampling import SamplingParams
@@ -48,12 +48,16 @@ def build(args: argparse.Namespace) -> Any:
         from inference.kernels import fused as ops
     else:
         from inference.kernels import plain as ops
-    paged = make_paged_model(model, ops, is_fp8=args.fp8)
+    if args.unfused:
+        paged = PagedModel(model, ops)
+    else:
+        paged = make_paged_model(model, ops, is_fp8=args.fp8)
     engine_config = EngineConfig(
         model="random",
         max_num_seqs=args.max_num_seqs or "auto",
         max_num_batched_tokens=args.max_num_batched_tokens or "auto",
         kv_cache_dtype=args.kv_cache_dtype,
+        enforce_eager=args.eager,
     )
     settings = PagedSettings.of(engine_config, paged)
     if args.min_step_tokens is not None:
@@ -165,6 +169,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--bitsandbytes", choices=BITSANDBYTES)
+    parser.add_argument("--unfused", action="store_true", help="the model class's own layers")
+    parser.add_argument("--eager", action="store_true", help="no graphs")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
@@ -176,7 +182,7 @@ def main() -> None:
     engine, plan, warmup_s = build(args)
     build_s = time.perf_counter() - started_at
     print(f"built in {build_s:.1f} s, of which warm-up {warmup_s:.1f} s; {plan}", flush=True)
-    if not args.bitsandbytes:  # of which no graphs are captured
+    if not args.eager and args.bitsandbytes != "int8":  # of which no graphs are captured
         run(engine, sequences_of("chat", 64, args.temperature))
         run(engine, sequences_of("template", 64, args.temperature))
     rows = []

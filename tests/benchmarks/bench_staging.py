@@ -15,7 +15,6 @@ import os
 import platform
 import resource
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from storage.partial_file import range_bytes_of
 from storage.ranged_copy import RangedCopy
 from storage.s3_client import make_client
 from storage.stage_sources import S3Source, SourceFile
+from tests.ports import free_port
 from tests.seaweed import ACCESS_KEY, SECRET_KEY, make_bucket, running_seaweed
 
 PREFIX = "model"
@@ -93,9 +93,7 @@ def _make_files(folder: Path, num_bytes: int) -> list[Path]:
 
 @contextmanager
 def _nginx(folder: Path, files: list[Path], binary: str) -> Iterator[tuple[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     temp = "".join(
         f" {name}_temp_path {folder}/{name};"
         for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")

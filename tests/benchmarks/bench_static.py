@@ -23,6 +23,7 @@ from random_model import SHAPES, config_of, write_folder
 from inference.backends import create_backend
 from inference.config import EngineConfig
 from inference.tier import BITSANDBYTES
+from tests.int4_checkpoints import SETTINGS, quantised_in_four_bits
 
 
 def main() -> None:
@@ -31,11 +32,19 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, default="0.6b")
     parser.add_argument("--mixes", default="chat:256")
     parser.add_argument("--quantization", choices=("none", *BITSANDBYTES), default="none")
+    parser.add_argument("--stored-as", choices=SETTINGS, help="a checkpoint quantised so")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        write_folder(Path(folder), config_of(args.model), is_random=True)
+        model = write_folder(Path(folder) / "model", config_of(args.model), is_random=True)
+        if args.stored_as:
+            model, _ = quantised_in_four_bits(model, Path(folder), args.stored_as)
         backend = create_backend(
-            EngineConfig(model=folder, backend="transformers", quantization=args.quantization)
+            EngineConfig(
+                model=str(model),
+                backend="transformers",
+                quantization=args.quantization,
+                dtype="float16" if args.stored_as else "auto",
+            )
         )
     print(f"loaded in {backend.info.load_s:.1f} s; {backend.info}", flush=True)
     rows: list[dict[str, Any]] = []

@@ -1,7 +1,11 @@
 """Tensor parallel on two devices: NCCL, captured graphs and the device sampler give one device's tokens."""
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,10 @@ import torch
 import transformers
 
 from inference.backends import create_backend
-from inference.config import EngineConfig
+from inference.config import DistributedConfig, EngineConfig
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
+from tests.ports import free_port
 from tests.tiny_models import make_model
 
 pytestmark = [
@@ -94,6 +99,53 @@ def test_zero_over_two_devices_gives_the_tokens_of_one(model, offload):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     expected = generate(model, 1, backend="transformers")
     found = generate(model, 2, backend="zero", offload=offload, max_num_seqs=16)
+    assert sum(found[i] == expected[i] for i in expected) >= 46
+
+
+@contextmanager
+def second_host(folder: Path, port: int) -> Iterator[None]:
+    """The second device as a host of its own: by name, and to NCCL, which then speaks through sockets only."""
+    (folder / "sitecustomize.py").write_text(
+        "import socket\nsocket.gethostname = lambda: 'second'\n"
+    )
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--node-rank=1"),
+            *("--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"),
+            *("-m", "inference"),
+        ],
+        cwd=Path(__file__).parents[2],
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "1",
+            "NCCL_HOSTID": "second",
+            "NCCL_SOCKET_IFNAME": "=lo",
+            "NCCL_NET": "Socket",
+            "NCCL_IB_DISABLE": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+        },
+    )
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_a_device_each_of_two_hosts_gives_the_tokens_of_one(
+    model, tmp_path, monkeypatch, enforce_eager
+):
+    expected = generate(model, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("NCCL_HOSTID", "first")
+    port = free_port()
+    settings = DistributedConfig(
+        num_hosts=2, rendezvous=f"127.0.0.1:{port}", interface="lo", fabric="tcp", timeout_s=60
+    )
+    with second_host(tmp_path, port):
+        found = generate(model, 2, enforce_eager=enforce_eager, distributed=settings)
     assert sum(found[i] == expected[i] for i in expected) >= 46
 
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -24,15 +23,10 @@ from tasks.latency import Latencies
 from tasks.progress import Progress
 from tasks.run import prepare
 from tasks.stop import Stopped, StopSignal
+from tests.ports import free_port
 
 MONITORING = Path(__file__).parents[2] / "deployments" / "monitoring"
 SCRAPED_IN_TEST = re.compile(r"nightjar_(gpu|staging|deadline|forecast)")  # need hardware or time
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from inference.launch import Launch, RankProcesses, wait_until_gone
 from inference.rank_exit import ExitCode
 from inference.rank_group import RankGroup
 from tasks import follow
+from tests.ports import free_port
 
 FULL, BROKEN, FINISHED = ExitCode.OUT_OF_MEMORY, ExitCode.ENGINE_FAULT, ExitCode.FINISHED
 
@@ -23,11 +24,6 @@ def starts(tmp_path, monkeypatch):
     path = tmp_path / "starts"
     monkeypatch.setenv("NIGHTJAR_TEST_STARTS", str(path))
     return path
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def endings_of_two(code: ExitCode, caplog: pytest.LogCaptureFixture) -> tuple[int, list[str]]:
