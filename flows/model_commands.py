@@ -13,7 +13,7 @@ from flows.night_commands import print_document, storage_of
 from flows.signals import signals
 from inference.backends.base import BackendInfo
 from inference.hardware import GpuType
-from inference.roofline import Workload
+from inference.workload import Workload
 from storage.object_store import StorageConfig
 from tasks.bench import MixResult
 from tasks.job import RunConfig, job_of

@@ -103,6 +103,14 @@ class ModelShape:
         element = DTYPE_BYTES[name]
         return int(2 * self.num_layers * self.num_key_value_heads * self.head_dim * element)
 
+    def bitsandbytes(self, quantization: str) -> str | None:
+        """int8 or nf4 where the weights are stored so or quantised so when they are loaded."""
+        if quantization in ("int8", "nf4"):
+            return quantization
+        if self.stored_quantization != "bitsandbytes":
+            return None
+        return "nf4" if self.stored_bits == 8 * QUANTIZED_BYTES["nf4"] else "int8"
+
     def linear_bytes_per_param(self, dtype: str, quantization: str) -> float:
         """Bytes of one attention or feed-forward weight."""
         # Blocks of fp8 are made full precision again when they are loaded.

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from inference.roofline import PREFILL_CHUNK_TOKENS, Replica, SequenceClass, Workload
+from inference.roofline import PREFILL_CHUNK_TOKENS, STATIC_PASS_TOKENS, Replica
+from inference.workload import SequenceClass, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,8 @@ def predict(replica: Replica, workload: Workload) -> Prediction:
     sequences fit at once. It does not where a mixture of experts would read all its weights for few tokens.
     """
     mean = _Means.of(workload)
+    if replica.backend == "transformers":
+        return _in_batches(replica, workload, mean)
     held = mean.prompt - mean.reused + mean.age
     room = replica.kv_tokens / max(held, 1.0)
     if mean.completion > 0 and not replica.shape.is_moe:
@@ -48,6 +51,49 @@ def predict(replica: Replica, workload: Workload) -> Prediction:
     )
     drain = _drain_s(replica, workload, _residual_survivors(workload, running, mean), mean.age)
     return Prediction(prefill_s=0.0, steady_s=steady, drain_s=drain, num_running=running)
+
+
+def _in_batches(replica: Replica, workload: Workload, mean: "_Means") -> Prediction:
+    """Batches of rows that start together, one after the other; each lasts as long as its longest completion."""
+    longest = mean.prompt + workload.classes[-1].num_completion_tokens
+    fits = (STATIC_PASS_TOKENS / max(mean.prompt, 1.0), replica.kv_tokens / max(longest, 1.0))
+    rows = max(1.0, min(replica.max_num_seqs, mean.count, *fits))
+    num_full, rest = divmod(mean.count, rows)
+    num_steps = num_full * _longest_of(workload, rows)
+    if rest:
+        num_steps += _longest_of(workload, max(rest, 1.0))
+    if rows * workload.max_sequence_tokens > STATIC_PASS_TOKENS:
+        num_steps += mean.completion  # of the few longest prompts, which fit in no batch of so many
+    chunk = min(mean.count * mean.prompt, STATIC_PASS_TOKENS)
+    num_chunks = mean.count * mean.prompt / max(chunk, 1.0)
+    num_open = mean.count * mean.completion / num_steps if num_steps else 0.0
+    step_s = replica.step_s(num_open, 0, mean.prompt + mean.age, mean.prompt)
+    return Prediction(
+        prefill_s=num_chunks * replica.step_s(0, chunk, 0, mean.prompt),
+        steady_s=num_steps * step_s,
+        drain_s=0.0,
+        num_running=rows,
+    )
+
+
+def _longest_of(workload: Workload, rows: float) -> float:
+    """Expected longest completion of so many of the workload's rows."""
+    count, found, before, shorter = workload.num_sequences, 0.0, 0.0, 0.0
+    rows = min(rows, count)
+    for c in workload.classes:
+        shorter += c.count
+        chance = 0.0
+        if shorter > rows - 0.5:  # all of them are among these
+            chance = math.exp(_log_choices(min(shorter, count), rows) - _log_choices(count, rows))
+        found += c.num_completion_tokens * (chance - before)
+        before = chance
+    return found
+
+
+def _log_choices(count: float, rows: float) -> float:
+    """Logarithm of how many ways there are to choose so many rows."""
+    left = max(count - rows, 0.0)
+    return math.lgamma(count + 1) - math.lgamma(left + 1) - math.lgamma(rows + 1)
 
 
 def predict_offloaded(

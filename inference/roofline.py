@@ -12,9 +12,7 @@ closed form over classes of equal sequences:
     B running sequences   T tokens in a step   S mean context   L completion length
 """
 
-import itertools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from inference.hardware import LINK_EFFICIENCY, GpuType
@@ -33,141 +31,24 @@ ALL_REDUCE_LATENCY_S = {"nvlink": 12e-6, "xgmi": 15e-6, "pcie": 30e-6, "network"
 SUM_SURROUNDINGS_S = 16e-6
 """What each sum over ranks costs around it, narrower products and waiting: 32B and 8B over two H200s, 32B over two H100s."""
 
+UNFUSED_LAYER_S = 150e-6
+"""What a layer as its class computes it, some sixty kernels in a graph, costs beside a fused one."""
+
+UNFUSED_MOVES = 56
+"""Elements it reads and writes more for each of a token's hidden values: fitted, like the constant above."""
+
+DEQUANTIZE_BANDWIDTH_SHARE = 0.8
+INT8_LAYER_S = 3.9e-3
+"""A layer whose int8 products look at values on the host, which launches it anew at every step."""
+
+STATIC_LAYER_S = {"none": 3.43e-3, "gptq": 3.17e-3, "nf4": 4.29e-3, "int8": 5.53e-3}
+"""A layer as the transformers backend launches it, by what its weights are; on the hosts of the H100s."""
+
 MAX_NUM_SEQS = 1024
 PREFILL_CHUNK_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceClass:
-    """`count` sequences of one prompt and one completion length, in tokens."""
-
-    count: float
-    num_prompt_tokens: float
-    num_completion_tokens: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """The token counts of a run, as far as its speed depends on them."""
-
-    classes: tuple[SequenceClass, ...]
-    """Sorted by completion length, shortest first."""
-
-    max_sequence_tokens: int
-    """Longest prompt plus completion any row may need."""
-
-    num_reused_prompt_tokens: float = 0.0
-    """Prompt tokens that need no prefill because an earlier row shares the prefix."""
-
-    @classmethod
-    def of(
-        cls,
-        lengths: Iterable[tuple[int, int]],
-        *,
-        num_classes: int = 32,
-        num_reused_prompt_tokens: float = 0.0,
-    ) -> "Workload":
-        """Group (prompt, completion) lengths into at most `num_classes` classes of equal size."""
-        rows = sorted(lengths, key=lambda row: (row[1], row[0]))
-        if not rows:
-            raise ValueError("a workload needs at least one sequence")
-        num_classes = min(num_classes, len(rows))
-        bounds = [round(i * len(rows) / num_classes) for i in range(num_classes + 1)]
-        groups = [rows[a:b] for a, b in itertools.pairwise(bounds)]
-        classes = tuple(
-            SequenceClass(
-                len(group),
-                sum(row[0] for row in group) / len(group),
-                sum(row[1] for row in group) / len(group),
-            )
-            for group in groups
-        )
-        # The longest completion ends the run; a mean would hide it.
-        longest = classes[-1]
-        if longest.count > 1:
-            classes = (
-                *classes[:-1],
-                SequenceClass(
-                    longest.count - 1,
-                    longest.num_prompt_tokens,
-                    (longest.num_completion_tokens * longest.count - rows[-1][1])
-                    / (longest.count - 1),
-                ),
-                SequenceClass(1, longest.num_prompt_tokens, rows[-1][1]),
-            )
-        return cls(
-            classes=classes,
-            max_sequence_tokens=max(sum(row) for row in rows),
-            num_reused_prompt_tokens=num_reused_prompt_tokens,
-        )
-
-    @classmethod
-    def from_totals(
-        cls,
-        num_sequences: int,
-        num_prompt_tokens: int,
-        num_completion_tokens: int,
-        *,
-        max_completion_tokens: int | None = None,
-        num_reused_prompt_tokens: float = 0.0,
-    ) -> "Workload":
-        """A workload of which only totals are known: completion lengths are taken as log-normal.
-
-        `max_completion_tokens` is the run's max_tokens, where long completions are cut.
-        """
-        if num_sequences < 1:
-            raise ValueError(f"num_sequences must be at least 1, got {num_sequences}")
-        prompt = num_prompt_tokens / num_sequences
-        mean = num_completion_tokens / num_sequences
-        limit = max(max_completion_tokens or 8 * mean, mean)
-        lengths = _cut_log_normal(mean, limit)
-        classes = tuple(
-            SequenceClass(num_sequences / len(lengths), prompt, length) for length in lengths
-        )
-        return cls(
-            classes=classes,
-            max_sequence_tokens=math.ceil(prompt + limit),
-            num_reused_prompt_tokens=num_reused_prompt_tokens,
-        )
-
-    @property
-    def num_sequences(self) -> float:
-        """Sequences in all."""
-        return sum(c.count for c in self.classes)
-
-    @property
-    def num_prompt_tokens(self) -> float:
-        """Prompt tokens in all, reused ones included."""
-        return sum(c.count * c.num_prompt_tokens for c in self.classes)
-
-    @property
-    def num_completion_tokens(self) -> float:
-        """Completion tokens in all."""
-        return sum(c.count * c.num_completion_tokens for c in self.classes)
-
-    def share(self, replicas: int) -> "Workload":
-        """What one of `replicas` equal replicas gets of it."""
-        return Workload(
-            classes=tuple(
-                SequenceClass(c.count / replicas, c.num_prompt_tokens, c.num_completion_tokens)
-                for c in self.classes
-            ),
-            max_sequence_tokens=self.max_sequence_tokens,
-            num_reused_prompt_tokens=self.num_reused_prompt_tokens / replicas,
-        )
-
-
-def _cut_log_normal(mean: float, limit: float) -> list[float]:
-    """Means of eight equal slices of a log-normal (sigma 0.8) cut at `limit`, whose mean is `mean`."""
-    slices = (0.19, 0.33, 0.46, 0.61, 0.81, 1.09, 1.55, 2.96)
-    low, high = mean, max(limit, mean) / slices[0]
-    for _ in range(60):
-        scale = (low + high) / 2
-        if sum(min(limit, scale * part) for part in slices) < mean * len(slices):
-            low = scale
-        else:
-            high = scale
-    return [min(limit, high * part) for part in slices]
+STATIC_NUM_SEQS = 128
+STATIC_PASS_TOKENS = 65_536
+"""Rows and padded prompt tokens of a batch of the transformers backend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +62,12 @@ class Replica:
     quantization: str = "none"
     kv_cache_dtype: str = "auto"
     max_num_seqs: int = MAX_NUM_SEQS
+    backend: str = "paged"
+
+    @property
+    def bitsandbytes(self) -> str | None:
+        """int8 or nf4 where bitsandbytes multiplies, also what is stored so; else None."""
+        return self.shape.bitsandbytes(self.quantization)
 
     @property
     def weight_bytes_per_gpu(self) -> int:
@@ -238,7 +125,20 @@ class Replica:
         kv = read * self.kv_bytes_per_token_per_gpu / kv_bandwidth
         pairs = num_prefill * (shared + (prompt - shared) / 2) + num_decode * shared
         other = self._tile_attention_s(pairs) + self._elementwise_s(tokens, rows)
-        return gemm + kv + other + self._all_reduce_s(tokens) + STEP_OVERHEAD_S
+        device_s = gemm + kv + other + self._unfused_s(tokens) + self._dequantize_s()
+        return self._launched_s(device_s + self._all_reduce_s(tokens) + STEP_OVERHEAD_S)
+
+    def _launched_s(self, device_s: float) -> float:
+        """Seconds of a step whose kernels are launched one by one where they are not replayed as a graph."""
+        layers = self.shape.num_layers
+        if self.backend == "transformers":
+            kind = self.bitsandbytes or self.shape.stored_quantization
+            return max(
+                device_s, layers * STATIC_LAYER_S.get(kind or "none", STATIC_LAYER_S["none"])
+            )
+        if self.backend == "paged" and self.bitsandbytes == "int8":
+            return device_s + layers * INT8_LAYER_S  # which waits for the device, layer by layer
+        return device_s
 
     def _gemm_flops_s(self, tokens: float, rows: float) -> float:
         shape, gpu = self.shape, self.gpu
@@ -253,9 +153,8 @@ class Replica:
     def _weight_read_s(self, tokens: float) -> float:
         shape, element = self.shape, DTYPE_BYTES[self.dtype]
         linear = shape.linear_bytes_per_param(self.dtype, self.quantization)
-        if self.quantization in ("int8", "nf4"):
-            # bitsandbytes writes the weight out in 16 bits and reads it back on every call.
-            linear += 2 * element
+        if self.bitsandbytes == "nf4":
+            linear = element  # as it was written out: see `_dequantize_s`
         expert = shape.expert_bytes_per_param(self.dtype, self.quantization)
         if self._layer_dtype() == "fp8":
             expert /= EXPERT_BANDWIDTH_SHARE_FP8
@@ -265,6 +164,23 @@ class Replica:
             + shape.num_embedding_params * element
         )
         return read / self.tensor_parallel_size / self.gpu.achieved_bandwidth
+
+    def _dequantize_s(self) -> float:
+        """Of nf4 weights, which every call writes out in 16 bits first."""
+        if self.bitsandbytes != "nf4":
+            return 0.0
+        shape, element = self.shape, DTYPE_BYTES[self.dtype]
+        moved = shape.linear_bytes_per_param(self.dtype, self.quantization) + element
+        params = (shape.num_attention_params + shape.num_mlp_params) / self.tensor_parallel_size
+        return params * moved / self.gpu.achieved_bandwidth / DEQUANTIZE_BANDWIDTH_SHARE
+
+    def _unfused_s(self, tokens: float) -> float:
+        """Of layers that run as their class has them, with its own norms, rotations and activations."""
+        shape = self.shape
+        if self.backend != "paged" or (shape.is_fused and self.bitsandbytes is None):
+            return 0.0
+        moved = UNFUSED_MOVES * DTYPE_BYTES[self.dtype] * tokens * shape.hidden_size
+        return shape.num_layers * (UNFUSED_LAYER_S + moved / self.gpu.achieved_bandwidth)
 
     def _expert_coverage(self, tokens: float) -> float:
         """Share of the experts that at least one of `tokens` tokens is routed to."""

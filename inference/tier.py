@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from inference.roofline import MAX_NUM_SEQS
-
 # Least change to the model first; `none` is the checkpoint as it is stored.
 QUANTIZATIONS = ("none", "fp8", "int8", "nf4")
 BITSANDBYTES = ("int8", "nf4")
@@ -108,6 +106,8 @@ class Options:
     kv_cache_dtype: str = "auto"
     tensor_parallel_size: int | None = None
     replicas: int | None = None
-    max_num_seqs: int = MAX_NUM_SEQS
+    max_num_seqs: int | None = None
+    """None: what the backend runs at once where it is not told."""
+
     backend: str = "auto"
     """paged refuses to offload, zero does nothing else; auto and transformers offload only what fits nowhere."""

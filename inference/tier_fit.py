@@ -9,7 +9,7 @@ from dataclasses import replace
 from inference.hardware import GB, GpuType
 from inference.model_shape import ModelShape
 from inference.prediction import predict, predict_offloaded
-from inference.roofline import Replica, Workload
+from inference.roofline import MAX_NUM_SEQS, STATIC_NUM_SEQS, Replica
 from inference.tier import Options, Refusal, Tier
 from inference.tier_price import (
     LOAD_BANDWIDTH,
@@ -25,6 +25,7 @@ from inference.tier_rules import (
     ranks_refusal,
     zero_refusal,
 )
+from inference.workload import Workload
 
 # Replicas fail alone and need no link: tensor parallel must win by more than this.
 REPLICAS_FIRST = 0.08
@@ -96,13 +97,15 @@ def _too_many(gpu: GpuType, options: Options) -> Refusal:
 
 def _replica(shape: ModelShape, gpu: GpuType, options: Options, quantization: str) -> Replica:
     dtype = shape.dtype if options.dtype == "auto" else options.dtype
+    is_static = needs_transformers(shape, options)
     return Replica(
         shape=shape,
         gpu=gpu,
         dtype=gpu.compute_dtype(dtype),
         quantization=quantization,
         kv_cache_dtype=options.kv_cache_dtype,
-        max_num_seqs=options.max_num_seqs,
+        max_num_seqs=options.max_num_seqs or (STATIC_NUM_SEQS if is_static else MAX_NUM_SEQS),
+        backend="transformers" if is_static else "paged",
     )
 
 
@@ -131,12 +134,11 @@ def _layouts(replica: Replica, count: int, workload: Workload, options: Options)
         candidate = replace(replica, tensor_parallel_size=size)
         is_loadable = candidate.loading_bytes_per_gpu <= candidate.gpu.loading_bytes
         if is_loadable and candidate.kv_tokens >= workload.max_sequence_tokens:
-            yield _tier(candidate, count // size, workload, options)
+            yield _tier(candidate, count // size, workload)
 
 
-def _tier(replica: Replica, replicas: int, workload: Workload, options: Options) -> Tier:
-    backend = "transformers" if needs_transformers(replica.shape, options) else "paged"
-    unmeasured = unmeasured_reason(replica, backend)
+def _tier(replica: Replica, replicas: int, workload: Workload) -> Tier:
+    unmeasured = unmeasured_reason(replica)
     prediction = None if unmeasured else predict(replica, workload.share(replicas))
     at_once = min(replica.kv_tokens // workload.max_sequence_tokens, replica.max_num_seqs)
     startup_s = STARTUP_S if replica.tensor_parallel_size == 1 else RANKS_STARTUP_S
@@ -153,7 +155,6 @@ def _tier(replica: Replica, replicas: int, workload: Workload, options: Options)
         workload,
         num_gpus=replicas * replica.tensor_parallel_size,
         replicas=replicas,
-        backend=backend,
         start_s=startup_s + replica.weight_bytes_per_gpu / LOAD_BANDWIDTH,
         generate_s=None if prediction is None else prediction.seconds,
         weight_bytes_per_gpu=replica.weight_bytes_per_gpu,
@@ -217,12 +218,15 @@ def _offloaded(
     shape: ModelShape, gpu: GpuType, workload: Workload, options: Options
 ) -> Iterator[Tier]:
     """Layouts that keep the weights in host memory, or failing that on NVMe, on one host."""
-    replica = _replica(shape, gpu, options, "none")
+    backend = "transformers" if options.backend == "transformers" else "zero"
+    replica = replace(
+        _replica(shape, gpu, options, "none"),
+        backend=backend,
+        max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS,
+    )
     weights = replica.weight_bytes_per_gpu
     layers = 2 * weights / shape.num_layers
     room = int((gpu.usable_bytes - layers) // replica.kv_bytes_per_token_per_gpu)
-    backend = "transformers" if options.backend == "transformers" else "zero"
-    unmeasured = unmeasured_reason(replica, backend)
     for count in gpu_counts(gpu, options):
         if count > gpu.gpus_per_host or options.tensor_parallel_size not in (None, count):
             return
@@ -236,6 +240,7 @@ def _offloaded(
             continue
         if room < workload.max_sequence_tokens:
             continue
+        unmeasured = unmeasured_reason(replica, offload)
         prediction, pass_s = predict_offloaded(
             replica, workload, source_bandwidth=bandwidth, num_ranks=count
         )
@@ -247,7 +252,6 @@ def _offloaded(
             workload,
             num_gpus=count,
             replicas=1,
-            backend=backend,
             start_s=STARTUP_S + weights / count / PINNED_LOAD_BANDWIDTH,
             generate_s=None if unmeasured else prediction.seconds,
             weight_bytes_per_gpu=int(layers),

@@ -1,8 +1,9 @@
 """What a layout that fits takes: how long a start is, what may be predicted, and what the hours cost."""
 
 from inference.hardware import GB
-from inference.roofline import Replica, Workload
-from inference.tier import BITSANDBYTES, Tier
+from inference.roofline import Replica
+from inference.tier import Tier
+from inference.workload import Workload
 
 # Measured, in tests/benchmarks/results/. forecast_h100_202611.md: 15.9 s to the first token of 16.4 GB in /dev/shm
 # with no kernel compiled before, of which a first call's 11.7 GB/s (load_h100_202611.md) are 1.4 s.
@@ -15,12 +16,12 @@ LOAD_BANDWIDTH = 1.66 * GB
 PINNED_LOAD_BANDWIDTH = 0.95 * GB
 
 
-def unmeasured_reason(replica: Replica, backend: str) -> str:
+def unmeasured_reason(replica: Replica, offload: str = "none") -> str:
     """Why nothing is predicted of a layout; empty where predictions were held against runs."""
-    if backend == "transformers":
-        return "speed not predicted: no run of the transformers backend was measured"
-    if replica.quantization in BITSANDBYTES:
-        return f"speed not predicted: no run with {replica.quantization} weights was measured"
+    if replica.backend == "transformers" and offload != "none":
+        return "speed not predicted: no run of the transformers backend with offloaded weights was measured"
+    if replica.shape.stored_quantization == "awq":
+        return "speed not predicted: no run with awq weights was measured"
     return ""
 
 
@@ -30,7 +31,6 @@ def priced(
     *,
     num_gpus: int,
     replicas: int,
-    backend: str,
     start_s: float,
     generate_s: float | None,
     weight_bytes_per_gpu: int,
@@ -61,7 +61,7 @@ def priced(
         quantization=replica.quantization,
         dtype=replica.dtype,
         kv_cache_dtype=replica.kv_cache_dtype,
-        backend=backend,
+        backend=replica.backend,
         offload=offload,
         num_hosts=-(-num_gpus // gpu.gpus_per_host),
         weight_bytes_per_gpu=weight_bytes_per_gpu,

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from inference.errors import EngineConfigError
 from inference.hardware import GB, GpuType
 from inference.model_shape import ModelShape
-from inference.roofline import Workload
 from inference.tier import QUANTIZATIONS, Options, Refusal, Tier
 from inference.tier_choice import Objective, best_of
 from inference.tier_fit import fits_on
+from inference.workload import Workload
 
 Detail = Literal["smallest", "powers", "all"]
 

@@ -11,10 +11,10 @@ from inference.config import Backend
 from inference.errors import EngineConfigError, ModelError
 from inference.hardware import GpuType, match_gpu
 from inference.model_config import read_model_shape
-from inference.roofline import Workload
 from inference.tier import Options, Tier
 from inference.tier_choice import Objective
 from inference.tiers import choose_tier, size_model
+from inference.workload import Workload
 from tasks.gpu_products import within_reach
 from tasks.hardware import hardware_of
 from tasks.job import RunConfig

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from inference.roofline import Workload
+from inference.workload import Workload
 from storage.inputs import InputFiles
 from storage.manifest import PlanManifest, RunRecord
 from storage.object_store import open_store

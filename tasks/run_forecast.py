@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from inference.hardware import is_called
-from inference.roofline import Workload
+from inference.workload import Workload
 from storage.manifest import PlanManifest
 from tasks.budget import check_budget
 from tasks.canary import wants_canary

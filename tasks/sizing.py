@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from inference.hardware import GpuType
 from inference.model_config import read_model_shape
-from inference.roofline import Workload
 from inference.tier import Tier
 from inference.tiers import Sizing, choose_tier, size_model
+from inference.workload import Workload
 from storage.errors import BadInput
 from storage.object_store import ObjectStore
 from tasks.choose_tier import candidates, sizing_options

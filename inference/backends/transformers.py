@@ -14,10 +14,11 @@ from inference.backends.static_backend import (
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.loading import load_model
+from inference.roofline import STATIC_NUM_SEQS, STATIC_PASS_TOKENS
 from inference.weights import ModelFolder
 
-_DEFAULT_MAX_NUM_SEQS = {"cpu": 32, "cuda": 128}
-_DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 8_192, "cuda": 65_536}
+_DEFAULT_MAX_NUM_SEQS = {"cpu": 32, "cuda": STATIC_NUM_SEQS}
+_DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 8_192, "cuda": STATIC_PASS_TOKENS}
 
 
 class TransformersBackend(StaticBackend):

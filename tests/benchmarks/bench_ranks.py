@@ -97,7 +97,8 @@ def predicted(
     from inference.model_config import model_shape
     from inference.prediction import predict
     from inference.request_mixes import requests
-    from inference.roofline import Replica, Workload
+    from inference.roofline import Replica
+    from inference.workload import Workload
     from tasks.hardware import load_hardware
     from tests.benchmarks.random_model import config_of
 

@@ -13,6 +13,8 @@ from flows.cli import build_parser, main
 from flows.console import progress_line
 from tasks.progress import Progress
 from tests.fake_hub import FakeHub
+from tests.fp8_checkpoints import store
+from tests.int4_checkpoints import SETTINGS
 from tests.model_files import folder_bytes
 from tests.pipeline import MODELS, Nightjar
 
@@ -264,10 +266,11 @@ def test_a_model_on_the_hub_is_sized_by_its_config_alone(nightjar, monkeypatch, 
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_a_table_of_tiers_says_why_a_speed_is_missing(nightjar):
-    lines = nightjar.call("tiers", str(MODELS / "tiny-a")).out.splitlines()
-    assert lines.count("- speed not predicted: no run with nf4 weights was measured") == 1
-    assert next(line for line in lines if " nf4 " in line).split()[-3:] == ["-", "-", "-"]
+def test_a_table_of_tiers_says_why_a_speed_is_missing(nightjar, tmp_path):
+    stored = store(Path(shutil.copytree(MODELS / "tiny-a", tmp_path / "awq")), SETTINGS["awq"])
+    lines = nightjar.call("tiers", str(stored)).out.splitlines()
+    assert lines.count("- speed not predicted: no run with awq weights was measured") == 1
+    assert next(line for line in lines if " H100 " in line).split()[-3:] == ["-", "-", "-"]
 
 
 def test_a_gguf_file_that_is_not_staged_is_sized_once_it_is(nightjar, tmp_path):

@@ -25,9 +25,9 @@ from flows.config import load_job
 from flows.inbox_jobs import InboxJobs
 from flows.served import check_paths
 from inference.model_config import model_shape
-from inference.roofline import Workload
 from inference.tier import Options
 from inference.tiers import choose_tier
+from inference.workload import Workload
 from tasks.gpu_products import INSTANCES, PRODUCTS
 from tasks.hardware import load_hardware
 from tasks.job_variables import ProvisionError, check_job_variables

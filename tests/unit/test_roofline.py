@@ -13,10 +13,17 @@ from dataclasses import replace
 import pytest
 
 from inference.model_config import model_shape
+from inference.model_shape import QUANTIZED_BYTES
 from inference.prediction import predict, predict_offloaded
 from inference.request_mixes import requests
-from inference.roofline import Replica, Workload
+from inference.roofline import (
+    MAX_NUM_SEQS,
+    STATIC_LAYER_S,
+    STATIC_NUM_SEQS,
+    Replica,
+)
 from inference.tier_fit import REPLICAS_FIRST
+from inference.workload import Workload
 from tasks.hardware import load_hardware
 
 GPUS = {gpu.name: gpu for gpu in load_hardware()}
@@ -180,6 +187,71 @@ def test_what_was_measured_is_predicted_within_20_percent(
         num_reused_prompt_tokens=512 * (count - 1) if mix == "template" else 0,
     )
     assert predict(replica, workload).seconds == pytest.approx(measured_s, rel=0.2)
+
+
+# model, layers, quantisation, backend, mix, rows, seconds
+UNFUSED = [
+    ("0.6B", "unfused", "none", "paged", "chat", 1024, 9.89), ("0.6B", "unfused", "none", "paged", "uniform", 256, 11.01),
+    ("8B", "unfused", "none", "paged", "chat", 1024, 22.15), ("8B", "unfused", "none", "paged", "uniform", 256, 21.69),
+    ("0.6B", "fused", "nf4", "paged", "chat", 1024, 10.72), ("0.6B", "fused", "nf4", "paged", "uniform", 256, 12.43),
+    ("8B", "fused", "nf4", "paged", "chat", 1024, 30.94), ("8B", "fused", "nf4", "paged", "uniform", 256, 30.08),
+    ("8B", "fused", "nf4", "paged", "template", 1024, 19.61),
+    ("0.6B", "fused", "int8", "paged", "template", 256, 55.66), ("8B", "fused", "int8", "paged", "template", 256, 85.47),
+    ("0.6B", "fused", "none", "transformers", "template", 128, 88.77),
+    ("8B", "fused", "none", "transformers", "template", 128, 117.19),
+    ("0.6B", "fused", "nf4", "transformers", "template", 128, 112.33),
+    ("0.6B", "fused", "int8", "transformers", "template", 64, 80.01),
+    ("0.6B", "gptq", "none", "transformers", "template", 64, 45.87),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "quantization", "backend", "mix", "count", "measured_s"), UNFUSED
+)
+def test_layers_that_are_not_fused_or_not_captured_are_predicted_within_20_percent(
+    model, layers, quantization, backend, mix, count, measured_s
+):
+    shape = replace(MODELS[model], is_fused=layers != "unfused")
+    if layers == "gptq":
+        shape = replace(shape, stored_quantization="gptq", stored_bits=4.625)
+    replica = Replica(
+        shape=shape,
+        gpu=H100,
+        quantization=quantization,
+        backend=backend,
+        max_num_seqs=STATIC_NUM_SEQS if backend == "transformers" else MAX_NUM_SEQS,
+    )
+    workload = Workload.of(
+        [(len(prompt), length) for prompt, length in requests(mix, count)],
+        num_reused_prompt_tokens=512 * (count - 1) if mix == "template" else 0,
+    )
+    assert predict(replica, workload).seconds == pytest.approx(measured_s, rel=0.2)
+
+
+def test_weights_stored_by_bitsandbytes_are_predicted_like_those_it_quantises_when_loading():
+    workload = Workload.of([(len(prompt), length) for prompt, length in requests("chat", 1024)])
+    for kind in ("int8", "nf4"):
+        made = Replica(shape=MODELS["8B"], gpu=H100, quantization=kind)
+        bits = 8 * QUANTIZED_BYTES[kind]
+        stored = replace(
+            made,
+            shape=replace(MODELS["8B"], stored_quantization="bitsandbytes", stored_bits=bits),
+            quantization="none",
+        )
+        assert predict(stored, workload) == predict(made, workload)
+
+
+def test_batches_that_start_together_last_as_long_as_their_longest_rows():
+    shape = MODELS["8B"]
+    one = Replica(shape=shape, gpu=H100, backend="transformers", max_num_seqs=10)
+    step_s = shape.num_layers * STATIC_LAYER_S["none"]
+    alone = predict(one, Workload.of([(10, 100)] * 10))
+    assert alone.steady_s == pytest.approx(100 * step_s)
+    assert predict(one, Workload.of([(10, 100)] * 95)).steady_s == pytest.approx(1000 * step_s)
+    mixed = predict(one, Workload.of([(10, 100)] * 9 + [(10, 900)]))
+    assert mixed.steady_s == pytest.approx(900 * step_s)
+    apart = predict(one, Workload.of([(10, 100)] * 99 + [(10, 900)]))  # one batch of ten has it
+    assert apart.steady_s == pytest.approx((9 * 100 + 900) * step_s)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from inference.errors import EngineConfigError
 from inference.model import make_paged_model
 from inference.model_config import model_shape
 from inference.partition import _cut_experts
-from inference.roofline import Workload
 from inference.tensor_parallel import TensorParallel
 from inference.tier import Options
 from inference.tiers import size_model
+from inference.workload import Workload
 from tasks.hardware import load_hardware
 
 H100 = next(gpu for gpu in load_hardware() if gpu.name == "H100")

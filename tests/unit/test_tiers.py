@@ -12,11 +12,12 @@ from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.hardware import RESERVED_SHARE
 from inference.model_config import model_shape
-from inference.roofline import Replica, Workload
+from inference.roofline import STATIC_NUM_SEQS, Replica
 from inference.tier import Options
 from inference.tier_price import LOAD_BANDWIDTH, PINNED_LOAD_BANDWIDTH, RANKS_STARTUP_S, STARTUP_S
 from inference.tiers import choose_tier, size_model, tiers_table
 from inference.weights import SmallFiles
+from inference.workload import Workload
 from tasks.hardware import load_hardware
 
 GPUS = {gpu.name: gpu for gpu in load_hardware()}
@@ -186,20 +187,14 @@ def test_of_one_type_the_fewest_gpu_hours_are_the_cheapest_whatever_it_costs():
 SOFTCAPPED = shape(42, 3584, 14336, 16, 8, family="gemma2")
 
 
-@pytest.mark.parametrize(
-    ("model", "options", "because"),
-    [
-        (QWEN3_8B, Options(quantizations=("int8",)), "no run with int8 weights was measured"),
-        (QWEN3_8B, Options(quantizations=("nf4",)), "no run with nf4 weights was measured"),
-        (QWEN3_8B, Options(backend="transformers"), "no run of the transformers backend was"),
-        (SOFTCAPPED, Options(), "no run of the transformers backend was measured"),
-    ],
-)
-def test_the_speed_of_what_was_never_measured_is_not_predicted(model, options, because):
+IN_AWQ = replace(QWEN3_8B, stored_quantization="awq", stored_bits=4.25)
+
+
+def test_the_speed_of_what_was_never_measured_is_not_predicted():
     known = priced("L4", "A100-80", "H100")
-    sizing = size_model(model, known, WORKLOAD, options=options, deadline_s=60, budget_usd=0.01)
+    sizing = size_model(IN_AWQ, known, WORKLOAD, deadline_s=60, budget_usd=0.01)
     assert sizing.tiers
-    assert f"speed not predicted: {because}" in sizing.best.reason
+    assert "speed not predicted: no run with awq weights was measured" in sizing.best.reason
     for row in tiers_table(sizing, detail="all"):
         if row["fits"]:
             for name in ("hours", "usd", "completion_tokens_per_s", "gpu_hours"):
@@ -212,11 +207,38 @@ def test_the_speed_of_what_was_never_measured_is_not_predicted(model, options, b
     )
 
 
-def test_what_is_predicted_comes_before_what_is_not():
+def test_of_offloaded_weights_on_the_transformers_backend_nothing_is_predicted():
+    asked = Options(backend="transformers", quantizations=("none",))
+    sizing = size_model(QWEN3_32B, [GPUS["A100-40"]], WORKLOAD, options=asked)
+    assert {tier.offload for tier in sizing.tiers} == {"cpu"}
+    assert all(tier.seconds is None for tier in sizing.tiers)
+    assert "no run of the transformers backend with offloaded weights" in sizing.best.reason
+
+
+def test_weights_that_change_least_come_first_and_nf4_only_where_nothing_else_is_held():
     one = [replace(gpu, max_count=1) for gpu in priced("L4", "A100-80", "H100")]
     sizing = size_model(LLAMA_70B, one, WORKLOAD, options=Options(backend="paged"))
     assert {tier.quantization for tier in sizing.tiers} == {"fp8", "int8", "nf4"}
     assert sizing.best.quantization == "fp8"
+    assert all(tier.seconds for tier in sizing.tiers)
+    smallest = size_model(QWEN3_32B, [one[0]], WORKLOAD, options=Options(backend="paged"))
+    assert {tier.quantization for tier in smallest.tiers} == {"nf4"}
+    assert smallest.best.seconds > sizing.best.seconds
+
+
+@pytest.mark.parametrize(("model", "options"), [
+    (QWEN3_8B, Options(backend="transformers")), (SOFTCAPPED, Options()),
+])  # fmt: skip
+def test_the_transformers_backend_is_sized_by_what_it_runs_at_once(model, options):
+    [tier] = size_model(model, [replace(GPUS["H100"], max_count=1)], WORKLOAD, options=replace(
+        options, quantizations=("none",))).tiers  # fmt: skip
+    assert tier.backend == "transformers"
+    assert tier.num_running <= STATIC_NUM_SEQS
+    asked = replace(options, quantizations=("none",), max_num_seqs=2 * STATIC_NUM_SEQS)
+    [larger] = size_model(
+        model, [replace(GPUS["H100"], max_count=1)], WORKLOAD, options=asked
+    ).tiers
+    assert larger.seconds < tier.seconds
 
 
 def test_the_transformers_backend_that_a_job_names_is_what_is_sized():
