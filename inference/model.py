@@ -22,11 +22,12 @@ from inference.attention_interface import (
 )
 from inference.batch import Batch
 from inference.errors import EngineConfigError
-from inference.families import FUSED_MODEL_TYPES, FUSED_ROPE_TYPES
+from inference.families import EXPERT_MODEL_TYPES, FUSED_MODEL_TYPES, FUSED_ROPE_TYPES
 from inference.family_check import refuse_by_config
 from inference.kernels import plain
 from inference.kv_cache import KVCache, KVShape
-from inference.layers import FusedLayer, Linear, quantised, take_layer
+from inference.layers import FusedLayer, can_be_fused, take_layer
+from inference.linears import Linear, quantised
 from inference.quantization import is_bitsandbytes, looks_at_values
 from inference.tensor_parallel import TensorParallel
 from inference.vocabulary import PartitionedVocabulary, WholeVocabulary, columns_of
@@ -79,6 +80,10 @@ class PagedModel:
     def _take_head(self, head: Any) -> tuple[Tensor, Tensor | None]:
         """Return this rank's rows of the output head, without a copy."""
         weight, bias = head.weight, getattr(head, "bias", None)
+        if not weight.is_floating_point():
+            raise EngineConfigError(
+                "engine.backend is paged: the checkpoint's output head is quantised; use transformers"
+            )
         size, ranks = self.vocabulary.size, self.ranks
         if ranks.size == 1:
             return weight, bias
@@ -271,9 +276,17 @@ def _has_fused_layers(model: Any) -> bool:
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     return (
-        not is_bitsandbytes(model)  # whose linears are more than their weights
-        and config.model_type in FUSED_MODEL_TYPES
+        config.model_type in FUSED_MODEL_TYPES
         and getattr(config, "hidden_act", "") == "silu"
         and rope.get("rope_type", "") in FUSED_ROPE_TYPES
         and rope.get("partial_rotary_factor", 1.0) in (None, 1.0)
+        and (not is_bitsandbytes(model) or _are_in_four_bits(model, config))
     )
+
+
+def _are_in_four_bits(model: Any, config: Any) -> bool:
+    """Whether what bitsandbytes made of the layers' weights are numbers that can be laid side by side."""
+    if config.model_type in EXPERT_MODEL_TYPES or looks_at_values(model):
+        return False
+    dtype = model.get_input_embeddings().weight.dtype
+    return all(can_be_fused(layer, dtype) for layer in model.base_model.layers)

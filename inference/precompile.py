@@ -149,7 +149,7 @@ def _is_worth_it(
         device.type == "cuda"
         and torch.version.cuda is not None  # ROCm's devices go by that name too
         and config.tensor_parallel_size == 1
-        and config.quantization in ("none", "fp8")
+        and config.quantization != "int8"  # whose layers stay as their class has them
         and text_config.get("model_type") in FUSED_MODEL_TYPES
         and os.environ.get("TRITON_INTERPRET", "0") != "1"
     )

@@ -177,7 +177,7 @@ class Replica:
     def _unfused_s(self, tokens: float) -> float:
         """Of layers that run as their class has them, with its own norms, rotations and activations."""
         shape = self.shape
-        if self.backend != "paged" or (shape.is_fused and self.bitsandbytes is None):
+        if self.backend != "paged" or (shape.is_fused and self.bitsandbytes != "int8"):
             return 0.0
         moved = UNFUSED_MOVES * DTYPE_BYTES[self.dtype] * tokens * shape.hidden_size
         return shape.num_layers * (UNFUSED_LAYER_S + moved / self.gpu.achieved_bandwidth)
