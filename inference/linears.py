@@ -147,12 +147,15 @@ def quantised(weight: Tensor, bias: Tensor | None = None) -> Linear8:
 
 
 def side_by_side(modules: Sequence[Any], is_fp8: bool) -> Linear:
-    """Return one linear that gives the outputs of several, one after the other."""
+    """Return one linear that gives the outputs of several, one after the other; their weights may be taken away."""
     biases = [module.bias for module in modules if module.bias is not None]
     bias = torch.cat([b.data for b in biases]) if biases else None
     weight = torch.cat([module.weight.data for module in modules])
     if _state(modules[0]) is not None:
-        return Linear4(weight, _joined(list(map(_state, modules))), bias)
+        state = _joined(list(map(_state, modules)))
+        for module in modules:
+            module.weight = None  # it refers to its module: a cycle, which would live for a while
+        return Linear4(weight, state, bias)
     return quantised(weight, bias) if is_fp8 else Linear(weight, bias)
 
 

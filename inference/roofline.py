@@ -37,7 +37,7 @@ UNFUSED_LAYER_S = 150e-6
 UNFUSED_MOVES = 56
 """Elements it reads and writes more for each of a token's hidden values: fitted, like the constant above."""
 
-DEQUANTIZE_BANDWIDTH_SHARE = 0.8
+DEQUANTIZE_BANDWIDTH_SHARE = 0.74
 INT8_LAYER_S = 3.9e-3
 """A layer whose int8 products look at values on the host, which launches it anew at every step."""
 

@@ -1,6 +1,8 @@
 """Weights in four bits on the paged engine's fused layers, and on the model's own where they cannot be fused."""
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,18 @@ def test_fused_layers_in_four_bits_give_the_tokens_of_the_models_own(name, folde
     found = tokens(folders[name], "paged", quantization="nf4")
     assert found == tokens(folders[name], "transformers", quantization="nf4")
     assert found != tokens(folders[name], "paged")
+
+
+def test_weights_that_were_laid_side_by_side_are_let_go_of_at_once(folders):
+    model = load(folders["qwen3"], quantization="nf4")
+    kept = [weakref.ref(layer.mlp.up_proj.weight) for layer in model.model.layers]
+    assert all(weight() is not None for weight in kept)
+    gc.disable()  # nothing waits for it
+    try:
+        assert isinstance(make_paged_model(model), FusedModel)
+        assert all(weight() is None for weight in kept)
+    finally:
+        gc.enable()
 
 
 def test_a_fused_product_is_those_of_its_parts_side_by_side(folders):

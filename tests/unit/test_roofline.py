@@ -193,9 +193,9 @@ def test_what_was_measured_is_predicted_within_20_percent(
 UNFUSED = [
     ("0.6B", "unfused", "none", "paged", "chat", 1024, 9.89), ("0.6B", "unfused", "none", "paged", "uniform", 256, 11.01),
     ("8B", "unfused", "none", "paged", "chat", 1024, 22.15), ("8B", "unfused", "none", "paged", "uniform", 256, 21.69),
-    ("0.6B", "fused", "nf4", "paged", "chat", 1024, 10.72), ("0.6B", "fused", "nf4", "paged", "uniform", 256, 12.43),
-    ("8B", "fused", "nf4", "paged", "chat", 1024, 30.94), ("8B", "fused", "nf4", "paged", "uniform", 256, 30.08),
-    ("8B", "fused", "nf4", "paged", "template", 1024, 19.61),
+    ("0.6B", "fused", "nf4", "paged", "chat", 1024, 5.92), ("0.6B", "fused", "nf4", "paged", "uniform", 256, 7.61),
+    ("0.6B", "fused", "nf4", "paged", "template", 1024, 3.28), ("8B", "fused", "nf4", "paged", "chat", 1024, 23.79),
+    ("8B", "fused", "nf4", "paged", "uniform", 256, 23.91), ("8B", "fused", "nf4", "paged", "template", 1024, 15.00),
     ("0.6B", "fused", "int8", "paged", "template", 256, 55.66), ("8B", "fused", "int8", "paged", "template", 256, 85.47),
     ("0.6B", "fused", "none", "transformers", "template", 128, 88.77),
     ("8B", "fused", "none", "transformers", "template", 128, 117.19),
