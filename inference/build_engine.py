@@ -51,7 +51,12 @@ def build_engine(
     if model.device.type == "cuda":
         _prefer_products_without_workspace()
     most_tokens = settings.max_num_batched_tokens
-    model.ranks.open_peer_sum(most_tokens * model.hidden_size, model.dtype, model.device)
+    model.ranks.open_peer_sum(
+        most_tokens * model.hidden_size,
+        model.dtype,
+        model.device,
+        is_replayed=settings.use_graphs,
+    )
     while True:
         sizes_found = plan_sizes(model, settings)
         settings, plan = sizes_found.settings, sizes_found.plan

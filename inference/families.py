@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from inference.tier import BITSANDBYTES
+
 FUSED_MODEL_TYPES = frozenset({"qwen3", "qwen3_moe", "qwen2", "llama", "mistral"})
 """Whose decoder layer is written on the fused operations, which fp8 needs."""
 
@@ -48,6 +50,8 @@ def paged_refusal(config: Mapping[str, Any]) -> str:
             return f"scales its logits or attention scores ({name}), which it cannot do yet"
     if config.get("model_type") in _SCALED_MODEL_TYPES:
         return "scales its logits or attention scores, which it cannot do yet"
+    if _has_quantised_head(config):
+        return "has its output head quantised"
     if config.get("model_type") in _ROUTED_ATTENTION_MODEL_TYPES:
         return "has attention heads that are experts"
     if others := set(config.get("layer_types") or ()) - PAGED_LAYER_TYPES:
@@ -70,8 +74,13 @@ def partition_refusal(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def is_fused(config: Mapping[str, Any]) -> bool:
-    """Whether the paged backend runs a text model of this config.json on its fused operations."""
+def is_fused(config: Mapping[str, Any], quantization: str = "none") -> bool:
+    """Whether the paged backend runs a text model of this config.json, its weights quantised so, on fused operations."""
+    return is_fused_family(config) and _can_be_joined(config, quantization)
+
+
+def is_fused_family(config: Mapping[str, Any]) -> bool:
+    """Whether the layers of a text model of this config.json are written on the fused operations."""
     rope = _rope(config)
     return (
         config.get("model_type") in FUSED_MODEL_TYPES
@@ -79,6 +88,35 @@ def is_fused(config: Mapping[str, Any]) -> bool:
         and (rope.get("rope_type") or rope.get("type") or "default") in FUSED_ROPE_TYPES
         and config.get("partial_rotary_factor") in (None, 1)
     )
+
+
+def _can_be_joined(config: Mapping[str, Any], quantization: str) -> bool:
+    """Whether weights can be laid side by side: of bitsandbytes' those in four bits, in layers without experts."""
+    stored = _stored_by_bitsandbytes(config)
+    if stored is None and quantization not in BITSANDBYTES:
+        return True
+    if config.get("model_type") in EXPERT_MODEL_TYPES:
+        return False
+    if stored is None:
+        return quantization == "nf4"
+    computes_in = str(stored.get("bnb_4bit_compute_dtype") or "float32")
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    same = computes_in.removeprefix("torch.") == dtype.removeprefix("torch.")
+    return bool(stored.get("load_in_4bit")) and same
+
+
+def _has_quantised_head(config: Mapping[str, Any]) -> bool:
+    """Whether bitsandbytes has stored the output head too: who names what it leaves whole must name that."""
+    stored = _stored_by_bitsandbytes(config) or {}
+    whole = [str(name) for name in stored.get("llm_int8_skip_modules") or ()]
+    is_tied = bool(config.get("tie_word_embeddings"))
+    return bool(whole) and not is_tied and not any("lm_head" in name for name in whole)
+
+
+def _stored_by_bitsandbytes(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    stored = config.get("quantization_config")
+    is_so = isinstance(stored, Mapping) and stored.get("quant_method") == "bitsandbytes"
+    return stored if is_so else None
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:

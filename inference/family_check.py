@@ -5,7 +5,7 @@ from typing import Any
 
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
-from inference.families import is_fused, paged_refusal, partition_refusal
+from inference.families import is_fused_family, paged_refusal, partition_refusal
 from inference.weights import SmallFiles
 
 
@@ -25,7 +25,7 @@ def check_family(folder: SmallFiles, config: EngineConfig) -> None:
         raise EngineConfigError(
             f"engine.tensor_parallel_size is {config.tensor_parallel_size}: {reason}; use 1"
         )
-    if is_fused(text):
+    if is_fused_family(text):
         return
     if config.quantization == "fp8":
         raise EngineConfigError(

@@ -109,7 +109,7 @@ class Linear4(Linear):
     def __call__(self, x: Rows) -> Tensor:
         """[T, in] -> [T, out]"""
         assert isinstance(x, Tensor), "rows in e4m3 given to a weight in four bits"
-        out: Tensor = self._multiply(x, self._weight, quant_state=self._state, bias=self._bias)
+        out: Tensor = self._multiply(x, self._weight.t(), quant_state=self._state, bias=self._bias)
         return out
 
 
@@ -159,6 +159,11 @@ def side_by_side(modules: Sequence[Any], is_fp8: bool) -> Linear:
     return quantised(weight, bias) if is_fp8 else Linear(weight, bias)
 
 
+def reduced(module: Any, is_fp8: bool, ranks: TensorParallel) -> Linear | RowLinear:
+    """Return the linear that a layer's output comes from, over ranks a sum."""
+    return side_by_side([module], is_fp8) if ranks.size == 1 else RowLinear(module, is_fp8, ranks)
+
+
 def can_be_side_by_side(modules: Sequence[Any], dtype: torch.dtype) -> bool:
     """Whether modules that bitsandbytes may have quantised can become one linear whose rows are of `dtype`."""
     states = list(map(_state, modules))
@@ -190,11 +195,6 @@ def _joined(states: list[Any]) -> Any:
         quant_type=first.quant_type,
         dtype=first.dtype,
     )
-
-
-def reduced(module: Any, is_fp8: bool, ranks: TensorParallel) -> Linear | RowLinear:
-    """Return the linear that a layer's output comes from, over ranks a sum."""
-    return side_by_side([module], is_fp8) if ranks.size == 1 else RowLinear(module, is_fp8, ranks)
 
 
 def _scales(state: Any) -> Tensor:

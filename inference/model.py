@@ -82,7 +82,7 @@ class PagedModel:
         weight, bias = head.weight, getattr(head, "bias", None)
         if not weight.is_floating_point():
             raise EngineConfigError(
-                "engine.backend is paged: the checkpoint's output head is quantised; use transformers"
+                "engine.backend is paged: the model has its output head quantised; use transformers"
             )
         size, ranks = self.vocabulary.size, self.ranks
         if ranks.size == 1:

@@ -107,9 +107,9 @@ class ModelShape:
         """int8 or nf4 where the weights are stored so or quantised so when they are loaded."""
         if quantization in ("int8", "nf4"):
             return quantization
-        if self.stored_quantization != "bitsandbytes":
+        if self.stored_quantization != "bitsandbytes" or self.stored_bits is None:
             return None
-        return "nf4" if self.stored_bits == 8 * QUANTIZED_BYTES["nf4"] else "int8"
+        return "nf4" if self.stored_bits < 8 else "int8"
 
     def linear_bytes_per_param(self, dtype: str, quantization: str) -> float:
         """Bytes of one attention or feed-forward weight."""

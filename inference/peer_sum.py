@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from inference.memory import is_out_of_memory
+
 if TYPE_CHECKING:
     from inference.tensor_parallel import TensorParallel
 
@@ -37,9 +39,15 @@ class PeerSum:
 
     @classmethod
     def open(
-        cls, ranks: "TensorParallel", num_elements: int, dtype: torch.dtype, device: torch.device
+        cls,
+        ranks: "TensorParallel",
+        num_elements: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        is_replayed: bool = True,
     ) -> "PeerSum | None":
-        """Give every rank a buffer; all ranks must call it.
+        """Give every rank a buffer; all ranks must call it. `is_replayed`: steps are graphs, not launched one by one.
 
         Returns:
             None where there is nothing to gain: the ranks are on several hosts, their devices do not reach each
@@ -57,7 +65,7 @@ class PeerSum:
         if not ranks.agree_on_least(int(found is not None)):
             return None
         assert found is not None
-        return found if found._is_faster(ranks) else None
+        return found if found._is_faster(ranks, is_replayed) else None
 
     def takes(self, num_elements: int, dtype: torch.dtype) -> bool:
         """Whether such a tensor can be summed here; the same on every rank, as shapes are."""
@@ -81,13 +89,19 @@ class PeerSum:
         torch.ops.symm_mem.two_shot_all_reduce_(place, "sum", self._group_name)
         return place.view(tensor.shape)
 
-    def _is_faster(self, ranks: "TensorParallel") -> bool:
+    def _is_faster(self, ranks: "TensorParallel", is_replayed: bool) -> bool:
         import torch.distributed as dist
 
         count = min(_TRIED_BYTES // self._buffer.element_size(), self._buffer.numel())
         tensor = self._buffer.new_zeros(count // self._multiple * self._multiple)
-        ours = _microseconds(lambda: self.of(tensor))
-        nccl = _microseconds(lambda: dist.all_reduce(tensor, group=ranks.group))
+        try:
+            ours = _microseconds(lambda: self.of(tensor), is_replayed)
+            nccl = _microseconds(lambda: dist.all_reduce(tensor, group=ranks.group), is_replayed)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            logger.info("ranks sum through NCCL: what a sum takes cannot be measured: %s", error)
+            ours = nccl = 0.0
         logger.info(
             "a sum of %.1f MB over %d ranks: %.0f us through peers' memory, %.0f us through NCCL",
             tensor.nbytes / 1e6,
@@ -118,22 +132,30 @@ def _buffer_of(group: Any, num_elements: int, dtype: torch.dtype, device: torch.
     return buffer
 
 
-def _microseconds(run: Callable[[], Any]) -> float:
-    """Return what one of several runs takes on the device, replayed as a graph like the steps they are part of.
+def _microseconds(run: Callable[[], Any], is_replayed: bool) -> float:
+    """Return what one of several runs takes, one after the other on the device; first ones are not counted.
 
-    Launched one by one, both would take what a slow host needs to launch them.
+    Replayed, they are timed as a graph like the steps they are part of: launched one by one, any sum would take what a
+    slow host needs to launch it.
     """
     event: Any = torch.cuda.Event
     begin, end = event(enable_timing=True), event(enable_timing=True)
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+
+    def all_runs() -> None:
         for _ in range(_NUM_TRIES):
             run()
-    graph.replay()
+
+    run()
+    torch.cuda.synchronize()
+    timed = all_runs
+    if is_replayed:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            all_runs()
+        timed = graph.replay
+        timed()
     begin.record()
-    graph.replay()
+    timed()
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) * 1e3 / _NUM_TRIES

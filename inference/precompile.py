@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 
 from inference.config import EngineConfig
-from inference.families import FUSED_MODEL_TYPES
+from inference.families import is_fused
 from inference.sampling_needs import GREEDY
 
 logger = logging.getLogger(__name__)
@@ -149,8 +149,7 @@ def _is_worth_it(
         device.type == "cuda"
         and torch.version.cuda is not None  # ROCm's devices go by that name too
         and config.tensor_parallel_size == 1
-        and config.quantization != "int8"  # whose layers stay as their class has them
-        and text_config.get("model_type") in FUSED_MODEL_TYPES
+        and is_fused({**model_config, **text_config}, config.quantization)
         and os.environ.get("TRITON_INTERPRET", "0") != "1"
     )
 

@@ -1,4 +1,4 @@
-"""How long a replica takes for a whole workload: prefill, steady state, drain, or offloaded passes."""
+"""How long a replica takes for a whole workload: prefill, steady state, drain; static batches; or offloaded passes."""
 
 import math
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ def predict(replica: Replica, workload: Workload) -> Prediction:
 
     The engine spreads the work evenly over the steps that the longest completion needs anyway, if so many
     sequences fit at once. It does not where a mixture of experts would read all its weights for few tokens.
+    The transformers backend runs batches one after the other.
     """
     mean = _Means.of(workload)
     if replica.backend == "transformers":
@@ -56,13 +57,13 @@ def predict(replica: Replica, workload: Workload) -> Prediction:
 def _in_batches(replica: Replica, workload: Workload, mean: "_Means") -> Prediction:
     """Batches of rows that start together, one after the other; each lasts as long as its longest completion."""
     longest = mean.prompt + workload.classes[-1].num_completion_tokens
-    fits = (STATIC_PASS_TOKENS / max(mean.prompt, 1.0), replica.kv_tokens / max(longest, 1.0))
+    fits = (STATIC_PASS_TOKENS // max(mean.prompt, 1.0), replica.kv_tokens // max(longest, 1.0))
     rows = max(1.0, min(replica.max_num_seqs, mean.count, *fits))
     num_full, rest = divmod(mean.count, rows)
     num_steps = num_full * _longest_of(workload, rows)
     if rest:
         num_steps += _longest_of(workload, max(rest, 1.0))
-    if rows * workload.max_sequence_tokens > STATIC_PASS_TOKENS:
+    if rows * max(c.num_prompt_tokens for c in workload.classes) > STATIC_PASS_TOKENS:
         num_steps += mean.completion  # of the few longest prompts, which fit in no batch of so many
     chunk = min(mean.count * mean.prompt, STATIC_PASS_TOKENS)
     num_chunks = mean.count * mean.prompt / max(chunk, 1.0)

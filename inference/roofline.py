@@ -2,7 +2,7 @@
 
 One step costs its matrix products (bound by arithmetic or by reading the weights), the KV cache it
 reads, prefill attention, element-wise traffic, all-reduces, and a fixed overhead; kernels do not
-overlap. A run is then one kind of step, where the engine spreads its load evenly, or else three phases, solved in
+overlap. Where the host launches them one by one, it may take longer than the device does. A run is then one kind of step, where the engine spreads its load evenly, or else three phases, solved in
 closed form over classes of equal sequences:
 
     prefill first    only when everything fits at once
@@ -31,6 +31,7 @@ ALL_REDUCE_LATENCY_S = {"nvlink": 12e-6, "xgmi": 15e-6, "pcie": 30e-6, "network"
 SUM_SURROUNDINGS_S = 16e-6
 """What each sum over ranks costs around it, narrower products and waiting: 32B and 8B over two H200s, 32B over two H100s."""
 
+# From here on: engine_h100_202611.md, the section on int8, nf4 and the transformers backend.
 UNFUSED_LAYER_S = 150e-6
 """What a layer as its class computes it, some sixty kernels in a graph, costs beside a fused one."""
 
@@ -38,6 +39,8 @@ UNFUSED_MOVES = 56
 """Elements it reads and writes more for each of a token's hidden values: fitted, like the constant above."""
 
 DEQUANTIZE_BANDWIDTH_SHARE = 0.74
+"""Of nf4 weights written out in 16 bits."""
+
 INT8_LAYER_S = 3.9e-3
 """A layer whose int8 products look at values on the host, which launches it anew at every step."""
 
@@ -46,9 +49,10 @@ STATIC_LAYER_S = {"none": 3.43e-3, "gptq": 3.17e-3, "nf4": 4.29e-3, "int8": 5.53
 
 MAX_NUM_SEQS = 1024
 PREFILL_CHUNK_TOKENS = 8192
+
+# A batch of the transformers backend: rows, and prompt tokens with what they are padded with.
 STATIC_NUM_SEQS = 128
 STATIC_PASS_TOKENS = 65_536
-"""Rows and padded prompt tokens of a batch of the transformers backend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

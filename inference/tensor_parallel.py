@@ -38,13 +38,17 @@ class TensorParallel:
 
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
-    def open_peer_sum(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
+    def open_peer_sum(
+        self, num_elements: int, dtype: torch.dtype, device: torch.device, *, is_replayed: bool
+    ) -> None:
         """Sum tensors of up to so many elements through peers' memory from here on, where that is faster.
 
         All ranks must call it, before any graph is captured.
         """
         if self.size > 1:
-            self._peer_sum = PeerSum.open(self, num_elements, dtype, device)
+            self._peer_sum = PeerSum.open(
+                self, num_elements, dtype, device, is_replayed=is_replayed
+            )
 
     def room(self, like: Tensor, width: int) -> Tensor | None:
         """Return where a product [T, width] of `like`'s rows is best written to be summed; None: anywhere."""

@@ -219,11 +219,9 @@ def _offloaded(
 ) -> Iterator[Tier]:
     """Layouts that keep the weights in host memory, or failing that on NVMe, on one host."""
     backend = "transformers" if options.backend == "transformers" else "zero"
-    replica = replace(
-        _replica(shape, gpu, options, "none"),
-        backend=backend,
-        max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS,
-    )
+    replica = replace(_replica(shape, gpu, options, "none"), backend=backend)
+    if backend == "zero":
+        replica = replace(replica, max_num_seqs=options.max_num_seqs or MAX_NUM_SEQS)
     weights = replica.weight_bytes_per_gpu
     layers = 2 * weights / shape.num_layers
     room = int((gpu.usable_bytes - layers) // replica.kv_bytes_per_token_per_gpu)

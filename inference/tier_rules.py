@@ -26,8 +26,6 @@ def quantization_refusal(
         return reason
     if quantization == "fp8" and needs_transformers(shape, options) and shape.is_fused:
         return "the transformers backend does not run fp8; use none, int8 or nf4"
-    if quantization == "fp8" and not shape.is_fused:
-        return f"fp8 is not available for model_type {shape.family}; use none"
     if shape.stored_quantization == "fp8" and quantization == "fp8" and "fp8" in gpu.flops:
         return ""
     if quantization != "none" and shape.stored_quantization:
@@ -35,6 +33,8 @@ def quantization_refusal(
             f"the checkpoint is stored as {shape.stored_quantization} already; "
             f"use quantization none, or the unquantised checkpoint for {quantization}"
         )
+    if quantization == "fp8" and not shape.is_fused:
+        return f"fp8 is not available for model_type {shape.family}; use none"
     if quantization == "fp8" and "fp8" not in gpu.flops:
         return "has no fp8 arithmetic; use int8 or nf4 for capacity"
     if quantization in BITSANDBYTES and shape.num_expert_params:

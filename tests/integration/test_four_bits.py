@@ -1,6 +1,7 @@
 """Weights in four bits on the paged engine's fused layers, and on the model's own where they cannot be fused."""
 
 import gc
+import json
 import shutil
 import weakref
 from pathlib import Path
@@ -10,15 +11,16 @@ import pytest
 import torch
 import transformers
 
-from inference.backends import create_backend
+from inference.backends import check_engine, create_backend
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError
 from inference.linears import Linear4
 from inference.loading import load_model
 from inference.model import FusedModel, make_paged_model
+from inference.model_config import model_shape
 from inference.sampling import SamplingParams
 from inference.sequence import Sequence
-from inference.weights import check_model_folder
+from inference.weights import check_model_folder, check_small_files
 from tests.tiny_models import MODELS, SIZES, make_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -109,6 +111,7 @@ def test_a_checkpoint_stored_in_four_bits_is_fused_like_one_quantised_when_loade
 ):
     folder = stored(folders["qwen3"], tmp_path / "stored")
     assert isinstance(make_paged_model(load(folder)), FusedModel)
+    assert model_shape(json.loads((folder / "config.json").read_text())).is_fused
     expected = tokens(folders["qwen3"], "paged", quantization="nf4")
     assert tokens(folder, "paged") == expected == tokens(folder, "transformers")
 
@@ -136,6 +139,8 @@ def test_what_cannot_be_laid_side_by_side_runs_on_the_models_own_layers(
     paged = make_paged_model(load(folder))
     assert not isinstance(paged, FusedModel)
     assert paged.can_be_captured
+    if "bnb_4bit_compute_dtype" in settings:
+        assert not model_shape(json.loads((folder / "config.json").read_text())).is_fused
     assert tokens(folder, "paged") == tokens(folder, "transformers")
 
 
@@ -157,6 +162,11 @@ def test_a_layer_left_whole_is_fused_in_full_precision_beside_those_in_four_bits
 
 def test_an_output_head_in_four_bits_is_refused_with_what_runs_it(folders, tmp_path):
     folder = stored(folders["qwen3"], tmp_path / "stored", llm_int8_skip_modules=["nothing"])
-    with pytest.raises(EngineConfigError, match="output head is quantised; use transformers"):
+    refused = pytest.raises(EngineConfigError, match="its output head quantised; use transformers")
+    with refused:  # before anything is loaded
+        check_engine(check_small_files(folder), EngineConfig(model=str(folder), backend="paged"))
+    with refused:
         make_paged_model(load(folder))
+    shape = model_shape(json.loads((folder / "config.json").read_text()))
+    assert not shape.is_paged
     assert len(tokens(folder, "transformers")) == 14

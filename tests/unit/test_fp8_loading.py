@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference import layers, quantised_loading
+from inference import linears, quantised_loading
 from inference.config import EngineConfig
 from inference.errors import EngineConfigError, InferenceError, OutOfMemory
 from inference.kernels.plain import FP8_MAX
@@ -48,8 +48,8 @@ def test_one_that_does_not_is_refused_with_the_numbers(
 def test_a_weight_quantised_some_rows_at_a_time_is_the_one_quantised_at_once(monkeypatch, dtype):
     weight = torch.randn(37, 48, dtype=dtype)
     weight[5] = 0
-    monkeypatch.setattr(layers, "_ELEMENTS_AT_ONCE", 5 * 48 + 1)
-    found = layers.quantised(weight)
+    monkeypatch.setattr(linears, "_ELEMENTS_AT_ONCE", 5 * 48 + 1)
+    found = linears.quantised(weight)
     scale = (weight.abs().amax(dim=1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
     expected = (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     assert torch.equal(found._scale, scale.t())

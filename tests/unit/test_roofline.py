@@ -245,6 +245,11 @@ def test_batches_that_start_together_last_as_long_as_their_longest_rows():
     shape = MODELS["8B"]
     one = Replica(shape=shape, gpu=H100, backend="transformers", max_num_seqs=10)
     step_s = shape.num_layers * STATIC_LAYER_S["none"]
+    many = replace(one, max_num_seqs=STATIC_NUM_SEQS)
+    equal = predict(many, Workload.of([(10, 600)] * 128))
+    assert equal.steady_s == pytest.approx(600 * step_s)  # long completions are no reason for more
+    whole = predict(many, Workload.of([(40_000, 10)] * 100))
+    assert whole.num_running == 1  # one and a half would fit
     alone = predict(one, Workload.of([(10, 100)] * 10))
     assert alone.steady_s == pytest.approx(100 * step_s)
     assert predict(one, Workload.of([(10, 100)] * 95)).steady_s == pytest.approx(1000 * step_s)
