@@ -5,6 +5,8 @@
 
 from dataclasses import dataclass
 
+from inference.tier import BITSANDBYTES
+
 DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0}
 
 # int8 keeps one scale a row; nf4 one fp32 scale for 64 weights; fp8 one scale a row or 128x128 block.
@@ -105,7 +107,7 @@ class ModelShape:
 
     def bitsandbytes(self, quantization: str) -> str | None:
         """int8 or nf4 where the weights are stored so or quantised so when they are loaded."""
-        if quantization in ("int8", "nf4"):
+        if quantization in BITSANDBYTES:
             return quantization
         if self.stored_quantization != "bitsandbytes" or self.stored_bits is None:
             return None
@@ -121,7 +123,7 @@ class ModelShape:
 
     def expert_bytes_per_param(self, dtype: str, quantization: str) -> float:
         """Bytes of one expert weight; bitsandbytes cannot shrink them (they are 3-D parameters)."""
-        if quantization in ("int8", "nf4"):
+        if quantization in BITSANDBYTES:
             return DTYPE_BYTES[dtype]
         return self.linear_bytes_per_param(dtype, quantization)
 

@@ -2,8 +2,9 @@
 
 One step costs its matrix products (bound by arithmetic or by reading the weights), the KV cache it
 reads, prefill attention, element-wise traffic, all-reduces, and a fixed overhead; kernels do not
-overlap. Where the host launches them one by one, it may take longer than the device does. A run is then one kind of step, where the engine spreads its load evenly, or else three phases, solved in
-closed form over classes of equal sequences:
+overlap. Where the host launches them one by one, it may take longer than the device does. A run
+(`inference.prediction`) is then one kind of step, where the engine spreads its load evenly, or
+static batches, or else three phases, solved in closed form over classes of equal sequences:
 
     prefill first    only when everything fits at once
     steady           the batch stays full; prefill chunks ride along with decoding
